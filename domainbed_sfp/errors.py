@@ -1,0 +1,20 @@
+"""Errors that are the user's to mend, told in one line each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The command line prints the message as one line and exits with status 2."""
+
+
+def unknown_name(kind: str, given: object, valid: Iterable[object]) -> UserError:
+    """The error for a name that is not among `valid`: what was given, the nearest choice, all choices."""
+    names = [str(name) for name in valid]
+    by_lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(given).lower(), by_lower, n=1, cutoff=0.5)
+    hint = f"; did you mean {by_lower[near[0]]!r}?" if near else ""
+    shown = ", ".join(names) if len(names) <= 40 else ", ".join(names[:40]) + ", ..."
+    return UserError(f"unknown {kind} {given!r}{hint} (known: {shown})")

