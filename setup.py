@@ -40,8 +40,10 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=find_packages(include=["domainbed_sfp", "domainbed_sfp.*"]),
-    package_data={"domainbed_sfp": ["py.typed", "specs/*.yaml"]},
+    packages=[*find_packages(include=["domainbed_sfp", "domainbed_sfp.*"]), "domainbed_sfp.specs"],
+    # The specs are the top-level folder sweeps/, and travel with the package under this name.
+    package_dir={"domainbed_sfp.specs": "sweeps"},
+    package_data={"domainbed_sfp": ["py.typed"], "domainbed_sfp.specs": ["*.yaml"]},
     python_requires=">=3.10",
     install_requires=[
         "filelock>=3.12",

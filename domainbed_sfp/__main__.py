@@ -1,0 +1,6 @@
+"""`python -m domainbed_sfp` is the command `domainbed-sfp`."""
+
+from domainbed_sfp.cli import main
+
+if __name__ == "__main__":
+    main()

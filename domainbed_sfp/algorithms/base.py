@@ -1,0 +1,157 @@
+"""What an algorithm is: DomainBed's contract, and what compression adds to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from domainbed_sfp import networks, registry
+
+Minibatches = Sequence[tuple[Tensor, Tensor]]
+
+
+class Algorithm(nn.Module):
+    """A domain generalization algorithm, usable in our training loop and in DomainBed's.
+
+    Args:
+        input_shape: (channels, height, width) of one sample.
+        num_classes: number of classes.
+        num_domains: number of training environments.
+        hparams: the run's hyperparameters.
+
+    Everything that must survive an interruption lives in parameters, buffers, optimizers that are attributes, or
+    the JSON-safe value of `get_extra_state`.
+    """
+
+    # Steps of the run, from which schedules take their fractions. The training loop sets the run's own number;
+    # DomainBed's default holds where nobody does.
+    total_steps: int = 5001
+
+    def __init__(
+        self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.input_shape = tuple(input_shape)
+        self.num_classes = num_classes
+        self.num_domains = num_domains
+        self.hparams = dict(hparams)
+
+    def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
+        """One training step on a list of (x [N, C, H, W], y [N]) per environment; returns numbers to log."""
+        raise TypeError(f"{type(self).__name__} does not define update(minibatches, unlabeled=None)")
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits [N, num_classes] for images [N, C, H, W]."""
+        raise TypeError(f"{type(self).__name__} does not define predict(x)")
+
+    def masks(self) -> dict[str, Tensor]:
+        """Which weights are alive: bool tensors by parameter name. Empty where nothing is compressed."""
+        return {}
+
+    def sparsity(self) -> float:
+        """Fraction removed, counted in the method's own units (weights or channels)."""
+        return 0.0
+
+    def at_final_compression(self) -> bool:
+        """True once the model is as small as it will be: only then a checkpoint is a candidate for selection."""
+        return True
+
+    def export(self) -> nn.Module:
+        """A plain network with the logits of `predict`, in evaluation mode and detached from this object."""
+        raise TypeError(f"{type(self).__name__} does not define export()")
+
+
+class Objective(nn.Module):
+    """A training objective: turns minibatches into a loss. Its state, if any, is in buffers."""
+
+    def __init__(self, hparams: Mapping[str, Any], num_domains: int) -> None:
+        super().__init__()
+        self.hparams = dict(hparams)
+        self.num_domains = num_domains
+
+    def loss(self, algorithm: ObjectiveAlgorithm, minibatches: Minibatches) -> tuple[Tensor, dict[str, float]]:
+        """The loss to minimise and the numbers to log; `loss` among them."""
+        raise TypeError(f"{type(self).__name__} does not define loss(algorithm, minibatches)")
+
+    def wants_fresh_optimizer(self) -> bool:
+        """True where this step's jump in gradient magnitude would mislead the optimizer's statistics."""
+        return False
+
+    def finish_step(self) -> None:
+        """Called after the optimizer's step."""
+
+
+class ObjectiveAlgorithm(Algorithm):
+    """A featurizer and a classifier trained with an objective by Adam.
+
+    `featurizer`, `classifier`, `network` and `optimizer` are DomainBed's attributes, under its names. The objective
+    is the class attribute `objective_name`, or the hparam `objective` where a subclass leaves that open.
+    """
+
+    objective_name: str | None = None
+
+    def __init__(
+        self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
+    ) -> None:
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.featurizer = networks.make_featurizer(self.input_shape, self.hparams)
+        self.classifier = networks.make_classifier(
+            self.featurizer.n_outputs, num_classes, self.hparams["nonlinear_classifier"]
+        )
+        self.network = nn.Sequential(self.featurizer, self.classifier)
+        self.optimizer = self.make_optimizer()
+        info = registry.get_objective(self.objective_name or self.hparams["objective"])
+        self.objective: Objective = info.cls(self.hparams, num_domains)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """A new Adam over the network's parameters, as DomainBed's ERM makes it."""
+        return torch.optim.Adam(
+            self.network.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
+        )
+
+    def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
+        loss, metrics = self.objective.loss(self, minibatches)
+        if self.objective.wants_fresh_optimizer():
+            self.optimizer = self.make_optimizer()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.objective.finish_step()
+        return metrics
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def export(self) -> nn.Module:
+        return copy.deepcopy(self.network).eval()
+
+
+class AnnealedObjective(Objective):
+    """An objective whose penalty weighs 1 until a given step and `lambda` afterwards; Adam restarts there."""
+
+    weight_hparam: str
+    anneal_hparam: str
+
+    def __init__(self, hparams: Mapping[str, Any], num_domains: int) -> None:
+        super().__init__(hparams, num_domains)
+        self.register_buffer("update_count", torch.tensor([0]))
+
+    def penalty_weight(self) -> float:
+        annealed = int(self.update_count) >= self.hparams[self.anneal_hparam]
+        return self.hparams[self.weight_hparam] if annealed else 1.0
+
+    def wants_fresh_optimizer(self) -> bool:
+        return int(self.update_count) == self.hparams[self.anneal_hparam]
+
+    def finish_step(self) -> None:
+        self.update_count += 1
+
+
+def split_logits(logits: Tensor, minibatches: Minibatches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of the concatenated minibatches, cut into (logits, labels) per environment."""
+    for part, (_, y) in zip(logits.split([len(x) for x, _ in minibatches]), minibatches):
+        yield part, y

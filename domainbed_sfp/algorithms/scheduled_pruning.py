@@ -1,0 +1,121 @@
+"""Base of the methods that prune while they train: a score, on the shared schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from domainbed_sfp.algorithms.base import Minibatches, ObjectiveAlgorithm
+from domainbed_sfp.errors import UserError, unknown_name
+from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.pruning import scores
+from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels
+from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, CubicSchedule
+from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
+
+GRANULARITIES = ("channel", "weight")
+
+PRUNING_HPARAMS = {
+    **SCHEDULE_HPARAMS,
+    "granularity": Hparam("channel", doc="channel (structured) or weight (unstructured)"),
+    "pruning_scope": Hparam("layer", doc="layer: the same fraction of every layer; global: one ranking of all"),
+    "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO, CORAL or Mixup"),
+}
+
+# On a long ramp the mask is renewed this often, not at every step: ranking all weights costs time.
+RAMP_UPDATES = 100
+
+
+class ScheduledPruning(ObjectiveAlgorithm):
+    """Trains with an objective and removes the units of lowest `score` on a cubic ramp.
+
+    Dense until `prune_start`, then sparser up to `prune_end`, then fine-tuned with a fixed mask. A unit once removed
+    stays removed. Subclasses define `score`.
+    """
+
+    def __init__(
+        self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
+    ) -> None:
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.schedule = CubicSchedule.from_hparams(self.hparams)
+        self.granularity: str = self.hparams["granularity"]
+        if self.granularity not in GRANULARITIES:
+            raise unknown_name("granularity", self.granularity, GRANULARITIES)
+        self.step = 0
+        self.groups: list[ChannelGroup] = []
+        parameters = dict(self.named_parameters())
+        if self.granularity == "channel":
+            self.groups = channel_groups(self.featurizer, self.classifier)
+            self.unit_shapes = {group.name: torch.Size([group.channels]) for group in self.groups}
+            touched = {name for group in self.groups for name in (*group.filters, *group.vectors, *group.readers)}
+        else:
+            prunable = scores.prunable_weights(self.featurizer)
+            self.unit_shapes = {f"featurizer.{name}": weight.shape for name, weight in prunable.items()}
+            touched = set(self.unit_shapes)
+        self.weight_masks = Masks({name: value.shape for name, value in parameters.items() if name in touched})
+        # Which units live, in the method's own granularity; for weights that is what the masks say.
+        self.unit_masks = Masks(self.unit_shapes) if self.granularity == "channel" else self.weight_masks
+
+    def score(self, minibatches: Minibatches) -> scores.Scores:
+        """One number per unit, the lowest go first: by parameter name, each of its shape, for granularity `weight`;
+        by group name, [channels], for `channel`."""
+        raise TypeError(f"{type(self).__name__} does not define score(minibatches)")
+
+    def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
+        metrics = super().update(minibatches, unlabeled)
+        if self._mask_is_due():
+            self._renew_masks(minibatches)
+        if self.step >= self.schedule.first_step(self.total_steps):
+            self.weight_masks.zero_dead(dict(self.named_parameters()))
+        self.step += 1
+        return metrics
+
+    def masks(self) -> dict[str, Tensor]:
+        return self.weight_masks.as_dict()
+
+    def sparsity(self) -> float:
+        alive = sum(int(self.unit_masks[name].sum()) for name in self.unit_masks.names)
+        return 1 - alive / sum(shape.numel() for shape in self.unit_shapes.values())
+
+    def at_final_compression(self) -> bool:
+        return self.step > self.schedule.last_step(self.total_steps)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+    def _mask_is_due(self) -> bool:
+        first, last = (edge(self.total_steps) for edge in (self.schedule.first_step, self.schedule.last_step))
+        if not first <= self.step <= last:
+            return False
+        return self.step == last or (self.step - first) % max(1, (last - first) // RAMP_UPDATES) == 0
+
+    @torch.no_grad()
+    def _renew_masks(self, minibatches: Minibatches) -> None:
+        sparsity = self.schedule.at(self.step, self.total_steps)
+        if sparsity == 0:
+            return
+        with torch.enable_grad():
+            ranked = self.score(minibatches)
+        # The dead come first in the order of removal, so that none of them returns.
+        ranked = {
+            name: score.masked_fill(~self.unit_masks[name], -torch.inf) for name, score in ranked.items()
+        }
+        alive = keep_highest(ranked, sparsity, self.hparams["pruning_scope"])
+        if self.step == self.schedule.last_step(self.total_steps) and all(keep.all() for keep in alive.values()):
+            raise UserError(
+                f"pruning {sparsity:.1%} removes nothing: the largest layer has "
+                f"{max(shape.numel() for shape in self.unit_shapes.values())} units; raise hparam 'sparsity'"
+            )
+        for name, keep in alive.items():
+            self.unit_masks.set(name, keep)
+        if self.granularity == "channel":
+            shapes = {name: self.weight_masks[name].shape for name in self.weight_masks.names}
+            device = next(iter(alive.values())).device
+            for name, mask in lower_channels(self.groups, alive, shapes, device).items():
+                self.weight_masks.set(name, mask)

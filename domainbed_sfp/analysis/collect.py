@@ -1,0 +1,162 @@
+"""The command `collect`: a directory of runs in, tables out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import UserError, unknown_name
+from ..records import load_records, write_atomically
+from .data_formats import csv_text, json_text
+from .domainbed_format import domainbed_text
+from .html_page import html_text
+from .jobs import take_account
+from .latex import latex_text
+from .markdown import markdown_text
+from .published import find_published, load_published
+from .selection import RULES, Rule
+from .tables import Report, build_report
+from .top_hparams import top_hparams_text
+
+_FORMATS: dict[str, Callable[[Report], str]] = {
+    "markdown": markdown_text,
+    "latex": latex_text,
+    "csv": csv_text,
+    "json": json_text,
+    "html": html_text,
+}
+_DOMAINBED = "domainbed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """DomainBed's `--input_dir` and `--latex`, and ours."""
+    names = ", ".join([*_FORMATS, _DOMAINBED])
+    parser.add_argument("--input_dir", required=True, metavar="DIR", help="the sweep: a directory of runs")
+    parser.add_argument(
+        "--format",
+        metavar="FORMAT",
+        help=f"{names} (default markdown); '{_DOMAINBED}' equals DomainBed's collect_results to the byte, "
+        "conventions included, and also writes results.txt or results.tex into --input_dir",
+    )
+    parser.add_argument(
+        "--latex", action="store_true", help="LaTeX; with --format domainbed, DomainBed's own"
+    )
+    parser.add_argument(
+        "--selection",
+        metavar="RULE",
+        help=f"one of {', '.join(rule.key for rule in RULES)} or all (default all)",
+    )
+    parser.add_argument(
+        "--include_incomplete", action="store_true", help="count runs that have not finished (no file 'done')"
+    )
+    parser.add_argument(
+        "--published",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="add published rows made under the same protocol (default FILE: results/published.csv)",
+    )
+    parser.add_argument("--output", metavar="FILE", help="write to FILE instead of the standard output")
+    top = parser.add_argument_group("the hparams behind a cell, as DomainBed's list_top_hparams prints them")
+    top.add_argument("--top_hparams", action="store_true", help="list hparams by validation accuracy")
+    top.add_argument("--dataset", metavar="D")
+    top.add_argument("--algorithm", metavar="A")
+    top.add_argument("--test_env", type=int, metavar="E")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints or writes the tables; returns the exit status. Raises UserError for bad input."""
+    text = _text(args)
+    if args.output is None:
+        sys.stdout.write(text)
+    else:
+        try:
+            write_atomically(args.output, text)
+        except OSError as error:
+            raise UserError(f"--output {args.output}: {error.strerror}") from error
+    return 0
+
+
+def _text(args: argparse.Namespace) -> str:
+    _check_top_hparams(args)
+    chosen = _format(args)
+    if args.top_hparams:
+        runs = load_records(args.input_dir, warn=_warn, directory_order=True)
+        return top_hparams_text(runs, args.dataset, args.algorithm, args.test_env)
+    if chosen == _DOMAINBED:
+        return _compatible_text(args)
+    rules = _rules(args.selection)
+    published = None if args.published is None else load_published(find_published(args.published))
+    runs = load_records(args.input_dir, warn=_warn)
+    account = take_account(runs, args.input_dir, include_incomplete=args.include_incomplete)
+    report = build_report(account, rules, published)
+    if not report.tables:
+        raise UserError(f"--input_dir {args.input_dir} gives no table: {' '.join(report.notes)}")
+    return _FORMATS[chosen](report)
+
+
+def _compatible_text(args: argparse.Namespace) -> str:
+    for option in ("selection", "published"):
+        if getattr(args, option) is not None:
+            raise UserError(
+                f"--{option} does not go with --format {_DOMAINBED}, which prints what DomainBed prints"
+            )
+    runs = load_records(args.input_dir, warn=_warn, directory_order=True)
+    text = domainbed_text(runs, latex=args.latex)
+    beside = Path(args.input_dir) / ("results.tex" if args.latex else "results.txt")
+    try:
+        write_atomically(beside, text)
+    except OSError as error:
+        _warn(f"{beside} is not written: {error.strerror}")
+    return text
+
+
+def _format(args: argparse.Namespace) -> str:
+    if args.format is None:
+        return "latex" if args.latex else "markdown"
+    if args.format not in (*_FORMATS, _DOMAINBED):
+        raise unknown_name("--format", args.format, [*_FORMATS, _DOMAINBED])
+    if args.latex and args.format not in ("latex", _DOMAINBED):
+        raise UserError(f"--latex and --format {args.format} contradict each other; give one of them")
+    return args.format
+
+
+def _rules(selection: str | None) -> list[Rule]:
+    if selection in (None, "all"):
+        return list(RULES)
+    rules = [rule for rule in RULES if rule.key == selection]
+    if not rules:
+        raise unknown_name("--selection", selection, [*(rule.key for rule in RULES), "all"])
+    return rules
+
+
+def _check_top_hparams(args: argparse.Namespace) -> None:
+    """--top_hparams goes with --dataset, --algorithm and --test_env, and they with it."""
+    needed = ("dataset", "algorithm", "test_env")
+    given = [name for name in needed if getattr(args, name) is not None]
+    if args.top_hparams and len(given) < len(needed):
+        lacking = next(name for name in needed if name not in given)
+        raise UserError(f"--top_hparams needs --{lacking}")
+    if given and not args.top_hparams:
+        raise UserError(f"--{given[0]} goes with --top_hparams")
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m domainbed_sfp.analysis.collect`: a UserError is one line on stderr and status 2."""
+    parser = argparse.ArgumentParser(prog="python -m domainbed_sfp.analysis.collect", description=__doc__)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""What the formats for readers show: the rounded cells, headers and notes of a table, free of any markup."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .tables import RECONSTRUCTION, Averages, Cell, Report, Row, Table
+
+BEST, SECOND = "best", "second"
+MISSING = "X"
+ABSENT = "\N{EN DASH}"
+DAGGER = "†"
+
+_RECONSTRUCTION_NOTE = (
+    f"{DAGGER} reconstruction: built from the method's description, where paper and code leave gaps; "
+    "its numbers are not the paper's."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A cell's text, and whether it is the best or second of its column."""
+
+    text: str
+    emphasis: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table to be drawn. The first column holds row labels; `name` is fit for an anchor; `protocol` may be
+    empty."""
+
+    name: str
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Shown, ...], ...]
+    protocol: str
+    notes: tuple[str, ...]
+
+
+def grids_of(report: Report) -> list[Grid]:
+    """Every table of the report and, after those of its rule, the averages over data sets."""
+    grids = []
+    rules = dict.fromkeys([table.rule for table in report.tables])
+    for rule in rules:
+        grids += [_table_grid(table) for table in report.tables if table.rule is rule]
+        grids += [_averages_grid(averages) for averages in report.averages if averages.rule is rule]
+    return grids
+
+
+def magnitude(number: float) -> str:
+    """A count in three digits with a unit: 11_176_512 as "11.2M"."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}" if number / size < 1000 else f"{number / size:.0f}{unit}"
+    return f"{number:.0f}"
+
+
+def _table_grid(table: Table) -> Grid:
+    cost_columns = [
+        (header, show)
+        for header, needed, show in (
+            ("Sparsity", "sparsity", _sparsity),
+            ("Parameters left", "surviving_parameters", _parameters),
+            ("MACs left", "macs", _macs),
+        )
+        if any(needed in row.costs for row in table.rows)
+    ]
+    header = (
+        "Algorithm",
+        *table.environments,
+        "Average",
+        "Worst",
+        "Trials",
+        *(name for name, _ in cost_columns),
+    )
+    worst = [None if row.worst is None else row.cells[row.worst] for row in table.rows]
+    columns = [
+        _cells([row.cells[env] for row in table.rows], table.rows) for env in range(len(table.environments))
+    ]
+    columns.append(_cells([row.average for row in table.rows], table.rows))
+    columns.append(
+        [
+            Shown(f"{one.text} ({table.environments[row.worst]})", one.emphasis)
+            if row.worst is not None
+            else one
+            for one, row in zip(_cells(worst, table.rows, error=False), table.rows)
+        ]
+    )
+    columns.append([Shown(_trials(row)) for row in table.rows])
+    columns += [[Shown(show(row)) for row in table.rows] for _, show in cost_columns]
+    labels = [Shown(_label(row)) for row in table.rows]
+    return Grid(
+        re.sub("[^A-Za-z0-9-]", "-", f"{table.dataset}-{table.rule.key}"),
+        f"{table.dataset}, model selection: {table.rule.title}",
+        header,
+        tuple(zip(labels, *columns)),
+        table.protocol.line(),
+        (*_legend(table), *table.notes),
+    )
+
+
+def _averages_grid(averages: Averages) -> Grid:
+    rows = averages.rows
+    columns = [_cells([row.cells[at] for row in rows], None) for at in range(len(averages.datasets))]
+    means = [None if row.mean is None else Cell(row.mean, None, None) for row in rows]
+    columns.append(_cells(means, None, error=False))
+    labels = [Shown(_daggered(row.label, row.standing)) for row in rows]
+    notes = ["The protocol and the missing jobs of each data set stand under its own table."]
+    if any(row.mean is None for row in rows):
+        notes.append(f"{MISSING}: a test environment of the data set has no result.")
+    if any(row.standing == RECONSTRUCTION for row in rows):
+        notes.append(_RECONSTRUCTION_NOTE)
+    return Grid(
+        f"averages-{averages.rule.key}",
+        f"Averages over data sets, model selection: {averages.rule.title}",
+        ("Algorithm", *averages.datasets, "Average"),
+        tuple(zip(labels, *columns)),
+        "",
+        tuple(notes),
+    )
+
+
+def _cells(column: Sequence[Cell | None], rows: Sequence[Row] | None, error: bool = True) -> list[Shown]:
+    """One column of accuracies; the best and, of three or more, the second are marked, as rounded."""
+    rounded = sorted({round(cell.accuracy, 1) for cell in column if cell is not None}, reverse=True)
+    filled = sum(cell is not None for cell in column)
+    emphasis = {}
+    if filled >= 2:
+        emphasis[rounded[0]] = BEST
+    if filled >= 3 and len(rounded) >= 2:
+        emphasis[rounded[1]] = SECOND
+    shown = []
+    for position, cell in enumerate(column):
+        if cell is None:
+            published = rows is not None and rows[position].published is not None
+            shown.append(Shown(ABSENT if published else MISSING))
+        else:
+            text = f"{cell.accuracy:.1f}"
+            if error:
+                text += f" ± {ABSENT if cell.std_err is None else format(cell.std_err, '.1f')}"
+            shown.append(Shown(text, emphasis.get(round(cell.accuracy, 1), "")))
+    return shown
+
+
+def _label(row: Row) -> str:
+    if row.published is not None:
+        return f"{row.label} [published]"
+    return _daggered(row.label, row.standing)
+
+
+def _daggered(label: str, standing: str | None) -> str:
+    return f"{label} {DAGGER}" if standing == RECONSTRUCTION else label
+
+
+def _trials(row: Row) -> str:
+    if row.published is not None:
+        return ABSENT
+    counts = sorted({0 if cell is None else cell.trials or 0 for cell in row.cells})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+
+
+def _sparsity(row: Row) -> str:
+    return f"{100 * row.costs['sparsity']:.1f}%" if "sparsity" in row.costs else ABSENT
+
+
+def _parameters(row: Row) -> str:
+    return _part(row, "surviving_parameters", "parameters")
+
+
+def _macs(row: Row) -> str:
+    return _part(row, "macs", "dense_macs")
+
+
+def _part(row: Row, left: str, dense: str) -> str:
+    if left not in row.costs:
+        return ABSENT
+    text = magnitude(row.costs[left])
+    if row.costs.get(dense):
+        text += f" ({100 * row.costs[left] / row.costs[dense]:.0f}%)"
+    return text
+
+
+def _legend(table: Table) -> list[str]:
+    measured = [row for row in table.rows if row.published is None]
+    cells = [cell for row in measured for cell in row.cells]
+    notes = ["Accuracy in percent ± standard error over trials (sample standard deviation / sqrt(n))."]
+    if any(cell is not None and cell.std_err is None for cell in cells):
+        notes.append(f"{ABSENT} in place of a standard error: n=1, a single trial has none.")
+    if any(cell is None for cell in cells):
+        notes.append(
+            f"{MISSING}: no result, the jobs it needs are missing. "
+            "No average is taken over fewer environments."
+        )
+    if any(row.standing == RECONSTRUCTION for row in measured):
+        notes.append(_RECONSTRUCTION_NOTE)
+    sources = dict.fromkeys(row.published.source for row in table.rows if row.published is not None)
+    if sources:
+        notes.append(
+            f"[published]: as printed by {'; '.join(sources)}. DomainBed's own standard errors divide by n, "
+            "not n-1."
+        )
+    return notes

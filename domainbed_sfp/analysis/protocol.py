@@ -1,0 +1,155 @@
+"""Under which protocol the runs of a table were made, and whether it is one protocol."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .. import __version__
+from ..domainbed_facts import SMALL_IMAGES
+from ..records import Run
+from .jobs import Job, number_ranges, steps_of
+from .selection import Rule
+
+# Data sets of small images: a backbone left to them ("auto") is DomainBed's MNIST_CNN.
+_MNIST_LIKE = (*SMALL_IMAGES, "FullColoredMNIST", "ColoredDigits", "RotatedDigits", "FullColoredDigits")
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What must agree between two rows for a comparison to be fair. `image_size` is in pixels, None if
+    unknown."""
+
+    backbone: str
+    image_size: int | None
+    steps: int
+    holdout_fraction: float
+    precision: str
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """The conditions of a table's runs, the commonest first, and the seeds and commits they cover."""
+
+    conditions: tuple[Conditions, ...]
+    counts: tuple[int, ...]
+    selection: str
+    hparams_seeds: tuple[int, ...]
+    trial_seeds: tuple[int, ...]
+    commits: tuple[str, ...]
+
+    def line(self) -> str:
+        """The protocol as one sentence."""
+        shown = {
+            name: "/".join(dict.fromkeys(_text(getattr(one, name)) for one in self.conditions))
+            for name in Conditions.__slots__
+        }
+        draws = (
+            "default hparams"
+            if self.hparams_seeds == (0,)
+            else f"{len(self.hparams_seeds)} hparams draws (seeds {number_ranges(self.hparams_seeds)})"
+        )
+        trials = f"{len(self.trial_seeds)} trial{'' if len(self.trial_seeds) == 1 else 's'}"
+        parts = [
+            f"{self.selection} selection",
+            f"{shown['steps']} steps",
+            f"backbone {shown['backbone']}",
+            *([f"{shown['image_size']} px images"] if shown["image_size"] != "unknown" else []),
+            f"{draws} x {trials} (seeds {number_ranges(self.trial_seeds)})",
+            f"held-out fraction {shown['holdout_fraction']}",
+            f"precision {shown['precision']}",
+        ]
+        if set(shown["task"].split("/")) != {"domain_generalization"}:
+            parts.append(f"task {shown['task']}")
+        parts.append(f"commit {', '.join(self.commits) or 'not recorded'}")
+        return f"Protocol: {'; '.join(parts)}; collected by domainbed_sfp {__version__}."
+
+    def warnings(self) -> list[str]:
+        """One sentence for each condition that is not the same in all runs."""
+        found = []
+        for name in Conditions.__slots__:
+            values: Counter[str] = Counter()
+            for one, count in zip(self.conditions, self.counts):
+                values[_text(getattr(one, name))] += count
+            if len(values) > 1:
+                told = ", ".join(f"{value} in {count} runs" for value, count in values.most_common())
+                found.append(f"Warning: this table mixes protocols, {name.replace('_', ' ')}: {told}.")
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "selection": self.selection,
+            "conditions": [
+                {name: getattr(one, name) for name in Conditions.__slots__} | {"runs": count}
+                for one, count in zip(self.conditions, self.counts)
+            ],
+            "hparams_seeds": list(self.hparams_seeds),
+            "trial_seeds": list(self.trial_seeds),
+            "commits": list(self.commits),
+            "package": f"domainbed_sfp {__version__}",
+        }
+
+
+def protocol_of(runs: dict[Job, Run], rule: Rule) -> Protocol:
+    counts = Counter(conditions_of(run) for run in runs.values()).most_common()
+    commits = {run.facts["commit"] for run in runs.values() if run.facts.get("commit")}
+    return Protocol(
+        tuple(conditions for conditions, _ in counts),
+        tuple(count for _, count in counts),
+        rule.title,
+        _sorted(job.hparams_seed for job in runs),
+        _sorted(job.trial_seed for job in runs),
+        tuple(sorted(str(commit)[:12] for commit in commits)),
+    )
+
+
+def conditions_of(run: Run) -> Conditions:
+    small = run.dataset in _MNIST_LIKE
+    default_size = 28 if run.dataset in SMALL_IMAGES else None if small else 224
+    return Conditions(
+        backbone_of(run.dataset, run.hparams),
+        run.hparams.get("image_size", default_size),
+        steps_of(run),
+        run.args.get("holdout_fraction", 0.2),
+        run.facts.get("precision", "fp32"),
+        run.args.get("task", "domain_generalization"),
+    )
+
+
+def backbone_of(dataset: str, hparams: dict[str, Any]) -> str:
+    """The backbone's identity, in the words of results/published.csv where it has them.
+
+    DomainBed's hparams decide a backbone "auto" (or absent): `resnet50_augmix` wins over `resnet18`. Records
+    from before it had `freeze_bn` were always made with batch norm frozen.
+    """
+    backbone = hparams.get("backbone", "auto")
+    weights = hparams.get("weights", "imagenet")
+    details = []
+    if backbone == "auto":
+        if dataset in _MNIST_LIKE:
+            return "MNIST_CNN"
+        chosen = [name for name in ("dinov2", "vit", "resnet50_augmix", "resnet18") if hparams.get(name)]
+        backbone = chosen[0] if chosen else "resnet50"
+    if backbone in ("dinov2", "vit"):
+        return backbone
+    if backbone == "resnet50_augmix":
+        backbone = "resnet50"
+        details.append("augmix")
+    elif backbone == "resnet50" and weights == "imagenet":
+        details.append("tv V1")
+    if weights != "imagenet":
+        details = ["from scratch" if weights == "none" else f"weights {weights}"]
+    if hparams.get("freeze_bn", "resnet50_augmix" not in hparams):
+        details.append("frozen BN")
+    return f"{backbone} ({', '.join(details)})" if details else backbone
+
+
+def _text(value: object) -> str:
+    return "unknown" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _sorted(values: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(values)))

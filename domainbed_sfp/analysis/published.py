@@ -1,0 +1,142 @@
+"""Published rows beside measured ones, only where the protocol is the same."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..domainbed_facts import DEFAULT_STEPS
+from ..errors import UserError
+from .protocol import Protocol
+from .selection import Rule
+
+# The environments of a data set under the names publications use, in DomainBed's order.
+_DOMAINS = {
+    "VLCS": ("Caltech101", "LabelMe", "SUN09", "VOC2007"),
+    "PACS": ("art_painting", "cartoon", "photo", "sketch"),
+    "OfficeHome": ("Art", "Clipart", "Product", "Real World"),
+}
+
+_AVERAGE = "average"
+_COLUMNS = ("algorithm", "dataset", "test_domain", "selection", "accuracy", "std_err", "backbone", "source")
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedRow:
+    """Accuracies and standard errors in percent as printed by `source`: per environment in DomainBed's order
+    (None where not published) and for the average."""
+
+    algorithm: str
+    dataset: str
+    selection: str
+    backbone: str
+    source: str
+    environments: tuple[tuple[float, float | None] | None, ...]
+    average: tuple[float, float | None] | None
+
+
+def find_published(given: str) -> Path:
+    """The file named, or with "" the default: results/published.csv of this checkout, or of the current
+    directory.
+
+    Raises UserError when there is no such file.
+    """
+    checkout = Path(__file__).resolve().parents[2]
+    candidates = (
+        [Path(given)] if given else [root / "results" / "published.csv" for root in (checkout, Path.cwd())]
+    )
+    for path in candidates:
+        if path.is_file():
+            return path
+    looked = " or ".join(str(path) for path in candidates)
+    raise UserError(f"--published: no file {looked}; name the CSV file of published rows")
+
+
+def load_published(path: Path) -> list[PublishedRow]:
+    """Reads the rows of a CSV file with the columns algorithm, dataset, test_domain, selection, accuracy,
+    std_err, backbone, source. Raises UserError, naming file and line, for a file that is not one."""
+    grouped: dict[tuple[str, ...], dict[str, tuple[float, float | None]]] = {}
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            lacking = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
+            if lacking:
+                raise UserError(
+                    f"--published {path}: no column {lacking[0]!r}; expected {', '.join(_COLUMNS)}"
+                )
+            for line in reader:
+                key = tuple(
+                    line[name] for name in ("algorithm", "dataset", "selection", "backbone", "source")
+                )
+                try:
+                    error = float(line["std_err"]) if line["std_err"] else None
+                    grouped.setdefault(key, {})[line["test_domain"]] = (float(line["accuracy"]), error)
+                except (TypeError, ValueError) as problem:
+                    raise UserError(f"--published {path}, line {reader.line_num}: {problem}") from problem
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"--published {path}: {problem}") from problem
+    rows = []
+    for (algorithm, dataset, selection, backbone, source), by_domain in grouped.items():
+        environments = tuple(by_domain.get(domain) for domain in _DOMAINS.get(dataset, ()))
+        rows.append(
+            PublishedRow(
+                algorithm, dataset, selection, backbone, source, environments, by_domain.get(_AVERAGE)
+            )
+        )
+    return rows
+
+
+def matching_rows(
+    published: Sequence[PublishedRow],
+    dataset: str,
+    rule: Rule,
+    protocol: Protocol,
+    environments: Sequence[str],
+) -> tuple[list[PublishedRow], list[str]]:
+    """The rows that may stand in this table, and a sentence about those that may not."""
+    candidates = [row for row in published if row.dataset == dataset]
+    if not candidates:
+        return [], [f"No published rows: the file has none for {dataset}."]
+    of_rule = [row for row in candidates if row.selection == rule.key]
+    if not of_rule:
+        return [], [f"No published rows: the file has none for {dataset} with {rule.title} selection."]
+    obstacle = _obstacle(protocol)
+    if obstacle:
+        return [], [f"No published rows: {len(of_rule)} for {dataset} were not added, {obstacle}."]
+    backbone = protocol.conditions[0].backbone
+    matching = [row for row in of_rule if row.backbone == backbone]
+    said = []
+    others = sorted({row.backbone for row in of_rule} - {backbone})
+    if others:
+        count = len(of_rule) - len(matching)
+        said.append(
+            f"{count} published row{'' if count == 1 else 's'} for {dataset} not added: made with "
+            f"{'; '.join(others)}, these runs with {backbone}."
+        )
+    blank = (None,) * len(environments)
+    return [_with_environments(row, blank) for row in matching], said
+
+
+def _obstacle(protocol: Protocol) -> str | None:
+    """Why no published row can match, whatever its backbone; None when the conditions are the published
+    ones."""
+    if len(protocol.conditions) > 1:
+        return "these runs mix protocols"
+    conditions = protocol.conditions[0]
+    if conditions.steps != DEFAULT_STEPS:
+        return f"they trained for {DEFAULT_STEPS:,} steps, these runs for {conditions.steps:,}"
+    expected = 28 if conditions.backbone == "MNIST_CNN" else 224
+    if conditions.image_size != expected:
+        return f"their images have {expected} px, those of these runs {conditions.image_size}"
+    if conditions.task != "domain_generalization":
+        return f"their task is domain_generalization, that of these runs {conditions.task}"
+    return None
+
+
+def _with_environments(row: PublishedRow, blank: tuple[None, ...]) -> PublishedRow:
+    environments = row.environments if len(row.environments) == len(blank) else blank
+    return PublishedRow(
+        row.algorithm, row.dataset, row.selection, row.backbone, row.source, environments, row.average
+    )

@@ -1,0 +1,137 @@
+"""Checkpoints: one safetensors file that holds the tensors, with everything else as JSON in its header.
+
+One file is replaced by one atomic rename: a run killed at any moment finds the old checkpoint or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from domainbed_sfp.algorithms.base import Algorithm
+from domainbed_sfp.errors import UserError
+
+MODEL, OPTIMIZER = "model/", "optimizer/"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that it is there as a whole or not at all; a failed attempt leaves the old one."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_checkpoint(path: Path, algorithm: Algorithm, state: Mapping[str, Any]) -> None:
+    """Saves parameters, buffers, extra states and optimizers of `algorithm`, and the JSON-safe `state`."""
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, Any] = {"state": state, "aliases": {}, "values": {}, "optimizers": {}}
+    for key, value in algorithm.state_dict().items():
+        if isinstance(value, Tensor):
+            tensors[MODEL + key] = value
+        else:
+            header["values"][key] = value
+    for name, optimizer in _optimizers(algorithm).items():
+        described = optimizer.state_dict()
+        scalars: dict[str, dict[str, Any]] = {}
+        for index, slots in described["state"].items():
+            for slot, value in slots.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{OPTIMIZER}{name}/{index}/{slot}"] = value
+                else:
+                    scalars.setdefault(str(index), {})[slot] = value
+        header["optimizers"][name] = {"param_groups": described["param_groups"], "scalars": scalars}
+    # safetensors refuses tensors that share memory, and `network` shares its own with `featurizer`.
+    unique: dict[str, Tensor] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for key, tensor in tensors.items():
+        identity = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and identity in first:
+            header["aliases"][key] = first[identity]
+        else:
+            first[identity] = key
+            unique[key] = tensor.detach().contiguous().cpu()
+    write_atomically(path, save(unique, metadata={"domainbed_sfp": json.dumps(header)}))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON-safe state of a checkpoint. Raises UserError where the file is no checkpoint."""
+    return _read_header(path)["state"]
+
+
+def load_checkpoint(path: Path, algorithm: Algorithm) -> dict[str, Any]:
+    """Restores `algorithm` from a checkpoint, in place, and returns the JSON-safe state.
+
+    Raises UserError if the file is no checkpoint, or one of another algorithm or network.
+    """
+    header = _read_header(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors.update({alias: tensors[key] for alias, key in header["aliases"].items()})
+    model = {key.removeprefix(MODEL): value for key, value in tensors.items() if key.startswith(MODEL)}
+    try:
+        algorithm.load_state_dict({**model, **header["values"]})
+    except RuntimeError as error:
+        raise UserError(f"checkpoint {str(path)!r} is of another network: {str(error).splitlines()[-1].strip()}") from error
+    for name, optimizer in _optimizers(algorithm).items():
+        described = header["optimizers"][name]
+        state: dict[int, dict[str, Any]] = {int(i): dict(slots) for i, slots in described["scalars"].items()}
+        prefix = f"{OPTIMIZER}{name}/"
+        for key, value in tensors.items():
+            if key.startswith(prefix):
+                index, slot = key.removeprefix(prefix).split("/", 1)
+                state.setdefault(int(index), {})[slot] = value
+        # JSON has no tuples, and Adam's betas are one.
+        groups = [
+            {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
+            for group in described["param_groups"]
+        ]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return header["state"]
+
+
+def save_model(path: Path, contents: Mapping[str, Any]) -> None:
+    """DomainBed's model.pkl: a torch file of tensors and plain values, which loads with `weights_only=True`."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        torch.save(dict(contents), temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["domainbed_sfp"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{str(path)!r} is not a checkpoint of this package ({error}); remove it to start anew") from error
+
+
+def _optimizers(algorithm: Algorithm) -> dict[str, torch.optim.Optimizer]:
+    return {name: value for name, value in vars(algorithm).items() if isinstance(value, torch.optim.Optimizer)}

@@ -1,0 +1,236 @@
+"""The command `domainbed-sfp`: parses flags and calls the parts; nothing is computed here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from domainbed_sfp import __version__
+from domainbed_sfp.errors import UserError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Runs a command and exits: 0 when done, 1 when some work failed, 2 for bad input, 128 + n after signal n."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = getattr(error, "exit_status", 2)
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        # The reader of our output went away, as `| head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="domainbed-sfp", description="Pruning and quantization for domain generalization, on DomainBed's protocol."
+    )
+    parser.add_argument("--version", action="version", version=f"domainbed-sfp {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_quickstart(commands)
+    _add_list(commands)
+    _add_download(commands)
+    _add_train(commands)
+    _add_sweep(commands)
+    _add_collect(commands)
+    _add_upstream(commands)
+    return parser
+
+
+def _add(commands: argparse._SubParsersAction, name: str, text: str, run: Command) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+# quickstart ---------------------------------------------------------------------------------------------------------
+
+
+def _add_quickstart(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "quickstart", "run a real small sweep on the embedded data and print its table", _quickstart)
+    parser.add_argument("--output_dir", default="quickstart_output")
+    _add_slots(parser)
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from domainbed_sfp.sweep import commands
+
+    status = commands.launch(
+        commands.read_spec("quickstart"), None, args.output_dir, slots=args.jobs, ask=False, cache_dir=None
+    )
+    if status:
+        return status
+    table = make_parser().parse_args(["collect", "--input_dir", args.output_dir, "--selection", "training-domain"])
+    return table.run(table)
+
+
+# list ---------------------------------------------------------------------------------------------------------------
+
+
+def _add_list(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "list", "list algorithms, data sets, hparams or sweep specs", _list)
+    parser.add_argument("what", choices=["algorithms", "datasets", "hparams", "sweeps"])
+    parser.add_argument("--algorithm", default="ERM", help="for hparams")
+    parser.add_argument("--dataset", default="PACS", help="for hparams")
+
+
+def _list(args: argparse.Namespace) -> int:
+    from domainbed_sfp import listing
+
+    rows = {
+        "algorithms": listing.algorithms,
+        "datasets": listing.datasets,
+        "hparams": lambda: listing.hparams(args.algorithm, args.dataset),
+        "sweeps": listing.sweeps,
+    }[args.what]()
+    listing.show(rows)
+    return 0
+
+
+# download -----------------------------------------------------------------------------------------------------------
+
+
+def _add_download(commands: argparse._SubParsersAction) -> None:
+    from domainbed_sfp.data import download
+
+    parser = _add(commands, "download", "get a data set, unpack it and verify it", download.run)
+    download.add_arguments(parser)
+
+
+# train --------------------------------------------------------------------------------------------------------------
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "train", "compute one run; DomainBed's flags, names and defaults", _train)
+    parser.add_argument("--data_dir")
+    parser.add_argument("--dataset", default="RotatedMNIST")
+    parser.add_argument("--algorithm", default="ERM")
+    parser.add_argument("--task", default="domain_generalization", choices=["domain_generalization", "domain_adaptation"])
+    parser.add_argument("--hparams", help="JSON object of hparams that replace the drawn ones")
+    parser.add_argument("--hparams_seed", type=int, default=0, help="0 takes the default hparams, others a random draw")
+    parser.add_argument("--trial_seed", type=int, default=0, help="seeds the splits and, with hparams_seed, the draw")
+    parser.add_argument("--seed", type=int, default=0, help="seeds everything else")
+    parser.add_argument("--steps", type=int, help="default: the data set's")
+    parser.add_argument("--checkpoint_freq", type=int, help="steps between records; default: the data set's")
+    parser.add_argument("--test_envs", type=int, nargs="+", default=[0])
+    parser.add_argument("--output_dir", default="train_output")
+    parser.add_argument("--holdout_fraction", type=float, default=0.2)
+    parser.add_argument("--uda_holdout_fraction", type=float, default=0.0)
+    parser.add_argument("--skip_model_save", action="store_true")
+    parser.add_argument("--save_model_every_checkpoint", action="store_true")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "auto"], help="featurizer's arithmetic")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    _add_cache_dir(parser)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from domainbed_sfp import training
+
+    values = {name: getattr(args, name) for name in training.TrainArgs.__dataclass_fields__}
+    try:
+        training.train(training.TrainArgs(**values))
+    except training.Interrupted as stopped:
+        return 128 + stopped.signal_number
+    return 0
+
+
+# sweep --------------------------------------------------------------------------------------------------------------
+
+
+def _add_sweep(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "sweep", "run a grid of runs; DomainBed's flags, or a spec file with the same keys", _sweep)
+    parser.add_argument("action", choices=["launch", "status", "delete_incomplete"])
+    parser.add_argument("spec", nargs="?", help="YAML file, or the name of a shipped one (see: list sweeps)")
+    parser.add_argument("--datasets", nargs="+")
+    parser.add_argument("--algorithms", nargs="+")
+    parser.add_argument("--task", choices=["domain_generalization", "domain_adaptation"])
+    parser.add_argument("--n_hparams_from", type=int)
+    parser.add_argument("--n_hparams", type=int)
+    parser.add_argument("--n_trials", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--checkpoint_freq", type=int)
+    parser.add_argument("--hparams", help="JSON object of hparams for all runs")
+    parser.add_argument("--holdout_fraction", type=float)
+    parser.add_argument("--single_test_envs", action="store_const", const=True)
+    parser.add_argument("--precision", choices=["fp32", "bf16", "auto"])
+    parser.add_argument("--skip_model_save", action="store_const", const=True, help="keep no model.pkl of each run")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--data_dir")
+    parser.add_argument("--command_launcher", default="local", help="local, multi_gpu, or dummy to print the commands")
+    parser.add_argument("--skip_confirmation", action="store_true")
+    _add_slots(parser)
+    _add_cache_dir(parser)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from domainbed_sfp import hparams
+    from domainbed_sfp.sweep import commands
+
+    spec = commands.read_spec(args.spec) if args.spec else commands.default_spec()
+    overrides = {**spec.hparams, **hparams.parse_overrides(args.hparams)} if args.hparams else None
+    names = (
+        "datasets", "algorithms", "task", "n_hparams_from", "n_hparams", "n_trials", "steps", "checkpoint_freq",
+        "holdout_fraction", "single_test_envs", "precision", "skip_model_save",
+    )  # fmt: skip
+    spec = spec.updated(**{name: getattr(args, name) for name in names}, hparams=overrides)
+    if args.action == "status":
+        return commands.status(spec, args.data_dir, args.output_dir)
+    if args.action == "delete_incomplete":
+        return commands.delete_incomplete(spec, args.data_dir, args.output_dir, ask=not args.skip_confirmation)
+    return commands.launch(
+        spec,
+        args.data_dir,
+        args.output_dir,
+        launcher=args.command_launcher,
+        slots=args.jobs,
+        ask=not args.skip_confirmation,
+        cache_dir=args.cache_dir,
+    )
+
+
+# collect ------------------------------------------------------------------------------------------------------------
+
+
+def _add_collect(commands: argparse._SubParsersAction) -> None:
+    from domainbed_sfp.analysis import collect
+
+    parser = _add(commands, "collect", "make tables of the records of a sweep, ours or DomainBed's", collect.run)
+    collect.add_arguments(parser)
+
+
+# upstream -----------------------------------------------------------------------------------------------------------
+
+
+def _add_upstream(commands: argparse._SubParsersAction) -> None:
+    text = "run an unmodified DomainBed checkout with our algorithms registered"
+    parser = _add(commands, "upstream", text, _upstream)
+    parser.add_argument("--domainbed_root", default=os.environ.get("DOMAINBED_ROOT"), help="default: $DOMAINBED_ROOT")
+    parser.add_argument("script", help="train, sweep, collect_results or another module of domainbed.scripts")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to DomainBed")
+
+
+def _upstream(args: argparse.Namespace) -> int:
+    from domainbed_sfp import upstream
+
+    return upstream.run(args.domainbed_root, args.script, args.arguments)
+
+
+def _add_slots(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time on this machine")
+
+
+def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache_dir", help="decoded images; default: $DOMAINBED_SFP_CACHE or the user's cache folder")

@@ -1,0 +1,154 @@
+"""What a data set is: named environments of labelled images, and how the registry finds it."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from domainbed_sfp.data import augmentation
+from domainbed_sfp.errors import UserError, unknown_name
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The samples of one environment.
+
+    images: uint8 [N, H, W, 3] (photographs, usually a memory map) or float [N, C, H, W] (ready for the network).
+    labels: int64 [N].
+    sizes: (width, height) of the original files, int [N, 2]; for photographs only, where crops are drawn from it.
+    aligned: bool [N], where the data set knows whether a sample's spurious attribute agrees with its label.
+    """
+
+    name: str
+    images: np.ndarray | Tensor
+    labels: Tensor
+    sizes: Tensor | None = None
+    aligned: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def is_photographic(self) -> bool:
+        return isinstance(self.images, np.ndarray)
+
+    def gather(self, indices: np.ndarray) -> Tensor:
+        """The stored images at `indices` as a tensor [n, C, H, W]; uint8 where they are photographs."""
+        if isinstance(self.images, np.ndarray):
+            # A permuted NHWC array is a channels_last tensor: no copy is needed to get there.
+            return torch.from_numpy(self.images[indices]).permute(0, 3, 1, 2)
+        return self.images[torch.from_numpy(indices)]
+
+
+class Dataset:
+    """Base of all data sets; class constants as in DomainBed.
+
+    ENVIRONMENTS: names of the environments in table order; None where they are known only from the data.
+    N_STEPS, CHECKPOINT_FREQ: a run's length and the steps between its checkpoints, unless a flag says otherwise.
+    SMALL_IMAGES: MNIST-like, trained from scratch: decides the ranges of lr, weight decay and batch size.
+    EMBEDDED: needs no files.
+    """
+
+    ENVIRONMENTS: ClassVar[list[str] | None] = None
+    N_STEPS: ClassVar[int] = 5001
+    CHECKPOINT_FREQ: ClassVar[int] = 100
+    SMALL_IMAGES: ClassVar[bool] = False
+    EMBEDDED: ClassVar[bool] = False
+
+    environments: list[Environment]
+    input_shape: tuple[int, int, int]
+    num_classes: int
+
+    @classmethod
+    def build(cls, data_dir: str | None, hparams: Mapping[str, Any], seed: int, cache_dir: Path | None) -> Dataset:
+        """Loads the data set.
+
+        Args:
+            data_dir: DomainBed's root of all data sets; may be None for embedded sets.
+            hparams: `image_size` and `data_augmentation` are used, by sets of photographs.
+            seed: the run's `--seed`, which in DomainBed also decides how MNIST is dealt out and coloured.
+            cache_dir: where decoded photographs are kept; None for the default place.
+
+        Raises:
+            UserError: if the files are missing, incomplete or unreadable.
+        """
+        raise TypeError(f"{cls.__name__} does not define build(data_dir, hparams, seed, cache_dir)")
+
+    @classmethod
+    def environment_names(cls, data_dir: str | None = None) -> list[str]:
+        """Names of the environments, without loading any image."""
+        if cls.ENVIRONMENTS is None:
+            raise TypeError(f"{cls.__name__} defines neither ENVIRONMENTS nor environment_names(data_dir)")
+        return cls.ENVIRONMENTS
+
+    @classmethod
+    def check_files(cls, data_dir: str | None) -> None:
+        """Raises UserError where the files are plainly not there, without reading them."""
+
+    def __init__(self, environments: list[Environment], num_classes: int, augment: bool = False) -> None:
+        self.environments = environments
+        self.num_classes = num_classes
+        self.augment = augment
+        first = environments[0].images
+        height, width, channels = first.shape[1:] if environments[0].is_photographic else (*first.shape[2:], first.shape[1])
+        self.input_shape = (int(channels), int(height), int(width))
+
+    def __len__(self) -> int:
+        return len(self.environments)
+
+    def __getitem__(self, index: int) -> Environment:
+        return self.environments[index]
+
+    def evaluation_batches(self, env_i: int, device: torch.device, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """All samples of an environment in order, without augmentation: (x float [n, C, H, W], y [n])."""
+        environment = self.environments[env_i]
+        for start in range(0, len(environment), batch_size):
+            indices = np.arange(start, min(start + batch_size, len(environment)))
+            x = environment.gather(indices).to(device)
+            y = environment.labels[start : start + batch_size].to(device)
+            yield (augmentation.normalize(x) if environment.is_photographic else x), y
+
+
+ClassT = TypeVar("ClassT", bound=type[Dataset])
+
+_datasets: dict[str, type[Dataset]] = {}
+
+
+def dataset(name: str) -> Callable[[ClassT], ClassT]:
+    """Class decorator: makes the class known as data set `name`."""
+
+    def decorate(cls: ClassT) -> ClassT:
+        if name in _datasets:
+            raise UserError(f"data set name {name!r} is registered twice: by {_datasets[name]} and by {cls}")
+        _datasets[name] = cls
+        return cls
+
+    return decorate
+
+
+def get_dataset_class(name: str) -> type[Dataset]:
+    """The class of data set `name`; a UserError with the nearest name if there is none."""
+    _load()
+    if name not in _datasets:
+        raise unknown_name("data set", name, _datasets)
+    return _datasets[name]
+
+
+def dataset_names() -> list[str]:
+    """All data sets: embedded ones first."""
+    _load()
+    return sorted(_datasets, key=lambda name: (not _datasets[name].EMBEDDED, name))
+
+
+def _load() -> None:
+    package = importlib.import_module("domainbed_sfp.data.sets")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"domainbed_sfp.data.sets.{module.name}")

@@ -1,0 +1,148 @@
+"""Decoded photographs, kept once as uint8 in a memory-mapped file that all jobs share.
+
+An entry is keyed by the content of the image files, their order and the size they are resized to, so that copies of
+a data set share an entry and a changed file makes a new one. Entries appear by an atomic rename, under a lock: jobs
+that start together decode once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image
+
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.progress import progress
+
+# Part of every key: raise it when the stored form changes.
+FORMAT = "1"
+
+
+def default_cache_dir() -> Path:
+    """`DOMAINBED_SFP_CACHE`, or `domainbed_sfp` in the user's cache folder."""
+    given = os.environ.get("DOMAINBED_SFP_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(given) if given else base / "domainbed_sfp"
+
+
+def cached_images(
+    paths: Sequence[Path], root: Path, size: int, cache_dir: Path | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The images at `paths` below `root`, as RGB resized to `size` x `size` by PIL's bilinear filter.
+
+    Returns:
+        images: read-only memory map, uint8 [N, size, size, 3]; equal to torchvision's Resize on PIL images.
+        sizes: original (width, height), int32 [N, 2].
+
+    Raises:
+        UserError: for a file that cannot be decoded (named), or a cache folder that cannot hold the entry.
+    """
+    cache = cache_dir or default_cache_dir()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        key = _content_key(paths, root, size, cache)
+        entry = cache / key
+        if not entry.is_dir():
+            with FileLock(cache / f"{key}.lock"):
+                if not entry.is_dir():
+                    _build(entry, paths, f"{root.parent.name}/{root.name}", size)
+        images = np.load(entry / "images.npy", mmap_mode="r")
+        sizes = np.load(entry / "sizes.npy")
+    except OSError as error:
+        needed = len(paths) * size * size * 3 / 2**20
+        raise UserError(
+            f"image cache {str(cache)!r}: {error.strerror or error}; {needed:.0f} MiB are needed for {len(paths)} images "
+            f"of {str(root)!r} at {size} px; choose another folder with --cache_dir or DOMAINBED_SFP_CACHE"
+        ) from error
+    return images, sizes
+
+
+def _content_key(paths: Sequence[Path], root: Path, size: int, cache: Path) -> str:
+    """Hash of names and contents. Reading all files is remembered by their sizes and times, so it is done once."""
+    stats = [path.stat() for path in paths]
+    seen = hashlib.sha256()
+    for path, stat in zip(paths, stats):
+        seen.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    memo = cache / "contents" / seen.hexdigest()[:32]
+    if memo.is_file() and len(recalled := memo.read_text()) == 64:
+        content = recalled
+    else:
+        total = hashlib.sha256()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for path, digest in zip(paths, pool.map(_file_digest, paths)):
+                total.update(f"{path.relative_to(root).as_posix()}\0".encode() + digest)
+        content = total.hexdigest()
+        memo.parent.mkdir(exist_ok=True)
+        _write_text(memo, content)
+    return hashlib.sha256(json.dumps([FORMAT, content, size]).encode()).hexdigest()[:32]
+
+
+def _file_digest(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def _build(entry: Path, paths: Sequence[Path], title: str, size: int) -> None:
+    """Decodes into a temporary folder beside the entry and renames it when all is written."""
+    target = Path(tempfile.mkdtemp(prefix="building-", dir=entry.parent))
+    try:
+        images = _allocate(target / "images.npy", (len(paths), size, size, 3))
+        sizes = np.zeros((len(paths), 2), dtype=np.int32)
+
+        def decode(index: int) -> None:
+            images[index], sizes[index] = _decode(paths[index], size)
+
+        # PIL releases the interpreter's lock while it decodes and resizes.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                for _ in progress(
+                    pool.map(decode, range(len(paths))), len(paths), f"decoding {title} at {size} px", "images"
+                ):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        images.flush()
+        del images
+        np.save(target / "sizes.npy", sizes)
+        os.replace(target, entry)
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A memory map whose disk space is reserved: writing to a map on a full disk would kill the process."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    with open(path, "r+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        elif shutil.disk_usage(path.parent).free < array.nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return array
+
+
+def _decode(path: Path, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    try:
+        with Image.open(path) as image:
+            original = image.size
+            pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
+            raise
+        raise UserError(f"image {str(path)!r} cannot be decoded ({error}); replace the file or remove it") from error
+    return pixels, original

@@ -1,0 +1,150 @@
+"""Sets of photographs, drawings and sketches in DomainBed's layout: `<root>/<environment>/<class>/<image>`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from domainbed_sfp.data.base import Dataset, Environment, dataset
+from domainbed_sfp.data.cache import cached_images
+from domainbed_sfp.errors import UserError
+
+
+class ImageFolders(Dataset):
+    """Base: environments are the sorted folders of the root, classes the sorted folders of an environment."""
+
+    FOLDER: ClassVar[str] = ""
+    CHECKPOINT_FREQ = 300
+
+    @classmethod
+    def build(cls, data_dir: str | None, hparams: Mapping[str, Any], seed: int, cache_dir: Path | None) -> Dataset:
+        size = hparams["image_size"]
+        if size < 8:
+            raise UserError(f"hparam 'image_size': expected at least 8 pixels, got {size}")
+        root = cls.root(data_dir)
+        folders = cls.environment_folders(root)
+        files = {folder: _files_by_class(folder) for folder in folders}
+        classes = _common_classes(files)
+        environments = []
+        for folder, by_class in files.items():
+            paths = [path for name in classes for path in by_class[name]]
+            labels = [index for index, name in enumerate(classes) for _ in by_class[name]]
+            images, sizes = cached_images(paths, folder, size, cache_dir)
+            environments.append(Environment(folder.name, images, torch.tensor(labels), torch.from_numpy(sizes)))
+        return cls(environments, len(classes), augment=hparams["data_augmentation"])
+
+    @classmethod
+    def check_files(cls, data_dir: str | None) -> None:
+        cls.environment_folders(cls.root(data_dir))
+
+    @classmethod
+    def root(cls, data_dir: str | None) -> Path:
+        """The folder that holds the environments; a UserError if it is not there."""
+        if data_dir is None:
+            raise UserError(f"{cls.__name__} needs --data_dir: the folder that holds {cls.FOLDER or 'the environments'}")
+        root = Path(data_dir) / cls.FOLDER
+        if not root.is_dir():
+            hint = f"; get it with: domainbed-sfp download {cls.__name__} --data_dir {data_dir}" if cls.FOLDER else ""
+            raise UserError(f"{cls.__name__}: there is no folder {str(root)!r}{hint}")
+        return root
+
+    @classmethod
+    def environment_folders(cls, root: Path) -> list[Path]:
+        """Folders of the environments in DomainBed's order; a UserError if their number is not the data set's."""
+        folders = sorted((entry for entry in root.iterdir() if entry.is_dir()), key=lambda entry: entry.name)
+        found = ", ".join(folder.name for folder in folders) or "none"
+        if cls.ENVIRONMENTS is not None and len(folders) != len(cls.ENVIRONMENTS):
+            raise UserError(
+                f"{cls.__name__}: expected {len(cls.ENVIRONMENTS)} environment folders in {str(root)!r} "
+                f"({', '.join(cls.ENVIRONMENTS)}), found {len(folders)}: {found}"
+            )
+        if len(folders) < 2:
+            raise UserError(f"{cls.__name__}: expected two or more environment folders in {str(root)!r}, found {found}")
+        return folders
+
+
+def _files_by_class(folder: Path) -> dict[str, list[Path]]:
+    """Image files by class folder, in the order of torchvision's ImageFolder."""
+    files: dict[str, list[Path]] = {}
+    for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        paths = []
+        for directory, _, names in sorted(os.walk(class_folder, followlinks=True)):
+            paths += [Path(directory) / name for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]
+        if not paths:
+            raise UserError(
+                f"class folder {str(class_folder)!r} holds no image ({', '.join(IMG_EXTENSIONS)}); "
+                "add images or remove the folder from every environment"
+            )
+        files[class_folder.name] = paths
+    if not files:
+        raise UserError(f"environment folder {str(folder)!r} holds no class folder")
+    return files
+
+
+def _common_classes(files: Mapping[Path, Mapping[str, list[Path]]]) -> list[str]:
+    """The class names, which must be the same everywhere: labels are their positions."""
+    first, *others = files
+    for other in others:
+        for here, there in ((first, other), (other, first)):
+            missing = sorted(set(files[here]) - set(files[there]))
+            if missing:
+                raise UserError(
+                    f"environments disagree on their classes: {missing[0]!r} is in {str(here)!r} "
+                    f"but not in {str(there)!r}"
+                )
+    return sorted(files[first])
+
+
+@dataset("VLCS")
+class VLCS(ImageFolders):
+    """Fang, Xu, Rockmore 2013: Caltech101, LabelMe, SUN09, VOC2007; 5 classes, 10,729 images."""
+
+    FOLDER = "VLCS"
+    ENVIRONMENTS = ["C", "L", "S", "V"]
+
+
+@dataset("PACS")
+class PACS(ImageFolders):
+    """Li et al. 2017: art painting, cartoon, photo, sketch; 7 classes, 9,991 images."""
+
+    FOLDER = "PACS"
+    ENVIRONMENTS = ["A", "C", "P", "S"]
+
+
+@dataset("OfficeHome")
+class OfficeHome(ImageFolders):
+    """Venkateswara et al. 2017: art, clipart, product, real; 65 classes, 15,588 images."""
+
+    FOLDER = "office_home"
+    ENVIRONMENTS = ["A", "C", "P", "R"]
+
+
+@dataset("TerraIncognita")
+class TerraIncognita(ImageFolders):
+    """Beery, Van Horn, Perona 2018: four camera-trap locations; 10 classes."""
+
+    FOLDER = "terra_incognita"
+    ENVIRONMENTS = ["L100", "L38", "L43", "L46"]
+
+
+@dataset("DomainNet")
+class DomainNet(ImageFolders):
+    """Peng et al. 2019: six domains, 345 classes, 586,575 images."""
+
+    FOLDER = "domain_net"
+    CHECKPOINT_FREQ = 1000
+    ENVIRONMENTS = ["clip", "info", "paint", "quick", "real", "sketch"]
+
+
+@dataset("Folder")
+class Folder(ImageFolders):
+    """A user's own `<data_dir>/<environment>/<class>/*`; environments are named by their folders."""
+
+    @classmethod
+    def environment_names(cls, data_dir: str | None = None) -> list[str]:
+        return [folder.name for folder in cls.environment_folders(cls.root(data_dir))]

@@ -1,0 +1,63 @@
+"""Where a record was made: versions, hardware, commit."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+
+from domainbed_sfp import __version__
+
+
+def fingerprint(device: torch.device) -> dict[str, str | int]:
+    """Versions and hardware, as plain values. Threads belong to it: sums differ in the last bit with their number."""
+    return {
+        "domainbed_sfp": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout this package runs from, with `+changes` where the package's files differ from it;
+    None outside a checkout."""
+    package = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        # An installation that merely lies inside someone's repository is not a checkout of ours.
+        if not git("ls-files", "__init__.py"):
+            return None
+        return head + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@functools.cache
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"

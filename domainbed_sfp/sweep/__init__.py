@@ -1,0 +1,1 @@
+"""From a sweep's description to finished runs: spec, jobs, launchers."""

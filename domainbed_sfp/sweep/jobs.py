@@ -1,0 +1,223 @@
+"""Jobs of a sweep and their states, which are read from disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from domainbed_sfp import records
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.training import LOCK, TrainArgs
+
+MANIFEST_FORMAT = 1
+
+# What all runs of one directory must share, so that one table can hold them.
+PROTOCOL = ("task", "holdout_fraction", "uda_holdout_fraction", "steps", "checkpoint_freq", "precision")
+
+
+class State(Enum):
+    """Where a job stands. The first three values are DomainBed's words."""
+
+    NOT_LAUNCHED = "Not launched"
+    INCOMPLETE = "Incomplete"
+    DONE = "Done"
+    RUNNING = "Running"
+    FAILED = "Failed"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, described by what it computes and not by where data or results lie."""
+
+    dataset: str
+    algorithm: str
+    test_envs: tuple[int, ...]
+    holdout_fraction: float
+    hparams_seed: int
+    task: str
+    trial_seed: int
+    seed: int
+    uda_holdout_fraction: float = 0.0
+    steps: int | None = None
+    checkpoint_freq: int | None = None
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        """The job's folder: a hash of everything above."""
+        text = json.dumps({**asdict(self), "hparams": dict(self.hparams)}, sort_keys=True)
+        return hashlib.md5(text.encode("utf-8")).hexdigest()
+
+    @property
+    def hparams_text(self) -> str | None:
+        """The overrides as `--hparams` text; None where there are none."""
+        return json.dumps(dict(self.hparams), sort_keys=True) if self.hparams else None
+
+    def domainbed_args(self, data_dir: str | None) -> dict[str, Any]:
+        """The arguments DomainBed's sweep would give this job."""
+        args: dict[str, Any] = {
+            "dataset": self.dataset,
+            "algorithm": self.algorithm,
+            "test_envs": list(self.test_envs),
+            "holdout_fraction": self.holdout_fraction,
+            "hparams_seed": self.hparams_seed,
+            "data_dir": data_dir,
+            "task": self.task,
+            "trial_seed": self.trial_seed,
+            "seed": self.seed,
+        }
+        if self.steps is not None:
+            args["steps"] = self.steps
+        if self.hparams_text is not None:
+            args["hparams"] = self.hparams_text
+        return args
+
+    def domainbed_name(self, data_dir: str | None) -> str:
+        """The folder DomainBed's sweep gives this job, which depends on where the data lies."""
+        return hashlib.md5(json.dumps(self.domainbed_args(data_dir), sort_keys=True).encode("utf-8")).hexdigest()
+
+    def train_args(self, data_dir: str | None, output_dir: Path, **options: Any) -> TrainArgs:
+        """The arguments of our train; `options` are those that do not belong to the job's identity."""
+        return TrainArgs(
+            data_dir=data_dir,
+            dataset=self.dataset,
+            algorithm=self.algorithm,
+            task=self.task,
+            hparams=self.hparams_text,
+            hparams_seed=self.hparams_seed,
+            trial_seed=self.trial_seed,
+            seed=self.seed,
+            steps=self.steps,
+            checkpoint_freq=self.checkpoint_freq,
+            test_envs=list(self.test_envs),
+            output_dir=str(output_dir),
+            holdout_fraction=self.holdout_fraction,
+            uda_holdout_fraction=self.uda_holdout_fraction,
+            precision=self.precision,
+            **options,
+        )
+
+    def describe(self) -> str:
+        """A short line for people."""
+        settings = f" {self.hparams_text}" if self.hparams else ""
+        return (
+            f"{self.dataset} {self.algorithm} test {','.join(map(str, self.test_envs))} "
+            f"hparams {self.hparams_seed} trial {self.trial_seed}{settings}"
+        )
+
+
+def command_line(args: TrainArgs, prefix: Sequence[str] = (sys.executable, "-m", "domainbed_sfp", "train")) -> list[str]:
+    """The command that computes `args`; values that are the default are left out."""
+    defaults = asdict(TrainArgs())
+    command = list(prefix)
+    for name, value in sorted(asdict(args).items()):
+        if value == defaults[name] and name != "test_envs":
+            continue
+        if isinstance(value, bool):
+            command.append(f"--{name}")
+        elif isinstance(value, list):
+            command += [f"--{name}", *map(str, value)]
+        else:
+            command += [f"--{name}", str(value)]
+    return command
+
+
+class SweepDirectory:
+    """A sweep's output directory: where its jobs lie and what state they are in."""
+
+    def __init__(self, path: str | Path, data_dir: str | None = None) -> None:
+        self.path = Path(path)
+        self.data_dir = data_dir
+
+    def job_dir(self, job: Job) -> Path:
+        """The job's folder; DomainBed's name for it is honoured where its sweep has begun the job."""
+        ours = self.path / job.name
+        theirs = self.path / job.domainbed_name(self.data_dir)
+        return theirs if theirs.is_dir() and not ours.is_dir() else ours
+
+    def state(self, job: Job) -> State:
+        """The job's state, from what is on disk and who holds its lock."""
+        folder = self.job_dir(job)
+        if (folder / records.DONE).exists():
+            return State.DONE
+        if not folder.is_dir():
+            return State.NOT_LAUNCHED
+        if is_locked(folder / LOCK):
+            return State.RUNNING
+        return State.FAILED if (folder / records.FAILURE).exists() else State.INCOMPLETE
+
+    def register(self, jobs: Sequence[Job]) -> None:
+        """Notes the jobs in sweep.json, so that tables can name what is missing.
+
+        A directory can grow (more algorithms, trials, hparams), but all its runs share one protocol. Raises UserError
+        if it holds runs of another one, or cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path / "sweep.lock", timeout=60):
+                manifest = self._manifest()
+                protocol = {name: getattr(jobs[0], name) for name in PROTOCOL}
+                for name, value in manifest.get("protocol", protocol).items():
+                    if protocol.get(name) != value:
+                        raise UserError(
+                            f"output_dir {str(self.path)!r} holds another sweep ({name} {value!r} there, "
+                            f"{protocol.get(name)!r} here); choose another --output_dir"
+                        )
+                known = {entry["name"]: entry for entry in manifest.get("jobs", [])}
+                for job in jobs:
+                    known[self.job_dir(job).name] = {
+                        "name": self.job_dir(job).name,
+                        "dataset": job.dataset,
+                        "algorithm": job.algorithm,
+                        "test_envs": list(job.test_envs),
+                        "hparams_seed": job.hparams_seed,
+                        "trial_seed": job.trial_seed,
+                        "seed": job.seed,
+                        "steps": job.steps,
+                        "hparams": dict(job.hparams),
+                    }
+                manifest = {"format": MANIFEST_FORMAT, "protocol": protocol, "jobs": list(known.values())}
+                records.write_atomically(self.path / records.SWEEP, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        except Timeout:
+            raise UserError(f"output_dir {str(self.path)!r}: another launch has held sweep.lock for a minute") from None
+        except OSError as error:
+            raise UserError(f"output_dir {str(self.path)!r} cannot be written: {error.strerror or error}") from error
+
+    def delete(self, jobs: Iterable[Job]) -> None:
+        """Removes the folders of jobs."""
+        for job in jobs:
+            shutil.rmtree(self.job_dir(job))
+
+    def _manifest(self) -> dict[str, Any]:
+        file = self.path / records.SWEEP
+        if not file.exists():
+            return {}
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{str(file)!r} is not valid JSON ({error}); remove it, the next launch writes it anew") from None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock."""
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:
+        return False  # a read-only copy of a sweep: nobody computes there
+    lock.release()
+    return False

@@ -1,0 +1,245 @@
+"""How the jobs of a sweep are run. A launcher takes commands and says how each one ended."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import orjson
+import torch
+from rich.console import Console
+
+from domainbed_sfp import records
+from domainbed_sfp.data import get_dataset_class
+from domainbed_sfp.errors import UserError, unknown_name
+from domainbed_sfp.progress import LOG_INTERVAL, bar
+from domainbed_sfp.sweep.jobs import Job, State, SweepDirectory
+
+# Exit status of `train` for a run that another process is computing (EX_TEMPFAIL).
+EXIT_ALREADY_RUNNING = 75
+
+POLL_SECONDS = 0.2
+# Lines of err.txt that a failure report shows.
+TAIL_LINES = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job and the command that computes it."""
+
+    job: Job
+    command: list[str]
+
+
+@dataclass
+class Outcome:
+    """How a launch ended: jobs done, failures as (job, reason), and whether it was interrupted."""
+
+    done: int = 0
+    failures: list[tuple[Job, str]] = field(default_factory=list)
+    interrupted: bool = False
+
+
+def launch_dummy(tasks: Sequence[Task], directory: SweepDirectory, slots: int) -> Outcome:
+    """Runs nothing; prints each command."""
+    for task in tasks:
+        print(shlex.join(task.command))
+    return Outcome()
+
+
+def launch_local(tasks: Sequence[Task], directory: SweepDirectory, slots: int) -> Outcome:
+    """Runs the jobs on this machine, `slots` at a time, each with its share of the threads and a GPU if there is one."""
+    return _LocalLaunch(tasks, directory, slots, visible_gpus()).run()
+
+
+def launch_multi_gpu(tasks: Sequence[Task], directory: SweepDirectory, slots: int) -> Outcome:
+    """Runs the jobs on all GPUs, at least one at a time on each."""
+    gpus = visible_gpus()
+    if not gpus:
+        raise UserError("--command_launcher multi_gpu: no GPU is visible; use local")
+    return _LocalLaunch(tasks, directory, max(slots, len(gpus)), gpus).run()
+
+
+LAUNCHERS: dict[str, Callable[[Sequence[Task], SweepDirectory, int], Outcome]] = {
+    "local": launch_local,
+    "dummy": launch_dummy,
+    "multi_gpu": launch_multi_gpu,
+}
+
+
+def get_launcher(name: str) -> Callable[[Sequence[Task], SweepDirectory, int], Outcome]:
+    """The launcher called `name`; a UserError with the nearest name if there is none."""
+    if name not in LAUNCHERS:
+        raise unknown_name("command launcher", name, LAUNCHERS)
+    return LAUNCHERS[name]
+
+
+def visible_gpus() -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES, one per GPU that this process may use."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [name for name in listed.split(",") if name]
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+@dataclass
+class _Running:
+    task: Task
+    process: subprocess.Popen[bytes]
+    slot: int
+    errors: IO[bytes]
+
+
+class _LocalLaunch:
+    """One launch on this machine."""
+
+    def __init__(self, tasks: Sequence[Task], directory: SweepDirectory, slots: int, gpus: list[str]) -> None:
+        self.waiting = list(tasks)
+        self.total = len(tasks)
+        self.directory = directory
+        self.slots = slots
+        self.gpus = gpus
+        self.running: list[_Running] = []
+        # Jobs that another launch is computing; taken over if that one dies.
+        self.elsewhere: list[Task] = []
+        self.outcome = Outcome()
+        self.stop = False
+        self.told_at = time.monotonic()
+
+    def run(self) -> Outcome:
+        """Runs all jobs; after SIGINT or SIGTERM, stops them with their checkpoints saved."""
+        previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        console = Console(stderr=True)
+        try:
+            if console.is_terminal:
+                with bar(console) as display:
+                    shown = display.add_task("sweep", total=float(self.total))
+                    self._loop(lambda: display.update(shown, completed=self._progress(), description=self._counts()))
+            else:
+                self._loop(self._tell)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self.outcome.interrupted = self.stop
+        return self.outcome
+
+    def _loop(self, show: Callable[[], None]) -> None:
+        while self.waiting or self.running or self.elsewhere:
+            if self.stop:
+                self._stop_all()
+                return
+            self._start_free_slots()
+            self._collect_ended()
+            if not self.waiting and not self.running:
+                self._look_elsewhere()
+            show()
+            time.sleep(POLL_SECONDS)
+
+    def _start_free_slots(self) -> None:
+        free = sorted(set(range(self.slots)) - {running.slot for running in self.running})
+        while free and self.waiting:
+            task = self.waiting.pop(0)
+            state = self.directory.state(task.job)
+            if state is State.DONE:
+                self.outcome.done += 1
+            elif state is State.RUNNING:
+                self.elsewhere.append(task)
+            else:
+                self.running.append(self._start(task, free.pop(0)))
+
+    def _start(self, task: Task, slot: int) -> _Running:
+        threads = max(1, len(os.sched_getaffinity(0)) // self.slots)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        errors = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
+        # A session of its own: Ctrl-C reaches this launcher, which then asks each job to save and stop.
+        process = subprocess.Popen(
+            task.command, env=environment, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+        )
+        return _Running(task, process, slot, errors)
+
+    def _collect_ended(self) -> None:
+        for ended in [running for running in self.running if running.process.poll() is not None]:
+            self.running.remove(ended)
+            job, status = ended.task.job, ended.process.returncode
+            if self.directory.state(job) is State.DONE:
+                self.outcome.done += 1
+            elif status == EXIT_ALREADY_RUNNING:
+                self.elsewhere.append(ended.task)
+            else:
+                reason = self._reason(ended)
+                self.outcome.failures.append((job, reason))
+                print(f"failed: {job.describe()}\n{reason}", file=sys.stderr, flush=True)
+            ended.errors.close()
+
+    def _reason(self, ended: _Running) -> str:
+        status = ended.process.returncode
+        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        folder = self.directory.job_dir(ended.task.job)
+        ended.errors.seek(0)
+        told = ended.errors.read().decode(errors="replace")
+        if not told.strip() and (folder / "err.txt").exists():
+            told = (folder / "err.txt").read_text(errors="replace")
+        tail = "\n".join(f"    {line}" for line in told.strip().splitlines()[-TAIL_LINES:])
+        return f"  {how}; {folder / 'err.txt'} ends with:\n{tail}" if tail else f"  {how}; it said nothing"
+
+    def _look_elsewhere(self) -> None:
+        """Jobs of other launches that have ended: done, or to be taken over here."""
+        for task in list(self.elsewhere):
+            state = self.directory.state(task.job)
+            if state is not State.RUNNING:
+                self.elsewhere.remove(task)
+                self.waiting.append(task)
+
+    def _request_stop(self, number: int, frame: object) -> None:
+        self.stop = True
+
+    def _stop_all(self) -> None:
+        print(f"stopping {len(self.running)} running jobs, which save where they are", file=sys.stderr, flush=True)
+        for running in self.running:
+            running.process.terminate()
+        for running in self.running:
+            running.process.wait()
+            running.errors.close()
+
+    def _progress(self) -> float:
+        """Jobs done, with the share of running ones that their records show."""
+        ended = self.outcome.done + len(self.outcome.failures)
+        return ended + sum(self._share(running.task.job) for running in self.running)
+
+    def _share(self, job: Job) -> float:
+        step = last_step(self.directory.job_dir(job) / records.RESULTS)
+        return (step + 1) / (job.steps or get_dataset_class(job.dataset).N_STEPS)
+
+    def _counts(self) -> str:
+        parts = [f"{self.outcome.done} done", f"{len(self.running)} running", f"{len(self.waiting)} waiting"]
+        if self.elsewhere:
+            parts.append(f"{len(self.elsewhere)} in another launch")
+        if self.outcome.failures:
+            parts.append(f"{len(self.outcome.failures)} failed")
+        return ", ".join(parts)
+
+    def _tell(self) -> None:
+        if time.monotonic() - self.told_at < LOG_INTERVAL and (self.waiting or self.running or self.elsewhere):
+            return
+        self.told_at = time.monotonic()
+        print(f"sweep: {self._counts()}; {self._progress() / self.total:.0%}", file=sys.stderr, flush=True)
+
+
+def last_step(results: Path) -> int:
+    """The step of the last whole record; -1 where there is none yet."""
+    try:
+        lines = results.read_bytes().splitlines()
+        return orjson.loads(lines[-1])["step"] if lines else -1
+    except (OSError, ValueError, KeyError):
+        return -1

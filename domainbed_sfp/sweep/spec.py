@@ -1,0 +1,181 @@
+"""What a sweep computes: DomainBed's sweep flags, also as a small YAML file with the same keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from domainbed_sfp import hparams, registry
+from domainbed_sfp.data import dataset_names, get_dataset_class
+from domainbed_sfp.errors import UserError, unknown_name
+from domainbed_sfp.seeds import seed_hash
+from domainbed_sfp.sweep.jobs import Job
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """A grid of runs; names and defaults are those of DomainBed's sweep.
+
+    algorithms: names, or mappings {name: NAME, hparams: {...}} for an algorithm with settings of its own; each such
+        entry becomes a row of its own in the tables.
+    test_envs: the lists of test environments to run, e.g. [[2]]; None takes all single ones and, unless
+        `single_test_envs`, all pairs (which leave-one-out selection needs).
+    hparams: overrides for all algorithms.
+    """
+
+    datasets: list[str] = field(default_factory=list)
+    algorithms: list[str | dict[str, Any]] = field(default_factory=list)
+    task: str = "domain_generalization"
+    n_hparams_from: int = 0
+    n_hparams: int = 20
+    n_trials: int = 3
+    steps: int | None = None
+    checkpoint_freq: int | None = None
+    holdout_fraction: float = 0.2
+    uda_holdout_fraction: float = 0.0
+    single_test_envs: bool = False
+    test_envs: list[list[int]] | None = None
+    hparams: dict[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+    skip_model_save: bool = False
+
+    def updated(self, **changes: Any) -> SweepSpec:
+        """A copy with the given fields changed; values that are None change nothing."""
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+
+def read_spec(path: str) -> SweepSpec:
+    """Reads a spec from a YAML file, or by name one that the package ships.
+
+    Raises UserError, naming file and key, for anything that does not belong there.
+    """
+    text = _spec_text(path)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"sweep spec {path!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"sweep spec {path!r}: expected keys such as datasets and algorithms, got {values!r:.80}")
+    known = {spec_field.name: spec_field for spec_field in fields(SweepSpec)}
+    for key in values:
+        if key not in known:
+            raise UserError(f"sweep spec {path!r}: {unknown_name('key', key, known)}")
+    spec = SweepSpec(**values)
+    _check_kinds(spec, path)
+    return spec
+
+
+def shipped_specs() -> list[str]:
+    """Names of the specs that come with the package."""
+    return sorted(file.stem for file in _specs_folder().glob("*.yaml"))
+
+
+def _specs_folder() -> Path:
+    """An installed package carries the specs inside; in a checkout they are the top-level folder sweeps/."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "specs" if (package / "specs").is_dir() else package.parent / "sweeps"
+
+
+def _spec_text(path: str) -> str:
+    if Path(path).is_file():
+        return Path(path).read_text(encoding="utf-8")
+    if path in shipped_specs():
+        return (_specs_folder() / f"{path}.yaml").read_text(encoding="utf-8")
+    raise UserError(f"there is no sweep spec {path!r}: neither a file nor one of {', '.join(shipped_specs())}")
+
+
+def _check_kinds(spec: SweepSpec, path: str) -> None:
+    kinds: dict[str, tuple[type, ...]] = {
+        "datasets": (list,), "algorithms": (list,), "task": (str,), "n_hparams_from": (int,), "n_hparams": (int,),
+        "n_trials": (int,), "steps": (int, type(None)), "checkpoint_freq": (int, type(None)),
+        "holdout_fraction": (float,), "uda_holdout_fraction": (float,), "single_test_envs": (bool,),
+        "test_envs": (list, type(None)), "hparams": (dict,), "precision": (str,), "skip_model_save": (bool,),
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        value = getattr(spec, name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
+            expected = " or ".join("nothing" if k is type(None) else k.__name__ for k in kind)
+            raise UserError(f"sweep spec {path!r}: {name} is {value!r}, expected {expected}")
+
+
+def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
+    """The jobs of a sweep, in DomainBed's order, with DomainBed's seeds.
+
+    Raises UserError for unknown names, hparams that an algorithm does not have, or an empty grid.
+    """
+    if not spec.datasets or not spec.algorithms:
+        missing = "--datasets" if not spec.datasets else "--algorithms"
+        raise UserError(f"the sweep names no {missing.strip('-')}; give {missing} or a spec")
+    if spec.n_hparams <= spec.n_hparams_from or spec.n_trials < 1:
+        raise UserError(
+            f"the sweep is empty: n_hparams_from {spec.n_hparams_from}, n_hparams {spec.n_hparams}, "
+            f"n_trials {spec.n_trials}"
+        )
+    rows = [_row(entry, spec.hparams) for entry in spec.algorithms]
+    environments = {}
+    for dataset in spec.datasets:
+        environments[dataset] = len(get_dataset_class(dataset).environment_names(data_dir))
+        for algorithm, overrides in rows:
+            hparams.resolve_hparams(algorithm, dataset, overrides=overrides)
+    jobs = []
+    for trial_seed, dataset, (algorithm, overrides) in product(range(spec.n_trials), spec.datasets, rows):
+        for test_envs in _all_test_envs(spec, dataset, environments[dataset]):
+            for hparams_seed in range(spec.n_hparams_from, spec.n_hparams):
+                jobs.append(
+                    Job(
+                        dataset=dataset,
+                        algorithm=algorithm,
+                        test_envs=tuple(test_envs),
+                        holdout_fraction=spec.holdout_fraction,
+                        uda_holdout_fraction=spec.uda_holdout_fraction,
+                        hparams_seed=hparams_seed,
+                        task=spec.task,
+                        trial_seed=trial_seed,
+                        seed=seed_hash(dataset, algorithm, test_envs, hparams_seed, trial_seed),
+                        steps=spec.steps,
+                        checkpoint_freq=spec.checkpoint_freq,
+                        hparams=overrides,
+                        precision=spec.precision,
+                    )
+                )
+    if len({job.name for job in jobs}) < len(jobs):
+        raise UserError("the sweep names a job twice: the same data set, or algorithm with the same hparams, is repeated")
+    return jobs
+
+
+def _row(entry: str | Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(algorithm, overrides) of an entry of `algorithms`."""
+    if isinstance(entry, str):
+        registry.get(entry)
+        return entry, dict(shared)
+    if not isinstance(entry, Mapping) or set(entry) - {"name", "hparams"} or "name" not in entry:
+        raise UserError(f"algorithms: expected a name or {{name: NAME, hparams: {{...}}}}, got {entry!r}")
+    registry.get(entry["name"])
+    return entry["name"], {**shared, **entry.get("hparams", {})}
+
+
+def _all_test_envs(spec: SweepSpec, dataset: str, n: int) -> Iterator[list[int]]:
+    from domainbed_sfp.training import check_test_envs
+
+    if spec.test_envs is not None:
+        for test_envs in spec.test_envs:
+            check_test_envs(dataset, test_envs, [str(i) for i in range(n)])
+            yield list(test_envs)
+        return
+    if n < 3 and not spec.single_test_envs:
+        raise UserError(f"{dataset} has {n} environments; pairs of test environments need 3: set single_test_envs")
+    for i in range(n):
+        yield [i]
+        if not spec.single_test_envs:
+            for j in range(i + 1, n):
+                yield [i, j]
+
+
+def default_datasets() -> list[str]:
+    """DomainBed's default: all data sets but the user's own folder."""
+    return [name for name in dataset_names() if name != "Folder"]

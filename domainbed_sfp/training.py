@@ -1,0 +1,571 @@
+"""The training loop: update, evaluate, record, checkpoint, resume.
+
+A run is a pure function of its arguments. Every step is seeded from (seed, step), so that a run continued from a
+checkpoint computes what it would have computed without the interruption, to the bit on one machine's CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from domainbed_sfp import checkpoints, environment, hparams, networks, records, registry
+from domainbed_sfp.algorithms.base import Algorithm
+from domainbed_sfp.data import Dataset, get_dataset_class
+from domainbed_sfp.data.loaders import MinibatchLoader
+from domainbed_sfp.data.splits import Split, split_environment
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.pruning import accounting
+from domainbed_sfp.seeds import seed_everything, seed_hash
+
+CHECKPOINT = "checkpoint.safetensors"
+LOCK = "run.lock"
+PRECISIONS = ("fp32", "bf16", "auto")
+TASKS = ("domain_generalization", "domain_adaptation")
+
+# Seconds between two lines of progress in a log.
+LOG_INTERVAL = 30.0
+
+# Arguments that say where things lie, not what is computed.
+PLACES = ("data_dir", "output_dir", "cache_dir")
+
+
+@dataclass
+class TrainArgs:
+    """What a run computes; names and defaults are DomainBed's, `precision`, `device` and `cache_dir` are ours.
+
+    hparams is the `--hparams` JSON text. precision: arithmetic of the featurizer, fp32, bf16, or auto (bf16 where
+    the hardware has it and the network gains by it). steps and checkpoint_freq: None takes the data set's.
+    """
+
+    data_dir: str | None = None
+    dataset: str = "RotatedMNIST"
+    algorithm: str = "ERM"
+    task: str = "domain_generalization"
+    hparams: str | None = None
+    hparams_seed: int = 0
+    trial_seed: int = 0
+    seed: int = 0
+    steps: int | None = None
+    checkpoint_freq: int | None = None
+    test_envs: list[int] = field(default_factory=lambda: [0])
+    output_dir: str = "train_output"
+    holdout_fraction: float = 0.2
+    uda_holdout_fraction: float = 0.0
+    skip_model_save: bool = False
+    save_model_every_checkpoint: bool = False
+    precision: str = "fp32"
+    device: str = "auto"
+    cache_dir: str | None = None
+
+
+class AlreadyRunning(UserError):
+    """Another process is computing this run."""
+
+    exit_status = 75  # EX_TEMPFAIL: a launcher knows it by this
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved where it is."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+def train(args: TrainArgs) -> None:
+    """Computes a run, or what is left of it, into `args.output_dir`.
+
+    Writes DomainBed's files: results.jsonl, out.txt, err.txt, model.pkl (unless `skip_model_save`) and, last, done.
+
+    Raises:
+        UserError: for arguments or data that cannot be used, a directory that holds another run, or a loss that is
+            not finite (then failure.json says where).
+        AlreadyRunning: if another process holds the run.
+        Interrupted: after SIGTERM or SIGINT, with a checkpoint saved.
+    """
+    # A name mistyped must not leave an empty directory behind.
+    hparams.resolve_hparams(args.algorithm, args.dataset, overrides=hparams.parse_overrides(args.hparams))
+    output_dir = Path(args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output_dir / LOCK)
+        # A moment's patience: whoever asks for the run's state holds the lock for an instant.
+        lock.acquire(timeout=2)
+    except Timeout:
+        raise AlreadyRunning(f"output_dir {args.output_dir!r}: another process is computing this run") from None
+    except OSError as error:
+        raise UserError(f"output_dir {args.output_dir!r} cannot be written: {error.strerror or error}") from error
+    try:
+        _refuse_other_run(args, output_dir)
+        if (output_dir / records.DONE).exists():
+            print(f"already done: {args.output_dir}")
+            return
+        with _tee(output_dir), _stop_signals() as stop:
+            try:
+                _Run(args, output_dir, stop).complete()
+            except (UserError, Interrupted) as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                raise
+            except OSError as error:
+                message = f"output_dir {args.output_dir!r}: {error.strerror or error}; nothing written before is lost"
+                raise UserError(message) from error
+    finally:
+        lock.release()
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this torch sees no CUDA device; choose cpu or auto")
+    return device
+
+
+def choose_precision(name: str, device: torch.device, network: torch.nn.Module) -> str:
+    """The arithmetic that `name` stands for on this device and network: "fp32" or "bf16"."""
+    if name not in PRECISIONS:
+        raise UserError(f"--precision: expected one of {', '.join(PRECISIONS)}, got {name!r}")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    fast = "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
+    return "bf16" if fast and not networks.has_depthwise_convolutions(network) else "fp32"
+
+
+def check_test_envs(dataset: str, test_envs: list[int], names: list[str]) -> None:
+    """Raises UserError unless `test_envs` are distinct environments and leave one to train on."""
+    for index in test_envs:
+        if not 0 <= index < len(names):
+            listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+            raise UserError(f"--test_envs: {dataset} has no environment {index} (it has {listed})")
+    if len(set(test_envs)) != len(test_envs):
+        raise UserError(f"--test_envs: {test_envs} names an environment twice")
+    if len(test_envs) >= len(names):
+        raise UserError(f"--test_envs: {test_envs} leaves no environment of {dataset} to train on")
+
+
+class _Run:
+    """One run while it is being computed."""
+
+    def __init__(self, args: TrainArgs, output_dir: Path, stop: _StopRequest) -> None:
+        self.args = args
+        self.output_dir = output_dir
+        self.stop = stop
+        self.device = choose_device(args.device)
+        self.hparams = hparams.resolve_hparams(
+            args.algorithm, args.dataset, args.hparams_seed, args.trial_seed, hparams.parse_overrides(args.hparams)
+        )
+        self.info = registry.get(args.algorithm)
+        dataset_class = get_dataset_class(args.dataset)
+        self.n_steps = _positive("--steps", args.steps, dataset_class.N_STEPS)
+        self.checkpoint_freq = _positive("--checkpoint_freq", args.checkpoint_freq, dataset_class.CHECKPOINT_FREQ)
+        check_test_envs(args.dataset, args.test_envs, dataset_class.environment_names(args.data_dir))
+        if args.task not in TASKS:
+            raise UserError(f"--task: expected one of {', '.join(TASKS)}, got {args.task!r}")
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+        self._print_head()
+
+        cache_dir = Path(args.cache_dir) if args.cache_dir else None
+        self.dataset: Dataset = dataset_class.build(args.data_dir, self.hparams, args.seed, cache_dir)
+        self.splits = self._split()
+        self.loader, self.unlabeled_loader = self._loaders()
+
+        seed_everything(args.seed)
+        domains = len(self.dataset) - len(args.test_envs)
+        self.algorithm: Algorithm = self.info.cls(
+            self.dataset.input_shape, self.dataset.num_classes, domains, self.hparams
+        )
+        self.algorithm.total_steps = self.n_steps
+        self.algorithm.to(self.device)
+        self.precision = choose_precision(args.precision, self.device, self.algorithm)
+        # On a CPU oneDNN lays fp32 weights out on its own; channels_last is what its bf16 and depthwise kernels,
+        # and cuDNN's tensor cores, want.
+        networks.set_precision(self.algorithm, self.precision, channels_last=self._gains_by_channels_last())
+        positions = accounting.count_positions(self.algorithm, self.dataset.input_shape, self.algorithm.predict)
+        self.positions = positions
+
+        self.step = 0
+        self.records: list[dict[str, Any]] = []
+        self.metrics: dict[str, list[float]] = defaultdict(list)
+        self.earlier_seconds = 0.0
+
+    def complete(self) -> None:
+        """Trains to the end, from the checkpoint if there is one."""
+        started = time.monotonic()
+        self._resume()
+        self.started = started
+        try:
+            self._steps()
+        finally:
+            self.loader.close()
+            if self.unlabeled_loader:
+                self.unlabeled_loader.close()
+        self._save_model("model.pkl")
+        records.write_atomically(self.output_dir / records.DONE, "done")
+        (self.output_dir / CHECKPOINT).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            (self.output_dir / records.FAILURE).unlink()
+
+    def _steps(self) -> None:
+        last_line = time.monotonic()
+        while self.step < self.n_steps:
+            self._update()
+            if self.step % self.checkpoint_freq == 0 or self.step == self.n_steps - 1:
+                self._record()
+                last_line = time.monotonic()
+            elif time.monotonic() - last_line > LOG_INTERVAL:
+                last_line = time.monotonic()
+                self._print_progress()
+            self.step += 1
+            if self._checkpoint_is_due():
+                self._save_checkpoint()
+            if self.stop.signal_number:
+                self._save_checkpoint()
+                raise Interrupted(
+                    self.stop.signal_number,
+                    f"stopped before step {self.step} of {self.n_steps}; the same command continues there",
+                )
+
+    def _update(self) -> None:
+        start = time.perf_counter()
+        minibatches = self.loader.minibatches(self.step)
+        unlabeled = None
+        if self.unlabeled_loader:
+            unlabeled = [x for x, _ in self.unlabeled_loader.minibatches(self.step)]
+        seed_everything(seed_hash(self.args.seed, "step", self.step))
+        values = self.algorithm.update(minibatches, unlabeled)
+        for name, value in values.items():
+            if name == "loss" and not math.isfinite(value):
+                self._fail(f"the loss is {value} at step {self.step}")
+            self.metrics[name].append(float(value))
+        seconds = time.perf_counter() - start
+        self.metrics["step_time"].append(seconds)
+        self.metrics["images_per_second"].append(sum(len(y) for _, y in minibatches) / seconds)
+
+    def _fail(self, what: str) -> None:
+        failure = {
+            "step": self.step,
+            "error": what,
+            "algorithm": self.args.algorithm,
+            "hparams": self.hparams,
+            "args": asdict(self.args),
+        }
+        records.write_atomically(self.output_dir / records.FAILURE, json.dumps(failure, sort_keys=True))
+        raise UserError(
+            f"{self.args.algorithm} diverged: {what}; records up to step {self.records[-1]['step'] if self.records else 0} "
+            f"are kept. Lower hparam 'lr' ({self.hparams['lr']:g}) or the weight of a penalty"
+        )
+
+    def _record(self) -> None:
+        """Evaluates, and appends the record of this step."""
+        algorithm, args = self.algorithm, self.args
+        record: dict[str, Any] = {"step": self.step, "epoch": self.step / self._steps_per_epoch()}
+        record.update({name: float(np.mean(values)) for name, values in self.metrics.items()})
+        self.metrics.clear()
+        seed_everything(seed_hash(args.seed, "evaluation", self.step))
+        record.update(evaluate(algorithm, self.dataset, self.splits, self.device))
+        parameters = dict(algorithm.named_parameters())
+        cost = accounting.measure_cost(parameters, self.positions, algorithm.masks())
+        record.update(asdict(cost))
+        record.update(
+            sparsity=algorithm.sparsity(),
+            final_compression=algorithm.at_final_compression(),
+            standing=self.info.standing,
+            precision=self.precision,
+            environments=[env.name for env in self.dataset.environments],
+            environment=environment.fingerprint(self.device),
+            commit=environment.commit(),
+            mem_gb=torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0,
+            wall_time=self.earlier_seconds + time.monotonic() - self.started,
+            hparams=self.hparams,
+            args=asdict(args),
+        )
+        if "granularity" in self.hparams:
+            record["granularity"] = self.hparams["granularity"]
+        self.records.append(record)
+        self._print_row(record)
+
+    def _checkpoint_is_due(self) -> bool:
+        done = self.step - 1
+        return done % self.checkpoint_freq == 0 or done == self.n_steps - 1
+
+    def _save_checkpoint(self) -> None:
+        """Makes the checkpoint, which holds the records too, and then results.jsonl from it: whatever moment a run
+        is killed at, no record is lost and none is written twice."""
+        state = {
+            "step": self.step,
+            "records": self.records,
+            "metrics": self.metrics,
+            "seconds": self.earlier_seconds + time.monotonic() - self.started,
+        }
+        checkpoints.save_checkpoint(self.output_dir / CHECKPOINT, self.algorithm, state)
+        records.write_records(self.output_dir / records.RESULTS, self.records)
+        if self.args.save_model_every_checkpoint and self._checkpoint_is_due():
+            self._save_model(f"model_step{self.step - 1}.pkl")
+
+    def _resume(self) -> None:
+        checkpoint = self.output_dir / CHECKPOINT
+        if not checkpoint.exists():
+            return
+        state = checkpoints.load_checkpoint(checkpoint, self.algorithm)
+        self.step = state["step"]
+        self.records = state["records"]
+        self.metrics.update(state["metrics"])
+        self.earlier_seconds = state["seconds"]
+        records.write_records(self.output_dir / records.RESULTS, self.records)
+        print(f"Continuing at step {self.step} of {self.n_steps}.")
+
+    def _save_model(self, name: str) -> None:
+        if self.args.skip_model_save:
+            return
+        checkpoints.save_model(
+            self.output_dir / name,
+            {
+                "args": asdict(self.args),
+                "model_input_shape": self.dataset.input_shape,
+                "model_num_classes": self.dataset.num_classes,
+                "model_num_domains": len(self.dataset) - len(self.args.test_envs),
+                "model_hparams": self.hparams,
+                "model_dict": self.algorithm.state_dict(),
+            },
+        )
+
+    def _split(self) -> list[Split]:
+        if not 0 < self.args.holdout_fraction < 1:
+            raise UserError(f"--holdout_fraction: expected a fraction in (0, 1), got {self.args.holdout_fraction}")
+        if not 0 <= self.args.uda_holdout_fraction < 1:
+            raise UserError(f"--uda_holdout_fraction: expected a fraction in [0, 1), got {self.args.uda_holdout_fraction}")
+        splits = []
+        batch_size = self.hparams["batch_size"]
+        for env_i, env in enumerate(self.dataset.environments):
+            is_test = env_i in self.args.test_envs
+            uda_fraction = self.args.uda_holdout_fraction if is_test else 0.0
+            split = split_environment(len(env), env_i, self.args.trial_seed, self.args.holdout_fraction, uda_fraction)
+            for part in ("in_", "out"):
+                if not len(getattr(split, part)):
+                    raise UserError(
+                        f"environment {env_i} ({env.name}) has {len(env)} samples: --holdout_fraction "
+                        f"{self.args.holdout_fraction} leaves its {part.strip('_')}-split empty"
+                    )
+            if not is_test and len(split.in_) < batch_size:
+                raise UserError(
+                    f"environment {env_i} ({env.name}) has {len(split.in_)} training samples, fewer than "
+                    f"hparam batch_size {batch_size}; lower batch_size"
+                )
+            splits.append(split)
+        return splits
+
+    def _loaders(self) -> tuple[MinibatchLoader, MinibatchLoader | None]:
+        args = self.args
+
+        def loader(parts: list[tuple[int, np.ndarray]], stream: str) -> MinibatchLoader:
+            batch_size, balanced = self.hparams["batch_size"], self.hparams["class_balanced"]
+            return MinibatchLoader(self.dataset, parts, batch_size, balanced, args.seed, self.device, stream)
+
+        training = [(i, split.in_) for i, split in enumerate(self.splits) if i not in args.test_envs]
+        if args.task == "domain_generalization":
+            return loader(training, "train"), None
+        unlabeled = [(i, split.uda) for i, split in enumerate(self.splits) if len(split.uda)]
+        if not unlabeled:
+            raise UserError("--task domain_adaptation needs unlabelled samples: set --uda_holdout_fraction above 0")
+        return loader(training, "train"), loader(unlabeled, "uda")
+
+    def _gains_by_channels_last(self) -> bool:
+        return (
+            self.device.type == "cuda"
+            or self.precision == "bf16"
+            or networks.has_depthwise_convolutions(self.algorithm)
+        )
+
+    def _steps_per_epoch(self) -> float:
+        # DomainBed counts the test environment too.
+        return min(len(split.in_) for split in self.splits) / self.hparams["batch_size"]
+
+    def _print_head(self) -> None:
+        print("Environment:")
+        for name, value in environment.fingerprint(self.device).items():
+            print(f"\t{name}: {value}")
+        print("Args:")
+        for name, value in sorted(asdict(self.args).items()):
+            print(f"\t{name}: {value}")
+        print("HParams:")
+        for name, value in sorted(self.hparams.items()):
+            print(f"\t{name}: {value}", flush=True)
+
+    def _print_row(self, record: Mapping[str, Any]) -> None:
+        """One line of numbers per record, under DomainBed's column heads."""
+        columns = sorted(name for name, value in record.items() if isinstance(value, (int, float)))
+        if len(self.records) == 1 or self.step == 0:
+            print("  ".join(name.ljust(12)[:12] for name in columns))
+        cells = [f"{record[name]:.10f}" if isinstance(record[name], float) else str(record[name]) for name in columns]
+        print("  ".join(cell.ljust(12)[:12] for cell in cells), flush=True)
+
+    def _print_progress(self) -> None:
+        seconds = float(np.mean(self.metrics["step_time"]))
+        left = (self.n_steps - self.step - 1) * seconds
+        loss = self.metrics["loss"][-1] if self.metrics.get("loss") else math.nan
+        print(
+            f"step {self.step} of {self.n_steps}: loss {loss:.4f}, {seconds:.2f} s a step, "
+            f"{left / 60:.0f} min of training left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    algorithm: Algorithm, dataset: Dataset, splits: list[Split], device: torch.device
+) -> dict[str, float]:
+    """Accuracies of every split, as fractions under DomainBed's names (`env0_in_acc`, ...).
+
+    Held-out splits are evaluated on the plain images. DomainBed augments the held-out splits of training
+    environments as well, so its `env*_out_acc` of those are a little lower and noisy.
+    """
+    algorithm.eval()
+    accuracies = {}
+    for env_i, split in enumerate(splits):
+        correct = torch.cat(
+            [_is_correct(algorithm.predict(x), y).cpu() for x, y in dataset.evaluation_batches(env_i, device)]
+        ).numpy()
+        for name, part in (("in", split.in_), ("out", split.out), ("uda", split.uda)):
+            if len(part):
+                accuracies[f"env{env_i}_{name}_acc"] = float(correct[part].sum() / len(part))
+    algorithm.train()
+    return accuracies
+
+
+def _is_correct(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """One column means a binary classifier with threshold 0, as in DomainBed."""
+    return (logits.squeeze(1) > 0).eq(y) if logits.shape[1] == 1 else logits.argmax(1).eq(y)
+
+
+def _positive(flag: str, value: int | None, default: int) -> int:
+    if value is None:
+        return default
+    if value < 1:
+        raise UserError(f"{flag}: expected a number of steps of at least 1, got {value}")
+    return value
+
+
+def _identity(args: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run computes: its arguments without the places where things lie, hparams as values."""
+    identity = {name: value for name, value in args.items() if name not in PLACES}
+    identity["hparams"] = hparams.parse_overrides(identity.get("hparams"))
+    return identity
+
+
+def _refuse_other_run(args: TrainArgs, output_dir: Path) -> None:
+    """Raises UserError if the directory holds the records of a run with other arguments."""
+    results = output_dir / records.RESULTS
+    if (output_dir / CHECKPOINT).exists():
+        earlier = checkpoints.read_state(output_dir / CHECKPOINT)["records"]
+    elif results.exists():
+        earlier = list(records.read_records(results, lambda message: None))
+    else:
+        return
+    if not earlier:
+        return
+    ours, theirs = _identity(asdict(args)), _identity(earlier[-1]["args"])
+    for name in ours:
+        # DomainBed's records do not have our flags.
+        if name in theirs and theirs[name] != ours[name]:
+            raise UserError(
+                f"output_dir {args.output_dir!r} holds another run ({name} {theirs[name]!r} there, {ours[name]!r} here); "
+                "choose another --output_dir, or remove that one"
+            )
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return set(line.split())
+    except OSError:
+        pass
+    return set()
+
+
+@dataclass
+class _StopRequest:
+    signal_number: int = 0
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_StopRequest]:
+    """Notes SIGTERM and SIGINT instead of dying; the loop asks after each step. A second signal kills."""
+    request = _StopRequest()
+
+    def note(number: int, frame: object) -> None:
+        request.signal_number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    previous = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, note)
+    except ValueError:  # not in the main thread, where signals belong
+        pass
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Tee:
+    """Writes to two streams, as DomainBed's Tee."""
+
+    def __init__(self, stream: TextIO, file: TextIO) -> None:
+        self.stream = stream
+        self.file = file
+
+    def write(self, text: str) -> int:
+        self.stream.write(text)
+        return self.file.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+        with suppress(OSError):  # a full disk must not hide the error that is being told
+            self.file.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+
+@contextmanager
+def _tee(output_dir: Path) -> Iterator[None]:
+    """Standard output and error also go to out.txt and err.txt."""
+    stdout, stderr = sys.stdout, sys.stderr
+    try:
+        out, err = (open(output_dir / name, "a", buffering=1) for name in ("out.txt", "err.txt"))  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"output_dir {str(output_dir)!r} cannot be written: {error.strerror}") from error
+    sys.stdout, sys.stderr = _Tee(stdout, out), _Tee(stderr, err)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = stdout, stderr
+        for file in (out, err):
+            with suppress(OSError):
+                file.close()
