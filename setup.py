@@ -43,7 +43,11 @@ setup(
     packages=[*find_packages(include=["domainbed_sfp", "domainbed_sfp.*"]), "domainbed_sfp.specs"],
     # The specs are the top-level folder sweeps/, and travel with the package under this name.
     package_dir={"domainbed_sfp.specs": "sweeps"},
-    package_data={"domainbed_sfp": ["py.typed"], "domainbed_sfp.specs": ["*.yaml"]},
+    package_data={
+        "domainbed_sfp": ["py.typed"],
+        "domainbed_sfp.data": ["domain_net.txt"],
+        "domainbed_sfp.specs": ["*.yaml"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "filelock>=3.12",

@@ -91,7 +91,7 @@ def unpack(
         # gzip and bz2 report bad data as an OSError without a number; the system's errors have one.
         if error.errno is None:
             raise ArchiveError(archive, f"damaged: {error}") from error
-        raise disk_error(error, f"unpacking {archive.name} into {destination.parent}") from error
+        raise disk_error(error, f"unpacking {archive.name}") from error
     return count
 
 

@@ -23,6 +23,7 @@ class Environment:
 
     images: uint8 [N, H, W, 3] (photographs, usually a memory map) or float [N, C, H, W] (ready for the network).
     labels: int64 [N].
+    training_images: the same photographs at a larger size, from which augmentation crops; None: from `images`.
     sizes: (width, height) of the original files, int [N, 2]; for photographs only, where crops are drawn from it.
     aligned: bool [N], where the data set knows whether a sample's spurious attribute agrees with its label.
     """
@@ -30,6 +31,7 @@ class Environment:
     name: str
     images: np.ndarray | Tensor
     labels: Tensor
+    training_images: np.ndarray | None = None
     sizes: Tensor | None = None
     aligned: Tensor | None = None
 
@@ -40,11 +42,13 @@ class Environment:
     def is_photographic(self) -> bool:
         return isinstance(self.images, np.ndarray)
 
-    def gather(self, indices: np.ndarray) -> Tensor:
-        """The stored images at `indices` as a tensor [n, C, H, W]; uint8 where they are photographs."""
+    def gather(self, indices: np.ndarray, for_crops: bool = False) -> Tensor:
+        """The stored images at `indices` as a tensor [n, C, H, W]; uint8 where they are photographs, then at the
+        larger size `for_crops`."""
         if isinstance(self.images, np.ndarray):
+            source = self.training_images if for_crops and self.training_images is not None else self.images
             # A permuted NHWC array is a channels_last tensor: no copy is needed to get there.
-            return torch.from_numpy(self.images[indices]).permute(0, 3, 1, 2)
+            return torch.from_numpy(source[indices]).permute(0, 3, 1, 2)
         return self.images[torch.from_numpy(indices)]
 
 

@@ -33,6 +33,4 @@ def require_space(directory: Path, needed: int, doing: str) -> None:
     """Raises UserError when the disk of `directory` has fewer than `needed` bytes left."""
     free = shutil.disk_usage(directory).free
     if needed > free:
-        raise UserError(
-            f"the disk is too full: {doing} takes {in_bytes(needed)}, {directory} has {in_bytes(free)} left"
-        )
+        raise UserError(f"the disk is too full: {doing} takes {in_bytes(needed)}, {in_bytes(free)} are left")

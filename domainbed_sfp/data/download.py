@@ -228,16 +228,15 @@ def _gather(dataset: str, sources: list[str], fetched: Path) -> list[Path]:
 
 
 def _first_that_works(archive: Archive, fetched: Path) -> Path:
-    failures: list[str] = []
-    for url in archive.urls:
+    for number, url in enumerate(archive.urls, start=1):
         try:
             return fetch(url, fetched, archive.name, md5=archive.md5)
         except (TransferError, ChecksumError) as error:
-            failures.append(str(error))
-            print(f"{error}", file=sys.stderr)
-    raise TransferError(
-        f"{archive.name} could not be fetched: {'; '.join(failures)} (a copy can be passed with --from)"
-    )
+            if number == len(archive.urls):
+                others = f" ({number} addresses tried)" if number > 1 else ""
+                raise TransferError(f"{error}{others}; a copy can be passed with --from") from error
+            print(f"{error}; trying the next address", file=sys.stderr)
+    raise AssertionError(f"{archive.name} has no address")
 
 
 def _expanded(dataset: str, source: str) -> list[str]:

@@ -111,7 +111,7 @@ class MinibatchLoader:
         if self.dataset.augment and environment.sizes is not None:
             generator = torch.Generator().manual_seed(seed)
             parameters = augmentation.draw_parameters(self.batch_size, environment.sizes[picked], generator)
-        images = environment.gather(indices)
+        images = environment.gather(indices, for_crops=parameters is not None)
         if self.device.type == "cuda":
             images = images.pin_memory()
         aligned = None if environment.aligned is None else environment.aligned[picked]
@@ -121,7 +121,7 @@ class MinibatchLoader:
         x = raw.images.to(self.device, non_blocking=True)
         y = raw.labels.to(self.device, non_blocking=True)
         if raw.parameters is not None:
-            x = augmentation.augment(x, raw.parameters)
+            x = augmentation.augment(x, raw.parameters, out_size=self.dataset.input_shape[1])
         elif x.dtype == torch.uint8:
             x = augmentation.normalize(x)
         return Minibatch(x, y, raw.aligned if raw.aligned is None else raw.aligned.to(self.device))

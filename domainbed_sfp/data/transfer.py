@@ -8,6 +8,7 @@ import http.client
 import json
 import re
 import shutil
+import socket
 import ssl
 import sys
 import time
@@ -177,7 +178,7 @@ def _from_http(url: str, download: _Download) -> None:
             except (OSError, http.client.HTTPException) as error:
                 cause = error.reason if isinstance(error, urllib.error.URLError) else error
                 reason = str(cause) or type(cause).__name__
-                if isinstance(cause, ssl.SSLCertVerificationError):
+                if _lasting(cause):
                     raise TransferError(f"{url}: {reason}") from error
             have = download.have()
             # Only getting farther than ever before counts: a server without Range starts over each time.
@@ -188,6 +189,13 @@ def _from_http(url: str, download: _Download) -> None:
                 raise TransferError(f"{url}: {reason} (tried {failures} times){kept}")
             time.sleep(BACKOFF_S * 2 ** (failures - 1))
     download.finish()
+
+
+def _lasting(cause: object) -> bool:
+    """Whether trying again is of no use: no such host, or a certificate that is not trusted."""
+    if isinstance(cause, socket.gaierror):
+        return cause.errno != socket.EAI_AGAIN
+    return isinstance(cause, ssl.SSLCertVerificationError)
 
 
 def _http_attempt(url: str, download: _Download, report: Callable[[int, int | None], None]) -> bool:
@@ -303,7 +311,7 @@ def _from_drive(file_id: str, url: str, download: _Download) -> None:
         # OSErrors without a number, so only a numbered one is the disk's.
         if isinstance(error, OSError) and error.errno is not None:
             raise disk_error(error, f"fetching {download.path.name}") from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise TransferError(_drive_refusal(download.path.name, url, reason)) from error
     if not target.is_file():
         raise TransferError(_drive_refusal(download.path.name, url, "no file came"))
@@ -313,8 +321,8 @@ def _from_drive(file_id: str, url: str, download: _Download) -> None:
 
 def _drive_refusal(name: str, url: str, reason: str) -> str:
     return (
-        f"Google Drive did not give {name} ({reason}); its daily quota is often used up: try again later, "
-        f"or open {url} in a browser and pass the file with --from"
+        f"Google Drive did not give {name} ({reason}); its daily quota is often used up: "
+        f"try again later, or open {url} in a browser"
     )
 
 

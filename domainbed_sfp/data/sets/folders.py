@@ -15,6 +15,10 @@ from domainbed_sfp.data.cache import cached_images
 from domainbed_sfp.errors import UserError
 
 
+# Pixels; 227 px PACS at 224 px input is cropped from its own size.
+CROP_SIDE_LIMIT = 288
+
+
 class ImageFolders(Dataset):
     """Base: environments are the sorted folders of the root, classes the sorted folders of an environment."""
 
@@ -30,13 +34,18 @@ class ImageFolders(Dataset):
         folders = cls.environment_folders(root)
         files = {folder: _files_by_class(folder) for folder in folders}
         classes = _common_classes(files)
+        augment = hparams["data_augmentation"]
         environments = []
         for folder, by_class in files.items():
             paths = [path for name in classes for path in by_class[name]]
-            labels = [index for index, name in enumerate(classes) for _ in by_class[name]]
+            labels = torch.tensor([index for index, name in enumerate(classes) for _ in by_class[name]])
             images, sizes = cached_images(paths, folder, size, cache_dir)
-            environments.append(Environment(folder.name, images, torch.tensor(labels), torch.from_numpy(sizes)))
-        return cls(environments, len(classes), augment=hparams["data_augmentation"])
+            crop_side = _crop_side(size, int(sizes.max()))
+            larger = None
+            if augment and crop_side > size:
+                larger, _ = cached_images(paths, folder, crop_side, cache_dir)
+            environments.append(Environment(folder.name, images, labels, larger, torch.from_numpy(sizes)))
+        return cls(environments, len(classes), augment)
 
     @classmethod
     def check_files(cls, data_dir: str | None) -> None:
@@ -66,6 +75,16 @@ class ImageFolders(Dataset):
         if len(folders) < 2:
             raise UserError(f"{cls.__name__}: expected two or more environment folders in {str(root)!r}, found {found}")
         return folders
+
+
+def _crop_side(size: int, largest: int) -> int:
+    """Side at which photographs are kept for training at `size` px, where the largest file measures `largest` px.
+
+    A crop of an image that is already as small as the input is resampled twice and comes out blurred, unlike the images
+    of evaluation: from 128 px files at 64 px input it keeps 73-82 % of the neighbouring-pixel differences, from a copy
+    at 128 px all of them. Twice the input is enough; beyond CROP_SIDE_LIMIT the disk would pay more than it brings.
+    """
+    return max(size, min(largest, 2 * size, CROP_SIDE_LIMIT))
 
 
 def _files_by_class(folder: Path) -> dict[str, list[Path]]:

@@ -1,0 +1,67 @@
+"""Shared by all tests: small thread pools, no user cache, seeds, and the places a machine may offer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere: many small operations gain nothing by threads, and two busy cores suffer by them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOMAINBED_SFP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Reads a golden file: values computed by DomainBed at commit b93c22a1cfc3."""
+
+    def read(name: str):
+        return json.loads((GOLDEN / name).read_text())
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def pacs_dir() -> Path:
+    """A folder that holds real PACS in DomainBed's layout."""
+    given = os.environ.get("DOMAINBED_SFP_TEST_DATA")
+    root = Path(given) if given else SHARED_DATA
+    if not (root / "PACS").is_dir():
+        pytest.skip("real PACS is not here: set DOMAINBED_SFP_TEST_DATA to a folder that holds PACS/")
+    return root
+
+
+@pytest.fixture(scope="session")
+def domainbed_root() -> Path:
+    """An unmodified DomainBed checkout."""
+    given = os.environ.get("DOMAINBED_ROOT")
+    if not given:
+        pytest.skip("no DomainBed checkout: set DOMAINBED_ROOT")
+    return Path(given).resolve()
+
+
+@pytest.fixture
+def cli(tmp_path: Path):
+    """Runs `domainbed-sfp ARGS` as a user does, in a folder of its own."""
+
+    def run(*args: object, check: bool = True, **options) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "domainbed_sfp", *map(str, args)],
+            capture_output=True, text=True, cwd=options.pop("cwd", tmp_path), timeout=240, **options,
+        )  # fmt: skip
+        if check:
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
