@@ -257,7 +257,10 @@ class _Columns:
         self.last: dict[str, Any] = {}
 
     def add(self, record: dict[str, Any]) -> None:
-        self.steps.append(record["step"])
+        step = record["step"]
+        if not isinstance(step, int):
+            raise ValueError(f"'step' is {step!r}; expected a whole number")
+        self.steps.append(step)
         self.in_acc += [record[field] for field in self.in_fields]
         self.out_acc += [record[field] for field in self.out_fields]
         self.final.append(record.get("final_compression", True))
@@ -274,6 +277,10 @@ class _Columns:
         for name, values in self.costs.items():
             if values:
                 costs[name] = np.array(values + [np.nan] * (count - len(values)), dtype=float)
+        in_acc = np.array(self.in_acc, dtype=float).reshape(shape)
+        out_acc = np.array(self.out_acc, dtype=float).reshape(shape)
+        if np.isnan(in_acc).any() or np.isnan(out_acc).any():
+            raise ValueError("NaN or null")
         return Run(
             directory,
             complete,
@@ -282,8 +289,8 @@ class _Columns:
             self.last.get("hparams") or {},
             {name: self.last[name] for name in FACT_FIELDS if name in self.last},
             self.steps,
-            np.array(self.in_acc, dtype=float).reshape(shape),
-            np.array(self.out_acc, dtype=float).reshape(shape),
+            in_acc,
+            out_acc,
             np.array(self.final, dtype=bool),
             costs,
         )

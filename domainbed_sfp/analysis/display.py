@@ -53,8 +53,10 @@ def grids_of(report: Report) -> list[Grid]:
 def magnitude(number: float) -> str:
     """A count in three digits with a unit: 11_176_512 as "11.2M"."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}" if number / size < 1000 else f"{number / size:.0f}{unit}"
+        scaled = number / size
+        if scaled >= 0.9995:
+            decimals = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+            return f"{scaled:.{decimals}f}{unit}"
     return f"{number:.0f}"
 
 

@@ -100,7 +100,7 @@ def label_methods(methods: Iterable[Method]) -> dict[Method, str]:
         names = sorted({name for values in settings.values() for name in values})
         differing = [name for name in names if len({values.get(name) for values in settings.values()}) > 1]
         for method in sorted(settings, key=lambda method: _sort_key(settings[method], differing)):
-            shown = [f"{name}={settings[method].get(name, 'default').strip(chr(34))}" for name in differing]
+            shown = [name + "=" + settings[method].get(name, "default").strip('"') for name in differing]
             labels[method] = f"{algorithm} ({', '.join(shown)})" if shown else algorithm
     return labels
 
@@ -229,7 +229,8 @@ def _compare(one: Run, two: Run) -> tuple[Run, Run]:
         if one.args.get(name) != two.args.get(name):
             raise UserError(
                 f"two different sweeps in one directory: {one.directory} and {two.directory} are the same "
-                f"job but for args.{name} ({one.args.get(name)!r} and {two.args.get(name)!r}); collect them apart"
+                f"job but for args.{name} ({one.args.get(name)!r} and {two.args.get(name)!r}); "
+                "collect them apart"
             )
     if one.in_acc.shape[1] != two.in_acc.shape[1]:
         raise UserError(
@@ -282,9 +283,9 @@ def _grid(found: dict[Job, Run]) -> dict[Job, str]:
 
 def _listed(found: dict[Job, Run], sweep: dict[str, Any], root: Path, notes: list[str]) -> dict[Job, str]:
     by_directory = {run.directory: job for job, run in found.items()}
-    # A run may record the number of steps that sweep.json leaves to the data set's default: jobs listed alike
-    # share the method that any one of their runs shows.
-    shown: dict[Method, Method] = {}
+    # A run may record the steps that sweep.json leaves to the data set's default: jobs of one data set
+    # that are listed alike share the method that any one of their runs shows.
+    shown: dict[tuple[str, Method], Method] = {}
     listed = []
     for entry in sweep["jobs"]:
         try:
@@ -295,12 +296,13 @@ def _listed(found: dict[Job, Run], sweep: dict[str, Any], root: Path, notes: lis
                 "expected a JSON object"
             ) from error
         if entry["name"] in by_directory:
-            shown[method] = by_directory[entry["name"]].method
+            shown[entry["dataset"], method] = by_directory[entry["name"]].method
         listed.append((entry, method))
     expected = {}
     for entry, method in listed:
         seeds = entry["hparams_seed"], entry["trial_seed"]
-        job = Job(entry["dataset"], shown.get(method, method), tuple(entry["test_envs"]), *seeds)
+        method = shown.get((entry["dataset"], method), method)
+        job = Job(entry["dataset"], method, tuple(entry["test_envs"]), *seeds)
         directory = root / entry["name"]
         expected[job] = load_failure(directory) or (
             "started, no record yet" if directory.exists() else "not started"

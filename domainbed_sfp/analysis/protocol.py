@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from .. import __version__
@@ -23,6 +24,7 @@ class Conditions:
     unknown."""
 
     backbone: str
+    weights: str
     image_size: int | None
     steps: int
     holdout_fraction: float
@@ -57,6 +59,7 @@ class Protocol:
             f"{self.selection} selection",
             f"{shown['steps']} steps",
             f"backbone {shown['backbone']}",
+            f"weights {shown['weights']}",
             *([f"{shown['image_size']} px images"] if shown["image_size"] != "unknown" else []),
             f"{draws} x {trials} (seeds {number_ranges(self.trial_seeds)})",
             f"held-out fraction {shown['holdout_fraction']}",
@@ -111,6 +114,7 @@ def conditions_of(run: Run) -> Conditions:
     default_size = 28 if run.dataset in SMALL_IMAGES else None if small else 224
     return Conditions(
         backbone_of(run.dataset, run.hparams),
+        weights_of(run.dataset, run.hparams),
         run.hparams.get("image_size", default_size),
         steps_of(run),
         run.args.get("holdout_fraction", 0.2),
@@ -126,8 +130,6 @@ def backbone_of(dataset: str, hparams: dict[str, Any]) -> str:
     from before it had `freeze_bn` were always made with batch norm frozen.
     """
     backbone = hparams.get("backbone", "auto")
-    weights = hparams.get("weights", "imagenet")
-    details = []
     if backbone == "auto":
         if dataset in _MNIST_LIKE:
             return "MNIST_CNN"
@@ -135,16 +137,24 @@ def backbone_of(dataset: str, hparams: dict[str, Any]) -> str:
         backbone = chosen[0] if chosen else "resnet50"
     if backbone in ("dinov2", "vit"):
         return backbone
+    details = []
+    # The names tell ImageNet weights apart; with others they would claim what is not so.
+    pretrained = hparams.get("weights", "imagenet") == "imagenet"
     if backbone == "resnet50_augmix":
         backbone = "resnet50"
-        details.append("augmix")
-    elif backbone == "resnet50" and weights == "imagenet":
-        details.append("tv V1")
-    if weights != "imagenet":
-        details = ["from scratch" if weights == "none" else f"weights {weights}"]
+        details += ["augmix"] if pretrained else []
+    elif backbone == "resnet50":
+        details += ["tv V1"] if pretrained else []
     if hparams.get("freeze_bn", "resnet50_augmix" not in hparams):
         details.append("frozen BN")
     return f"{backbone} ({', '.join(details)})" if details else backbone
+
+
+def weights_of(dataset: str, hparams: dict[str, Any]) -> str:
+    """What training began from: "imagenet", "none", or the name of a file."""
+    if backbone_of(dataset, hparams) == "MNIST_CNN":
+        return "none"
+    return PurePath(str(hparams.get("weights", "imagenet"))).name
 
 
 def _text(value: object) -> str:

@@ -126,12 +126,12 @@ def _obstacle(protocol: Protocol) -> str | None:
         return "these runs mix protocols"
     conditions = protocol.conditions[0]
     if conditions.steps != DEFAULT_STEPS:
-        return f"they trained for {DEFAULT_STEPS:,} steps, these runs for {conditions.steps:,}"
+        return f"their protocol has {DEFAULT_STEPS:,} steps, these runs {conditions.steps:,}"
     expected = 28 if conditions.backbone == "MNIST_CNN" else 224
     if conditions.image_size != expected:
-        return f"their images have {expected} px, those of these runs {conditions.image_size}"
+        return f"their protocol has images of {expected} px, these runs {conditions.image_size}"
     if conditions.task != "domain_generalization":
-        return f"their task is domain_generalization, that of these runs {conditions.task}"
+        return f"their protocol has the task domain_generalization, these runs {conditions.task}"
     return None
 
 

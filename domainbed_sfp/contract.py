@@ -1,0 +1,203 @@
+"""What every algorithm must do, as checks that any registered one can be put through.
+
+The tests run them over the whole registry, algorithms of other packages included; each check raises AssertionError
+with what was expected and what happened.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from domainbed_sfp import checkpoints, hparams, registry
+from domainbed_sfp.algorithms.base import Algorithm
+from domainbed_sfp.data.loaders import Minibatch
+from domainbed_sfp.seeds import seed_everything, seed_hash
+
+INPUT_SHAPE, CLASSES, DOMAINS, BATCH = (3, 8, 8), 4, 3, 16
+STEPS = 24
+
+
+def make(name: str, total_steps: int = STEPS, overrides: Mapping[str, Any] | None = None) -> Algorithm:
+    """A small instance of algorithm `name` for 8 x 8 images, freshly initialised from seed 0."""
+    values = hparams.resolve_hparams(name, "FullColoredDigits", overrides=overrides)
+    seed_everything(0)
+    algorithm: Algorithm = registry.get(name).cls(INPUT_SHAPE, CLASSES, DOMAINS, values)
+    algorithm.total_steps = total_steps
+    return algorithm
+
+
+def minibatches(step: int) -> list[Minibatch]:
+    """Easy batches: the class is the brightest quadrant."""
+    batches = []
+    for domain in range(DOMAINS):
+        generator = torch.Generator().manual_seed(seed_hash("contract", step, domain))
+        y = torch.randint(CLASSES, (BATCH,), generator=generator)
+        x = 0.5 * torch.randn(BATCH, *INPUT_SHAPE, generator=generator)
+        for index, label in enumerate(y.tolist()):
+            row, column = 4 * (label // 2), 4 * (label % 2)
+            x[index, :, row : row + 4, column : column + 4] += 1.5
+        batches.append(Minibatch(x, y, aligned=torch.rand(BATCH, generator=generator) < 0.8))
+    return batches
+
+
+def run(algorithm: Algorithm, first: int, last: int) -> list[dict[str, float]]:
+    """Updates `first` .. `last` - 1, each seeded as the training loop seeds it."""
+    logged = []
+    for step in range(first, last):
+        batches = minibatches(step)
+        seed_everything(seed_hash(0, "step", step))
+        logged.append(algorithm.update(batches))
+    return logged
+
+
+def check_updates_lower_the_loss(name: str) -> None:
+    """Training on easy data brings the cross-entropy on fresh data clearly down."""
+    algorithm = make(name)
+    before = _risk(algorithm)
+    logged = run(algorithm, 0, STEPS)
+    after = _risk(algorithm)
+    assert after < 0.8 * before, f"cross-entropy {before:.3f} before, {after:.3f} after {STEPS} updates"
+    for values in logged:
+        assert "loss" in values, f"update returns {sorted(values)}, without 'loss'"
+        assert all(isinstance(v, (int, float)) and math.isfinite(v) for v in values.values()), f"not numbers: {values}"
+
+
+def check_predict_gives_logits(name: str) -> None:
+    """One finite row of logits per image, whatever the batch size; prediction changes nothing."""
+    algorithm = make(name)
+    run(algorithm, 0, 2)
+    algorithm.eval()
+    before = {key: value.clone() for key, value in _tensors(algorithm).items()}
+    x = torch.cat([x for x, _ in minibatches(99)])
+    with torch.no_grad():
+        logits = algorithm.predict(x)
+        single = algorithm.predict(x[:1])
+    assert logits.shape == (len(x), CLASSES) and single.shape == (1, CLASSES), f"{logits.shape}, {single.shape}"
+    assert torch.isfinite(logits).all(), "logits are not finite"
+    assert torch.allclose(logits[:1], single, atol=1e-4), "a sample's logits depend on its companions"
+    for key, value in _tensors(algorithm).items():
+        assert torch.equal(value, before[key]), f"predict changes {key}"
+
+
+def check_hparams_are_json(name: str) -> None:
+    """Default and random hparams survive JSON, as records need."""
+    for seed in range(20):
+        values = hparams.resolve_hparams(name, "FullColoredDigits", seed, 0)
+        assert json.loads(json.dumps(values)) == values, f"hparams of seed {seed} change in JSON: {values}"
+
+
+def check_deepcopy(name: str) -> None:
+    """A copy taken in the middle of training goes on alone, exactly as the original does."""
+    algorithm = make(name)
+    run(algorithm, 0, STEPS // 2)
+    twin = copy.deepcopy(algorithm)
+    untouched = {key: value.clone() for key, value in _tensors(algorithm).items()}
+    first = run(twin, STEPS // 2, STEPS)
+    for key, value in _tensors(algorithm).items():
+        assert torch.equal(value, untouched[key]), f"training the copy changes the original's {key}"
+    assert run(algorithm, STEPS // 2, STEPS) == first, "copy and original part ways"
+
+
+def check_exact_resume(name: str) -> None:
+    """Saved at any of several steps and continued in a new object, training ends bit-identical."""
+    whole = make(name)
+    logged = run(whole, 0, STEPS)
+    for stop in (1, STEPS // 3, STEPS - 2):
+        broken = make(name)
+        run(broken, 0, stop)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "checkpoint.safetensors"
+            checkpoints.save_checkpoint(path, broken, {"step": stop})
+            resumed = make(name)
+            assert checkpoints.load_checkpoint(path, resumed) == {"step": stop}
+        assert run(resumed, stop, STEPS) == logged[stop:], f"continued from step {stop}, the logged numbers differ"
+        _assert_same(resumed, whole, f"continued from step {stop}")
+
+
+def check_degenerate_batches(name: str) -> None:
+    """One class only, one sample only, constant images: everything stays finite."""
+    x, y = torch.zeros(BATCH, *INPUT_SHAPE), torch.zeros(BATCH, dtype=torch.long)
+    aligned = torch.ones(BATCH, dtype=torch.bool)
+    for title, count in (("one class and constant images", BATCH), ("one sample", 1)):
+        algorithm = make(name)
+        for _ in range(3):
+            values = algorithm.update([Minibatch(x[:count], y[:count], aligned[:count]) for _ in range(DOMAINS)])
+            assert all(math.isfinite(v) for v in values.values()), f"{title}: {values}"
+        for key, value in _tensors(algorithm).items():
+            assert not value.is_floating_point() or torch.isfinite(value).all(), f"{title}: {key} is not finite"
+
+
+def check_masks(name: str) -> None:
+    """Masks are bool, shaped as their parameters; dead weights are zero; the run ends at its final compression and,
+    for an algorithm that has the hparam, at the sparsity asked for."""
+    algorithm = make(name)
+    run(algorithm, 0, STEPS)
+    parameters = dict(algorithm.named_parameters())
+    for key, mask in algorithm.masks().items():
+        assert key in parameters, f"mask of unknown parameter {key!r}"
+        assert mask.dtype == torch.bool and mask.shape == parameters[key].shape, f"{key}: {mask.dtype} {tuple(mask.shape)}"
+        assert not parameters[key][~mask].any(), f"{key} has dead weights that are not zero"
+        assert mask.any(), f"{key} is wiped out"
+    assert algorithm.at_final_compression(), "the run ends before its final compression"
+    target = algorithm.hparams.get("sparsity")
+    if target is not None:
+        assert abs(algorithm.sparsity() - target) < 0.05, f"sparsity {algorithm.sparsity():.3f}, asked for {target}"
+
+
+def check_export(name: str) -> None:
+    """The exported network has the logits of predict and shares nothing with the algorithm."""
+    algorithm = make(name)
+    run(algorithm, 0, STEPS)
+    algorithm.eval()
+    exported = algorithm.export()
+    x = torch.cat([x for x, _ in minibatches(99)])
+    with torch.no_grad():
+        expected = algorithm.predict(x)
+        assert torch.allclose(exported(x), expected, atol=1e-4), "logits of the exported network differ"
+        for parameter in algorithm.parameters():
+            parameter.zero_()
+        assert torch.allclose(exported(x), expected, atol=1e-4), "the exported network shares parameters"
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    check.__name__.removeprefix("check_"): check
+    for check in (
+        check_updates_lower_the_loss,
+        check_predict_gives_logits,
+        check_hparams_are_json,
+        check_deepcopy,
+        check_exact_resume,
+        check_degenerate_batches,
+        check_masks,
+        check_export,
+    )
+}
+
+
+@torch.no_grad()
+def _risk(algorithm: Algorithm) -> float:
+    algorithm.eval()
+    batches = minibatches(1_000)
+    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    risk = torch.nn.functional.cross_entropy(algorithm.predict(x), y).item()
+    algorithm.train()
+    return risk
+
+
+def _tensors(algorithm: Algorithm) -> dict[str, Tensor]:
+    return {key: value for key, value in algorithm.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _assert_same(one: Algorithm, other: Algorithm, when: str) -> None:
+    theirs = _tensors(other)
+    for key, value in _tensors(one).items():
+        assert torch.equal(value, theirs[key]), f"{when}, {key} differs"

@@ -1,0 +1,136 @@
+"""Every registered algorithm, those of other packages included, through the contract suite."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from domainbed_sfp import contract, registry, training
+from domainbed_sfp.algorithms.base import Algorithm
+from domainbed_sfp.data.sets.digits import FullColoredDigits
+from domainbed_sfp.records import VOLATILE_FIELDS
+
+VARIANTS = {
+    "Magnitude": [{"granularity": "weight"}, {"pruning_scope": "global", "granularity": "weight"}, {"objective": "VREx"},
+                  {"objective": "CORAL"}, {"prune_start": 0.5, "prune_end": 0.5}],
+    "Random": [{"granularity": "weight"}, {"objective": "Mixup"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("check", contract.CHECKS)
+@pytest.mark.parametrize("name", registry.names())
+def test_contract(name, check):
+    contract.CHECKS[check](name)
+
+
+@pytest.mark.parametrize("name, overrides", [(name, case) for name, cases in VARIANTS.items() for case in cases])
+def test_contract_of_variants(name, overrides, monkeypatch):
+    plain = contract.make
+    monkeypatch.setattr(contract, "make", lambda name, **options: plain(name, overrides=overrides, **options))
+    for check in contract.CHECKS.values():
+        check(name)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_never_touches_the_test_environment(name, tmp_path, monkeypatch):
+    """With the test environment's images and labels replaced by rubbish, training runs on bit-identically."""
+
+    def final_record(poison: bool) -> dict:
+        build = FullColoredDigits.build.__func__
+
+        def poisoned(cls, *args, **kwargs):
+            dataset = build(cls, *args, **kwargs)
+            if poison:
+                dataset[1].images.fill_(torch.nan)
+                dataset[1].labels.fill_(3)
+            return dataset
+
+        monkeypatch.setattr(FullColoredDigits, "build", classmethod(poisoned))
+        folder = tmp_path / str(poison)
+        training.train(training.TrainArgs(dataset="FullColoredDigits", algorithm=name, test_envs=[1], steps=12,
+                                          checkpoint_freq=6, output_dir=str(folder), skip_model_save=True))  # fmt: skip
+        record = json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
+        return {key: value for key, value in record.items()
+                if key not in VOLATILE_FIELDS and not key.startswith("env1_") and key != "args"}  # fmt: skip
+
+    assert final_record(poison=False) == final_record(poison=True)
+
+
+
+def test_the_contract_can_fail(monkeypatch):
+    """A learner that ignores its data, one that forgets its state, one with a mask that is not applied."""
+    from domainbed_sfp.algorithms.erm import ERM
+    from domainbed_sfp.algorithms.magnitude import Magnitude
+
+    class Lazy(ERM):
+        def update(self, minibatches, unlabeled=None):
+            return {"loss": 1.0}
+
+    class Forgetful(ERM):
+        calls = 0
+
+        def update(self, minibatches, unlabeled=None):
+            self.calls += 1
+            self.optimizer.param_groups[0]["lr"] = 1e-3 / self.calls
+            return super().update(minibatches, unlabeled)
+
+    class Unmasked(Magnitude):
+        def update(self, minibatches, unlabeled=None):
+            values = super().update(minibatches, unlabeled)
+            with torch.no_grad():
+                self.featurizer.conv2.weight.add_(1e-3)
+            return values
+
+    def check(cls, name, base):
+        info = registry.get(base)
+        replaced = registry.AlgorithmInfo(info.name, cls, info.family, info.reference, info.standing, info.hparams)
+        monkeypatch.setitem(registry._algorithms, base, replaced)
+        with pytest.raises(AssertionError):
+            contract.CHECKS[name](base)
+
+    check(Lazy, "updates_lower_the_loss", "ERM")
+    check(Forgetful, "exact_resume", "ERM")
+    check(Unmasked, "masks", "Magnitude")
+
+
+def test_an_installed_package_adds_an_algorithm(tmp_path):
+    """A distribution with the entry point is found by the command line and passes the contract; a second one with a
+    name that is taken is an error that names both."""
+    site = tmp_path / "site"
+    _install(site, "mypkg", "MyMethod")
+    found = _python(site, "from domainbed_sfp import contract, registry; assert 'MyMethod' in registry.names();"
+                          "[check('MyMethod') for check in contract.CHECKS.values()]; print('passed')")  # fmt: skip
+    assert found.stdout.strip() == "passed", found.stderr
+    listed = _python(site, "from domainbed_sfp.cli import main; main(['list', 'algorithms'])")
+    assert "MyMethod" in listed.stdout
+    _install(site, "other", "ERM")
+    clash = _python(site, "from domainbed_sfp.cli import main; main(['list', 'algorithms'])")
+    assert clash.returncode == 2 and len(clash.stderr.splitlines()) == 1
+    assert "'ERM'" in clash.stderr and "other.method" in clash.stderr and "algorithms.erm" in clash.stderr
+
+
+def _install(site: Path, package: str, name: str) -> None:
+    (site / package).mkdir(parents=True)
+    (site / package / "__init__.py").write_text("")
+    (site / package / "method.py").write_text(
+        "from domainbed_sfp.algorithms.erm import ERM\n"
+        "from domainbed_sfp.registry import register\n\n"
+        f"@register({name!r}, family='pruning', reference='here', standing='published')\n"
+        "class Method(ERM):\n    '''A method.'''\n"
+    )
+    info = site / f"{package}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[domainbed_sfp.algorithms]\n{package} = {package}.method\n")
+
+
+def _python(site: Path, code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r}); {code}"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
