@@ -52,6 +52,9 @@ class Job:
     hparams: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
 
+    def __hash__(self) -> int:  # the generated one would hash `hparams`, a dict
+        return hash(self.name)
+
     @property
     def name(self) -> str:
         """The job's folder: a hash of everything above."""
