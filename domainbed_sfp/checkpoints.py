@@ -94,7 +94,9 @@ def load_checkpoint(path: Path, algorithm: Algorithm) -> dict[str, Any]:
     try:
         algorithm.load_state_dict({**model, **header["values"]})
     except RuntimeError as error:
-        raise UserError(f"checkpoint {str(path)!r} is of another network: {str(error).splitlines()[-1].strip()}") from error
+        raise UserError(
+            f"checkpoint {str(path)!r} is of another network: {str(error).splitlines()[-1].strip()}"
+        ) from error
     for name, optimizer in _optimizers(algorithm).items():
         described = header["optimizers"][name]
         state: dict[int, dict[str, Any]] = {int(i): dict(slots) for i, slots in described["scalars"].items()}
@@ -130,7 +132,9 @@ def _read_header(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             return json.loads(file.metadata()["domainbed_sfp"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{str(path)!r} is not a checkpoint of this package ({error}); remove it to start anew") from error
+        raise UserError(
+            f"{str(path)!r} is not a checkpoint of this package ({error}); remove it to start anew"
+        ) from error
 
 
 def _optimizers(algorithm: Algorithm) -> dict[str, torch.optim.Optimizer]:

@@ -60,7 +60,9 @@ def _add(commands: argparse._SubParsersAction, name: str, text: str, run: Comman
 
 
 def _add_quickstart(commands: argparse._SubParsersAction) -> None:
-    parser = _add(commands, "quickstart", "run a real small sweep on the embedded data and print its table", _quickstart)
+    parser = _add(
+        commands, "quickstart", "run a real small sweep on the embedded data and print its table", _quickstart
+    )
     parser.add_argument("--output_dir", default="quickstart_output")
     _add_slots(parser)
 
@@ -118,7 +120,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--data_dir")
     parser.add_argument("--dataset", default="RotatedMNIST")
     parser.add_argument("--algorithm", default="ERM")
-    parser.add_argument("--task", default="domain_generalization", choices=["domain_generalization", "domain_adaptation"])
+    parser.add_argument(
+        "--task", default="domain_generalization", choices=["domain_generalization", "domain_adaptation"]
+    )
     parser.add_argument("--hparams", help="JSON object of hparams that replace the drawn ones")
     parser.add_argument("--hparams_seed", type=int, default=0, help="0 takes the default hparams, others a random draw")
     parser.add_argument("--trial_seed", type=int, default=0, help="seeds the splits and, with hparams_seed, the draw")
@@ -220,12 +224,13 @@ def _add_upstream(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--domainbed_root", default=os.environ.get("DOMAINBED_ROOT"), help="default: $DOMAINBED_ROOT")
     parser.add_argument("script", help="train, sweep, collect_results or another module of domainbed.scripts")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to DomainBed")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, for sweep --command_launcher slots")
 
 
 def _upstream(args: argparse.Namespace) -> int:
     from domainbed_sfp import upstream
 
-    return upstream.run(args.domainbed_root, args.script, args.arguments)
+    return upstream.run(args.domainbed_root, args.script, args.arguments, slots=args.jobs)
 
 
 def _add_slots(parser: argparse.ArgumentParser) -> None:

@@ -144,7 +144,9 @@ def check_masks(name: str) -> None:
     parameters = dict(algorithm.named_parameters())
     for key, mask in algorithm.masks().items():
         assert key in parameters, f"mask of unknown parameter {key!r}"
-        assert mask.dtype == torch.bool and mask.shape == parameters[key].shape, f"{key}: {mask.dtype} {tuple(mask.shape)}"
+        assert mask.dtype == torch.bool and mask.shape == parameters[key].shape, (
+            f"{key}: {mask.dtype} {tuple(mask.shape)}"
+        )
         assert not parameters[key][~mask].any(), f"{key} has dead weights that are not zero"
         assert mask.any(), f"{key} is wiped out"
     assert algorithm.at_final_compression(), "the run ends before its final compression"

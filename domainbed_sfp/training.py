@@ -273,8 +273,7 @@ class _Run:
         }
         records.write_atomically(self.output_dir / records.FAILURE, json.dumps(failure, sort_keys=True))
         raise UserError(
-            f"{self.args.algorithm} diverged: {what}; records up to step {self.records[-1]['step'] if self.records else 0} "
-            f"are kept. Lower hparam 'lr' ({self.hparams['lr']:g}) or the weight of a penalty"
+            f"{self.args.algorithm} diverged: {what}; the {len(self.records)} records before it are kept. Lower hparam 'lr' ({self.hparams['lr']:g}) or the weight of a penalty"
         )
 
     def _record(self) -> None:
@@ -355,7 +354,9 @@ class _Run:
         if not 0 < self.args.holdout_fraction < 1:
             raise UserError(f"--holdout_fraction: expected a fraction in (0, 1), got {self.args.holdout_fraction}")
         if not 0 <= self.args.uda_holdout_fraction < 1:
-            raise UserError(f"--uda_holdout_fraction: expected a fraction in [0, 1), got {self.args.uda_holdout_fraction}")
+            raise UserError(
+                f"--uda_holdout_fraction: expected a fraction in [0, 1), got {self.args.uda_holdout_fraction}"
+            )
         splits = []
         batch_size = self.hparams["batch_size"]
         for env_i, env in enumerate(self.dataset.environments):
@@ -434,9 +435,7 @@ class _Run:
 
 
 @torch.no_grad()
-def evaluate(
-    algorithm: Algorithm, dataset: Dataset, splits: list[Split], device: torch.device
-) -> dict[str, float]:
+def evaluate(algorithm: Algorithm, dataset: Dataset, splits: list[Split], device: torch.device) -> dict[str, float]:
     """Accuracies of every split, as fractions under DomainBed's names (`env0_in_acc`, ...).
 
     Held-out splits are evaluated on the plain images. DomainBed augments the held-out splits of training
@@ -491,8 +490,8 @@ def _refuse_other_run(args: TrainArgs, output_dir: Path) -> None:
         # DomainBed's records do not have our flags.
         if name in theirs and theirs[name] != ours[name]:
             raise UserError(
-                f"output_dir {args.output_dir!r} holds another run ({name} {theirs[name]!r} there, {ours[name]!r} here); "
-                "choose another --output_dir, or remove that one"
+                f"output_dir {args.output_dir!r} holds another run ({name} {theirs[name]!r} there, "
+                f"{ours[name]!r} here); choose another --output_dir, or remove that one"
             )
 
 
@@ -561,7 +560,7 @@ def _tee(output_dir: Path) -> Iterator[None]:
         out, err = (open(output_dir / name, "a", buffering=1) for name in ("out.txt", "err.txt"))  # noqa: SIM115
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r} cannot be written: {error.strerror}") from error
-    sys.stdout, sys.stderr = _Tee(stdout, out), _Tee(stderr, err)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Tee(stdout, out), _Tee(stderr, err)
     try:
         yield
     finally:

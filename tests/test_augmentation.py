@@ -261,9 +261,7 @@ def crop_quantities(crops, width, height):
 
 
 # Square, PACS-like, partly falling back, and always falling back on either side.
-@pytest.mark.parametrize(
-    ("width", "height"), [(227, 227), (500, 375), (300, 200), (200, 310), (500, 200), (90, 400)]
-)
+@pytest.mark.parametrize(("width", "height"), [(227, 227), (500, 375), (300, 200), (200, 310), (500, 200), (90, 400)])
 def test_crops_are_distributed_as_torchvision_draws_them(width, height):
     n = 3000
     torch.manual_seed(1)

@@ -219,12 +219,8 @@ def test_only_checkpoints_at_final_compression_are_candidates(tmp_path, table):
             tmp_path,
             f"run{env}",
             [
-                record(
-                    (0.9,) * 4, test_envs=(env,), step=0, sparsity=0.0, final_compression=False, **compressed
-                ),
-                record(
-                    (0.4,) * 4, test_envs=(env,), step=100, sparsity=0.5, final_compression=True, **compressed
-                ),
+                record((0.9,) * 4, test_envs=(env,), step=0, sparsity=0.0, final_compression=False, **compressed),
+                record((0.4,) * 4, test_envs=(env,), step=100, sparsity=0.5, final_compression=True, **compressed),
                 record((0.3,) * 4, test_envs=(env,), step=200, sparsity=0.5, **compressed),
             ],
         )
@@ -437,9 +433,7 @@ def test_a_sweep_without_pairs_has_no_leave_one_out_table(tmp_path, collect):
 def test_averages_over_data_sets(tmp_path, collect):
     for dataset, accuracy in (("PACS", 0.5), ("VLCS", 0.7)):
         for env in range(4):
-            write_run(
-                tmp_path, f"{dataset}{env}", [record((accuracy,) * 8, dataset=dataset, test_envs=(env,))]
-            )
+            write_run(tmp_path, f"{dataset}{env}", [record((accuracy,) * 8, dataset=dataset, test_envs=(env,))])
     write_run(tmp_path, "irm", [record((0.9,) * 8, dataset="PACS", algorithm="IRM")])
     _, out, _ = collect("--input_dir", tmp_path, "--format", "json", "--selection", "oracle")
     (averages,) = json.loads(out)["averages"]
@@ -488,15 +482,11 @@ TORCHVISION_R50 = {"resnet18": False, "resnet50_augmix": False, "freeze_bn": Tru
 def pacs(directory: Path, hparams: dict, steps: int | None = 5001) -> None:
     """Without steps asked for, the last record of a finished run tells them."""
     for env in range(4):
-        one = record(
-            (0.85,) * 8, dataset="PACS", test_envs=(env,), step=5000, hparams=hparams, args={"steps": steps}
-        )
+        one = record((0.85,) * 8, dataset="PACS", test_envs=(env,), step=5000, hparams=hparams, args={"steps": steps})
         write_run(directory, f"run{env}", [one])
 
 
-@pytest.mark.parametrize(
-    "hparams", [TORCHVISION_R50, {**TORCHVISION_R50, "backbone": "resnet50", "resnet18": True}]
-)
+@pytest.mark.parametrize("hparams", [TORCHVISION_R50, {**TORCHVISION_R50, "backbone": "resnet50", "resnet18": True}])
 @pytest.mark.parametrize("steps", [5001, None])
 def test_published_rows_of_the_same_protocol_are_added(tmp_path, table, collect, hparams, steps):
     pacs(tmp_path, hparams, steps)
@@ -514,8 +504,7 @@ def test_published_rows_of_the_same_protocol_are_added(tmp_path, table, collect,
     assert erm["worst"]["environment"] == "S"
     assert accuracies(irm) == [None] * 4 and irm["average"]["accuracy"] == 83.5
     assert only["notes"] == [
-        "1 published row for PACS not added: made with resnet50 (augmix), these runs with "
-        "resnet50 (tv V1, frozen BN)."
+        "1 published row for PACS not added: made with resnet50 (augmix), these runs with resnet50 (tv V1, frozen BN)."
     ]
     _, out, _ = collect("--input_dir", tmp_path, "--selection", "training-domain", *published)
     assert "ERM [published]" in out and "[published]: as printed by DomainBed official results." in out
@@ -535,9 +524,7 @@ def test_published_rows_of_another_protocol_are_not(tmp_path, table, hparams, st
     pacs(tmp_path, hparams, steps)
     only = table(tmp_path, "--published", GOLDEN / "published_sample.csv")
     assert [row["standing"] for row in only["rows"]] == [None]
-    assert (
-        len(only["notes"]) == 1 and "published row" in only["notes"][0] and only["notes"][0].endswith(reason)
-    )
+    assert len(only["notes"]) == 1 and "published row" in only["notes"][0] and only["notes"][0].endswith(reason)
 
 
 def test_augmix_runs_stand_beside_augmix_rows_only(tmp_path, table):
@@ -577,9 +564,7 @@ def compressed(tmp_path):
         dense = {"sparsity": 0.0, "surviving_parameters": 11_200_000, "macs": 1_800_000_000}
         write_run(tmp_path, f"erm{env}", [record((0.6,) * 4, test_envs=(env,), **dense, **costs)])
         half = {"sparsity": 0.5, "surviving_parameters": 5_600_000, "macs": 450_000_000}
-        ours = record(
-            (0.7,) * 4, test_envs=(env,), algorithm="My_<b>", standing="reconstruction", **half, **costs
-        )
+        ours = record((0.7,) * 4, test_envs=(env,), algorithm="My_<b>", standing="reconstruction", **half, **costs)
         write_run(tmp_path, f"ours{env}", [ours])
     return tmp_path
 

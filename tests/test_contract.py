@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from domainbed_sfp import contract, registry, training
-from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.data.sets.digits import FullColoredDigits
 from domainbed_sfp.records import VOLATILE_FIELDS
 
@@ -59,7 +58,6 @@ def test_never_touches_the_test_environment(name, tmp_path, monkeypatch):
                 if key not in VOLATILE_FIELDS and not key.startswith("env1_") and key != "args"}  # fmt: skip
 
     assert final_record(poison=False) == final_record(poison=True)
-
 
 
 def test_the_contract_can_fail(monkeypatch):

@@ -520,9 +520,7 @@ def test_damaged_archives_leave_nothing_behind(small_pacs, tmp_path):
     flipped = tmp_path / "flipped.zip"
     flipped.write_bytes(whole.replace(b"art cat 1", b"art cat X"))
     refused(tmp_path, flipped, r"flipped\.zip: damaged: Bad CRC")
-    packed = make_tar(
-        tmp_path / "a.tar.gz", {**tree_files(SMALL, "kfold/"), "kfold/noise": os.urandom(20_000)}
-    )
+    packed = make_tar(tmp_path / "a.tar.gz", {**tree_files(SMALL, "kfold/"), "kfold/noise": os.urandom(20_000)})
     packed.write_bytes(packed.read_bytes()[:10_000])
     refused(tmp_path, packed, r"a\.tar\.gz: damaged")
 
@@ -560,9 +558,7 @@ def test_the_folder_with_the_domains_is_found(small_pacs, tmp_path, root):
 
 def test_an_archive_of_something_else_says_what_it_has(small_pacs, tmp_path):
     archive = make_zip(tmp_path / "a.zip", {"cats/1.jpg": b"", "notes.txt": b""})
-    refused(
-        tmp_path, archive, r"no folder with PACS's domains \(art, photo\) in the archive: cats, notes\.txt"
-    )
+    refused(tmp_path, archive, r"no folder with PACS's domains \(art, photo\) in the archive: cats, notes\.txt")
 
 
 def test_an_incomplete_archive_is_not_put_in_place(small_pacs, tmp_path):
@@ -579,9 +575,7 @@ def test_a_complete_tree_is_left_alone(small_pacs, tmp_path, capsys):
     assert command.main(["PACS", "--data_dir", str(data), "--from", str(pacs_zip(tmp_path))]) == 0
     assert marked.read_bytes() == b"mine"
     assert not (data / ".downloads").exists(), "nothing is written: the disk may be read-only"
-    assert (
-        command.main(["PACS", "--data_dir", str(data), "--from", str(tmp_path / "PACS.zip"), "--force"]) == 0
-    )
+    assert command.main(["PACS", "--data_dir", str(data), "--from", str(tmp_path / "PACS.zip"), "--force"]) == 0
     assert marked.read_bytes() == b"art cat 0"
 
 
@@ -653,9 +647,7 @@ def test_a_full_disk_while_unpacking_removes_what_was_unpacked(small_pacs, tmp_p
         "open_new",
         lambda path: full_device(path) if path.name == "0002.jpg" else opened(path),
     )
-    refused(
-        tmp_path, make_tar(tmp_path / "a.tar.gz", tree_files(SMALL, "kfold/")), "the disk is full: unpacking"
-    )
+    refused(tmp_path, make_tar(tmp_path / "a.tar.gz", tree_files(SMALL, "kfold/")), "the disk is full: unpacking")
 
 
 def test_a_zip_that_cannot_fit_is_not_begun(small_pacs, tmp_path, monkeypatch):
@@ -681,9 +673,7 @@ def test_a_data_dir_that_cannot_be_made(small_pacs, tmp_path):
 
 def test_office_home(tmp_path, monkeypatch):
     domains = {"Art": 65, "Clipart": 66, "Product": 65, "Real World": 65}
-    monkeypatch.setattr(
-        verify, "OFFICE_HOME", verify.ImageTree("office_home", verify.OFFICE_HOME.classes, domains)
-    )
+    monkeypatch.setattr(verify, "OFFICE_HOME", verify.ImageTree("office_home", verify.OFFICE_HOME.classes, domains))
     files = {
         f"OfficeHomeDataset_10072016/{domain}/{name}/00001.jpg": b"x"
         for domain in domains
@@ -802,11 +792,7 @@ def camera_traps(folder: Path, images: list[str]) -> list[str]:
         for name, content in {"train": train, "cis_test": test}.items()
     }
     return [
-        str(
-            make_tar(
-                folder / command.TERRA_IMAGES, {f"eccv_18_all_images_sm/{i}": i.encode() for i in images}
-            )
-        ),
+        str(make_tar(folder / command.TERRA_IMAGES, {f"eccv_18_all_images_sm/{i}": i.encode() for i in images})),
         str(make_tar(folder / command.TERRA_ANNOTATIONS, notes)),
     ]
 
@@ -948,9 +934,7 @@ def test_mnist_verification_names_each_file(digits, tmp_path):
 
 
 def test_published_totals():
-    sums = {
-        name: sum(verify.image_tree(name).domain_images.values()) for name in ("VLCS", "PACS", "OfficeHome")
-    }
+    sums = {name: sum(verify.image_tree(name).domain_images.values()) for name in ("VLCS", "PACS", "OfficeHome")}
     assert sums == {"VLCS": 10_729, "PACS": 9_991, "OfficeHome": 15_588}
     assert sum(verify.DOMAIN_NET_IMAGES.values()) == 586_575
     sizes = {name: len(set(verify.image_tree(name).classes)) for name in verify.DATASETS if name != "MNIST"}

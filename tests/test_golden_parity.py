@@ -93,7 +93,10 @@ def test_sweep_jobs(golden, case):
         holdout_fraction=args["holdout_fraction"],
     )
     job = make_jobs(spec, args["data_dir"])[-1]
-    assert seed_hash(args["dataset"], args["algorithm"], args["test_envs"], args["hparams_seed"], args["trial_seed"]) == args["seed"]
+    assert (
+        seed_hash(args["dataset"], args["algorithm"], args["test_envs"], args["hparams_seed"], args["trial_seed"])
+        == args["seed"]
+    )
     if algorithm != args["algorithm"]:
         return
     assert job.domainbed_args(args["data_dir"]) == args
@@ -130,7 +133,9 @@ def test_order_of_a_whole_sweep(golden):
     spec = SweepSpec([jobs[0]["dataset"]], algorithms, n_hparams=n_hparams, n_trials=n_trials,
                      test_envs=[list(envs) for envs in test_envs])  # fmt: skip
     ours = [job.domainbed_args(first[0]["data_dir"]) for job in make_jobs(spec, None)]
-    assert [args for args in ours if args in first] == [args for args in first if args in ours] and len(ours) >= len(first)
+    assert [args for args in ours if args in first] == [args for args in first if args in ours] and len(ours) >= len(
+        first
+    )
 
 
 def test_single_and_pair_test_environments():
@@ -139,7 +144,9 @@ def test_single_and_pair_test_environments():
     assert pairs == [[0], [0, 1], [0, 2], [0, 3], [1], [1, 2], [1, 3], [2], [2, 3], [3]]
 
 
-@pytest.mark.parametrize("name", ["ColoredMNIST", "RotatedMNIST", "VLCS", "PACS", "OfficeHome", "TerraIncognita", "DomainNet"])
+@pytest.mark.parametrize(
+    "name", ["ColoredMNIST", "RotatedMNIST", "VLCS", "PACS", "OfficeHome", "TerraIncognita", "DomainNet"]
+)
 def test_data_set_constants(golden, name):
     expected = golden("registry.json")["datasets"][name]
     ours = get_dataset_class(name)

@@ -34,9 +34,7 @@ def test_facts_are_domainbeds():
 
 def test_written_records_have_sorted_keys_and_plain_numbers(tmp_path):
     path = tmp_path / "results.jsonl"
-    write_records(
-        path, [{"b": np.float32(0.5), "a": np.int64(3), "c": np.array([1, 2]), "d": np.bool_(True)}]
-    )
+    write_records(path, [{"b": np.float32(0.5), "a": np.int64(3), "c": np.array([1, 2]), "d": np.bool_(True)}])
     assert path.read_text() == '{"a": 3, "b": 0.5, "c": [1, 2], "d": true}\n'
     assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"]
 
@@ -51,11 +49,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 @settings(deadline=None)
-@given(
-    st.lists(
-        st.dictionaries(st.text(), st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats())
-    )
-)
+@given(st.lists(st.dictionaries(st.text(), st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats())))
 def test_what_is_written_is_read(tmp_path_factory, records):
     path = tmp_path_factory.mktemp("records") / "results.jsonl"
     write_records(path, records)
@@ -172,9 +166,7 @@ def test_input_dirs_that_hold_no_sweep(tmp_path):
         load_records(run, warn=fail)
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"format": 2, "jobs": []}', '{"format": 1, "jobs": [{"name": "a"}]}']
-)
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2, "jobs": []}', '{"format": 1, "jobs": [{"name": "a"}]}'])
 def test_a_sweep_description_that_is_none(tmp_path, text):
     assert load_sweep(tmp_path) is None
     (tmp_path / "sweep.json").write_text(text)

@@ -43,9 +43,7 @@ def run(
 
 def test_training_domain_takes_the_best_mean_of_the_other_environments():
     # Environment 0 is the test environment: its own .99 must not count.
-    one = run(
-        [[0.10, 0, 0], [0.20, 0, 0], [0.30, 0, 0]], [[0.99, 0.5, 0.1], [0.0, 0.4, 0.4], [0.99, 0.1, 0.3]]
-    )
+    one = run([[0.10, 0, 0], [0.20, 0, 0], [0.30, 0, 0]], [[0.99, 0.5, 0.1], [0.0, 0.4, 0.4], [0.99, 0.1, 0.3]])
     choice = choose(TRAINING_DOMAIN, [one], 0)
     assert choice is not None
     assert (choice.checkpoint, choice.validation, choice.test) == (1, 0.4, 0.20)

@@ -135,6 +135,7 @@ class AnnealedObjective(Objective):
 
     weight_hparam: str
     anneal_hparam: str
+    update_count: Tensor
 
     def __init__(self, hparams: Mapping[str, Any], num_domains: int) -> None:
         super().__init__(hparams, num_domains)

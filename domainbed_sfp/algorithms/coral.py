@@ -42,7 +42,9 @@ class CORALObjective(Objective):
         return nll + self.hparams["mmd_gamma"] * penalty, {"loss": nll.item(), "penalty": penalty.item()}
 
 
-@register("CORAL", family="objective", reference="Sun & Saenko 2016, arXiv 1607.01719", standing="reference", hparams=HPARAMS)
+@register(
+    "CORAL", family="objective", reference="Sun & Saenko 2016, arXiv 1607.01719", standing="reference", hparams=HPARAMS
+)
 class CORAL(ObjectiveAlgorithm):
     """Correlation alignment."""
 

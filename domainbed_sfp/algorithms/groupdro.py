@@ -20,6 +20,8 @@ HPARAMS = {"groupdro_eta": Hparam(1e-2, lambda r: 10 ** r.uniform(-3, -1), "step
 class GroupDROObjective(Objective):
     """Risks weighted by exponentiated-gradient weights `q`, one per environment."""
 
+    q: Tensor
+
     def __init__(self, hparams: Mapping[str, Any], num_domains: int) -> None:
         super().__init__(hparams, num_domains)
         self.register_buffer("q", torch.ones(num_domains))
@@ -34,7 +36,13 @@ class GroupDROObjective(Objective):
         return loss, {"loss": loss.item()}
 
 
-@register("GroupDRO", family="objective", reference="Sagawa et al. 2020, arXiv 1911.08731", standing="reference", hparams=HPARAMS)
+@register(
+    "GroupDRO",
+    family="objective",
+    reference="Sagawa et al. 2020, arXiv 1911.08731",
+    standing="reference",
+    hparams=HPARAMS,
+)
 class GroupDRO(ObjectiveAlgorithm):
     """Group distributionally robust optimization."""
 

@@ -39,15 +39,15 @@ class IRMObjective(AnnealedObjective):
         logits = algorithm.predict(torch.cat([x for x, _ in minibatches]))
         parts = list(split_logits(logits, minibatches))
         nll = sum((F.cross_entropy(part, y) for part, y in parts), torch.zeros((), device=logits.device))
-        penalty = sum(
-            (irm_penalty(part, y) for part, y in parts if len(y) > 1), torch.zeros((), device=logits.device)
-        )
+        penalty = sum((irm_penalty(part, y) for part, y in parts if len(y) > 1), torch.zeros((), device=logits.device))
         nll, penalty = nll / len(parts), penalty / len(parts)
         loss = nll + self.penalty_weight() * penalty
         return loss, {"loss": loss.item(), "nll": nll.item(), "penalty": penalty.item()}
 
 
-@register("IRM", family="objective", reference="Arjovsky et al. 2019, arXiv 1907.02893", standing="reference", hparams=HPARAMS)
+@register(
+    "IRM", family="objective", reference="Arjovsky et al. 2019, arXiv 1907.02893", standing="reference", hparams=HPARAMS
+)
 class IRM(ObjectiveAlgorithm):
     """Invariant risk minimization (IRMv1)."""
 

@@ -34,7 +34,9 @@ class MixupObjective(Objective):
         return loss, {"loss": loss.item()}
 
 
-@register("Mixup", family="objective", reference="Yan et al. 2020, arXiv 2001.00677", standing="reference", hparams=HPARAMS)
+@register(
+    "Mixup", family="objective", reference="Yan et al. 2020, arXiv 2001.00677", standing="reference", hparams=HPARAMS
+)
 class Mixup(ObjectiveAlgorithm):
     """Inter-domain mixup."""
 

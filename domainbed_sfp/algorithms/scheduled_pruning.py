@@ -103,9 +103,7 @@ class ScheduledPruning(ObjectiveAlgorithm):
         with torch.enable_grad():
             ranked = self.score(minibatches)
         # The dead come first in the order of removal, so that none of them returns.
-        ranked = {
-            name: score.masked_fill(~self.unit_masks[name], -torch.inf) for name, score in ranked.items()
-        }
+        ranked = {name: score.masked_fill(~self.unit_masks[name], -torch.inf) for name, score in ranked.items()}
         alive = keep_highest(ranked, sparsity, self.hparams["pruning_scope"])
         if self.step == self.schedule.last_step(self.total_steps) and all(keep.all() for keep in alive.values()):
             raise UserError(

@@ -32,7 +32,9 @@ class VRExObjective(AnnealedObjective):
         return loss, {"loss": loss.item(), "nll": risks.mean().item(), "penalty": penalty.item()}
 
 
-@register("VREx", family="objective", reference="Krueger et al. 2021, arXiv 2003.00688", standing="reference", hparams=HPARAMS)
+@register(
+    "VREx", family="objective", reference="Krueger et al. 2021, arXiv 2003.00688", standing="reference", hparams=HPARAMS
+)
 class VREx(ObjectiveAlgorithm):
     """Variance risk extrapolation."""
 

@@ -40,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{names} (default markdown); '{_DOMAINBED}' equals DomainBed's collect_results to the byte, "
         "conventions included, and also writes results.txt or results.tex into --input_dir",
     )
-    parser.add_argument(
-        "--latex", action="store_true", help="LaTeX; with --format domainbed, DomainBed's own"
-    )
+    parser.add_argument("--latex", action="store_true", help="LaTeX; with --format domainbed, DomainBed's own")
     parser.add_argument(
         "--selection",
         metavar="RULE",
@@ -100,9 +98,7 @@ def _text(args: argparse.Namespace) -> str:
 def _compatible_text(args: argparse.Namespace) -> str:
     for option in ("selection", "published"):
         if getattr(args, option) is not None:
-            raise UserError(
-                f"--{option} does not go with --format {_DOMAINBED}, which prints what DomainBed prints"
-            )
+            raise UserError(f"--{option} does not go with --format {_DOMAINBED}, which prints what DomainBed prints")
     runs = load_records(args.input_dir, warn=_warn, directory_order=True)
     text = domainbed_text(runs, latex=args.latex)
     beside = Path(args.input_dir) / ("results.tex" if args.latex else "results.txt")

@@ -79,15 +79,11 @@ def _table_grid(table: Table) -> Grid:
         *(name for name, _ in cost_columns),
     )
     worst = [None if row.worst is None else row.cells[row.worst] for row in table.rows]
-    columns = [
-        _cells([row.cells[env] for row in table.rows], table.rows) for env in range(len(table.environments))
-    ]
+    columns = [_cells([row.cells[env] for row in table.rows], table.rows) for env in range(len(table.environments))]
     columns.append(_cells([row.average for row in table.rows], table.rows))
     columns.append(
         [
-            Shown(f"{one.text} ({table.environments[row.worst]})", one.emphasis)
-            if row.worst is not None
-            else one
+            Shown(f"{one.text} ({table.environments[row.worst]})", one.emphasis) if row.worst is not None else one
             for one, row in zip(_cells(worst, table.rows, error=False), table.rows)
         ]
     )
@@ -193,15 +189,13 @@ def _legend(table: Table) -> list[str]:
         notes.append(f"{ABSENT} in place of a standard error: n=1, a single trial has none.")
     if any(cell is None for cell in cells):
         notes.append(
-            f"{MISSING}: no result, the jobs it needs are missing. "
-            "No average is taken over fewer environments."
+            f"{MISSING}: no result, the jobs it needs are missing. No average is taken over fewer environments."
         )
     if any(row.standing == RECONSTRUCTION for row in measured):
         notes.append(_RECONSTRUCTION_NOTE)
     sources = dict.fromkeys(row.published.source for row in table.rows if row.published is not None)
     if sources:
         notes.append(
-            f"[published]: as printed by {'; '.join(sources)}. DomainBed's own standard errors divide by n, "
-            "not n-1."
+            f"[published]: as printed by {'; '.join(sources)}. DomainBed's own standard errors divide by n, not n-1."
         )
     return notes

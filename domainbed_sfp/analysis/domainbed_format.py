@@ -80,9 +80,7 @@ def _select(rule: Rule, groups: dict[tuple[int, str, str, int], list[Run]]) -> _
     return accuracies
 
 
-def _dataset_table(
-    accuracies: _Accuracies, algorithms: list[str], dataset: str, rule: Rule, latex: bool
-) -> list[str]:
+def _dataset_table(accuracies: _Accuracies, algorithms: list[str], dataset: str, rule: Rule, latex: bool) -> list[str]:
     rows = []
     for algorithm in algorithms:
         cells: list[list[float]] = [[] for _ in ENVIRONMENTS[dataset]]

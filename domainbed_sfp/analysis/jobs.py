@@ -77,9 +77,7 @@ def take_account(runs: Sequence[Run], input_dir: str | Path, *, include_incomple
             account.missing[job] = state
     incomplete = sum(not run.complete for run in account.runs.values())
     if left_out:
-        account.notes.append(
-            f"{_count(left_out, 'incomplete run')} left out (--include_incomplete counts them)."
-        )
+        account.notes.append(f"{_count(left_out, 'incomplete run')} left out (--include_incomplete counts them).")
     if incomplete:
         account.notes.append(f"{_count(incomplete, 'incomplete run')} counted (--include_incomplete).")
     return account
@@ -181,8 +179,7 @@ def _merge_repeats(runs: Sequence[Run], notes: list[str]) -> dict[Job, Run]:
         )
     if superseded:
         notes.append(
-            f"{_count(len(superseded), 'run')} left out, another directory holds the same job "
-            f"({_some(superseded)})."
+            f"{_count(len(superseded), 'run')} left out, another directory holds the same job ({_some(superseded)})."
         )
     return found
 
@@ -268,8 +265,7 @@ def _grid(found: dict[Job, Run]) -> dict[Job, str]:
     for dataset in dict.fromkeys(job.dataset for job in found):
         here = [job for job in found if job.dataset == dataset]
         axes = {
-            name: sorted({getattr(job, name) for job in here})
-            for name in ("test_envs", "hparams_seed", "trial_seed")
+            name: sorted({getattr(job, name) for job in here}) for name in ("test_envs", "hparams_seed", "trial_seed")
         }
         jobs += [
             Job(dataset, method, test_envs, hparams_seed, trial_seed)
@@ -292,8 +288,7 @@ def _listed(found: dict[Job, Run], sweep: dict[str, Any], root: Path, notes: lis
             method = _method(entry["algorithm"], entry.get("hparams"), entry.get("steps"), entry["dataset"])
         except ValueError as error:
             raise UserError(
-                f"{root / SWEEP}: job {entry['name']} has hparams {entry['hparams']!r}; "
-                "expected a JSON object"
+                f"{root / SWEEP}: job {entry['name']} has hparams {entry['hparams']!r}; expected a JSON object"
             ) from error
         if entry["name"] in by_directory:
             shown[entry["dataset"], method] = by_directory[entry["name"]].method
@@ -304,9 +299,7 @@ def _listed(found: dict[Job, Run], sweep: dict[str, Any], root: Path, notes: lis
         method = shown.get((entry["dataset"], method), method)
         job = Job(entry["dataset"], method, tuple(entry["test_envs"]), *seeds)
         directory = root / entry["name"]
-        expected[job] = load_failure(directory) or (
-            "started, no record yet" if directory.exists() else "not started"
-        )
+        expected[job] = load_failure(directory) or ("started, no record yet" if directory.exists() else "not started")
     strangers = sum(job not in expected for job in found)
     if strangers:
         notes.append(f"{_count(strangers, 'run')} counted that {SWEEP} does not list.")

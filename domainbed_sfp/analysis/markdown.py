@@ -21,9 +21,7 @@ def _grid_text(grid: Grid) -> str:
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     drawn = [
         "| "
-        + " | ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
-        )
+        + " | ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
         + " |"
         for line in [lines[0], rule, *lines[1:]]
     ]

@@ -44,9 +44,7 @@ def find_published(given: str) -> Path:
     Raises UserError when there is no such file.
     """
     checkout = Path(__file__).resolve().parents[2]
-    candidates = (
-        [Path(given)] if given else [root / "results" / "published.csv" for root in (checkout, Path.cwd())]
-    )
+    candidates = [Path(given)] if given else [root / "results" / "published.csv" for root in (checkout, Path.cwd())]
     for path in candidates:
         if path.is_file():
             return path
@@ -63,13 +61,9 @@ def load_published(path: Path) -> list[PublishedRow]:
             reader = csv.DictReader(file)
             lacking = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
             if lacking:
-                raise UserError(
-                    f"--published {path}: no column {lacking[0]!r}; expected {', '.join(_COLUMNS)}"
-                )
+                raise UserError(f"--published {path}: no column {lacking[0]!r}; expected {', '.join(_COLUMNS)}")
             for line in reader:
-                key = tuple(
-                    line[name] for name in ("algorithm", "dataset", "selection", "backbone", "source")
-                )
+                key = tuple(line[name] for name in ("algorithm", "dataset", "selection", "backbone", "source"))
                 try:
                     error = float(line["std_err"]) if line["std_err"] else None
                     grouped.setdefault(key, {})[line["test_domain"]] = (float(line["accuracy"]), error)
@@ -81,9 +75,7 @@ def load_published(path: Path) -> list[PublishedRow]:
     for (algorithm, dataset, selection, backbone, source), by_domain in grouped.items():
         environments = tuple(by_domain.get(domain) for domain in _DOMAINS.get(dataset, ()))
         rows.append(
-            PublishedRow(
-                algorithm, dataset, selection, backbone, source, environments, by_domain.get(_AVERAGE)
-            )
+            PublishedRow(algorithm, dataset, selection, backbone, source, environments, by_domain.get(_AVERAGE))
         )
     return rows
 
@@ -137,6 +129,4 @@ def _obstacle(protocol: Protocol) -> str | None:
 
 def _with_environments(row: PublishedRow, blank: tuple[None, ...]) -> PublishedRow:
     environments = row.environments if len(row.environments) == len(blank) else blank
-    return PublishedRow(
-        row.algorithm, row.dataset, row.selection, row.backbone, row.source, environments, row.average
-    )
+    return PublishedRow(row.algorithm, row.dataset, row.selection, row.backbone, row.source, environments, row.average)

@@ -93,9 +93,7 @@ class Report:
     notes: tuple[str, ...]
 
 
-def build_report(
-    account: Account, rules: Sequence[Rule], published: Sequence[PublishedRow] | None = None
-) -> Report:
+def build_report(account: Account, rules: Sequence[Rule], published: Sequence[PublishedRow] | None = None) -> Report:
     """The tables of every data set under every rule, and the averages where there are several data sets.
 
     A rule that needs pairs of test environments gives no table where a sweep has none; the report says so.
@@ -240,10 +238,7 @@ def _averages(rule: Rule, tables: Sequence[Table]) -> Averages:
     for row in (row for table in tables for row in table.rows if row.published is None):
         rows.setdefault(row.label, []).append(row)
     by_dataset = {
-        (row.label, table.dataset): row.average
-        for table in tables
-        for row in table.rows
-        if row.published is None
+        (row.label, table.dataset): row.average for table in tables for row in table.rows if row.published is None
     }
     datasets = tuple(table.dataset for table in tables)
     averaged = []

@@ -166,9 +166,7 @@ def augment(images: Tensor, parameters: AugmentationParameters, out_size: int | 
 
 def _check_images(images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"images must be a uint8 tensor [N, 3, H, W], given {images.dtype} {list(images.shape)}"
-        )
+        raise ValueError(f"images must be a uint8 tensor [N, 3, H, W], given {images.dtype} {list(images.shape)}")
 
 
 def _normalize_(pixels: Tensor, out: Tensor | None = None) -> Tensor:
@@ -199,9 +197,7 @@ def _draw_crop(sizes: Tensor, area_draws: Tensor, ratio_draws: Tensor, place_dra
     low, high = (math.log(ratio) for ratio in CROP_RATIO)
     ratio = torch.exp(low + (high - low) * ratio_draws)
     widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (
-        (widths > 0) & (widths <= image_width[:, None]) & (heights > 0) & (heights <= image_height[:, None])
-    )
+    fits = (widths > 0) & (widths <= image_width[:, None]) & (heights > 0) & (heights <= image_height[:, None])
     first = fits.byte().argmax(dim=1, keepdim=True)
     found = fits.any(dim=1)
 

@@ -102,7 +102,9 @@ class Dataset:
         self.num_classes = num_classes
         self.augment = augment
         first = environments[0].images
-        height, width, channels = first.shape[1:] if environments[0].is_photographic else (*first.shape[2:], first.shape[1])
+        height, width, channels = (
+            first.shape[1:] if environments[0].is_photographic else (*first.shape[2:], first.shape[1])
+        )
         self.input_shape = (int(channels), int(height), int(width))
 
     def __len__(self) -> int:
@@ -111,7 +113,9 @@ class Dataset:
     def __getitem__(self, index: int) -> Environment:
         return self.environments[index]
 
-    def evaluation_batches(self, env_i: int, device: torch.device, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation_batches(
+        self, env_i: int, device: torch.device, batch_size: int = 256
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """All samples of an environment in order, without augmentation: (x float [n, C, H, W], y [n])."""
         environment = self.environments[env_i]
         for start in range(0, len(environment), batch_size):

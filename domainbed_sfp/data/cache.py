@@ -61,8 +61,8 @@ def cached_images(
     except OSError as error:
         needed = len(paths) * size * size * 3 / 2**20
         raise UserError(
-            f"image cache {str(cache)!r}: {error.strerror or error}; {needed:.0f} MiB are needed for {len(paths)} images "
-            f"of {str(root)!r} at {size} px; choose another folder with --cache_dir or DOMAINBED_SFP_CACHE"
+            f"image cache {str(cache)!r}: {error.strerror or error}; {needed:.0f} MiB are needed for "
+            f"{len(paths)} images of {str(root)!r} at {size} px; choose another folder with --cache_dir or DOMAINBED_SFP_CACHE"
         ) from error
     return images, sizes
 
@@ -118,7 +118,6 @@ def _build(entry: Path, paths: Sequence[Path], title: str, size: int) -> None:
                 pool.shutdown(cancel_futures=True)
                 raise
         images.flush()
-        del images
         np.save(target / "sizes.npy", sizes)
         os.replace(target, entry)
     finally:

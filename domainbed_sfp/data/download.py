@@ -194,9 +194,7 @@ def _build(dataset: str, folder: Path, sources: list[str], fetched: Path) -> Non
                 raise
             # A bad download would be found and be bad again the next time; a user's own file is not touched.
             error.archive.unlink(missing_ok=True)
-            raise UserError(
-                f"{error}; the fetched file was removed, so the next try fetches it anew"
-            ) from error
+            raise UserError(f"{error}; the fetched file was removed, so the next try fetches it anew") from error
         problems = folder_problems(dataset, tree)
         if problems:
             names = ", ".join(path.name for path in archives)
@@ -309,9 +307,7 @@ def _folder_with_domains(dataset: str, unpacked: Path) -> Path:
             return best
         level = below
     top = ", ".join(sorted(child.name for child in unpacked.iterdir())[:5]) or "nothing"
-    raise UserError(
-        f"no folder with {dataset}'s domains ({', '.join(sorted(domains))}) in the archive: {top}"
-    )
+    raise UserError(f"no folder with {dataset}'s domains ({', '.join(sorted(domains))}) in the archive: {top}")
 
 
 def _arrange_terra_incognita(annotations: Path, images: Path, staging: Path) -> Path:
@@ -334,9 +330,7 @@ def _arrange_terra_incognita(annotations: Path, images: Path, staging: Path) -> 
     found = {path.name: path for path in unpacked.rglob("*") if path.is_file()}
     lacking = sorted(set(places) - set(found))
     if lacking:
-        raise UserError(
-            f"{images.name} lacks {len(lacking):,} of {len(places):,} annotated images, {lacking[0]} first"
-        )
+        raise UserError(f"{images.name} lacks {len(lacking):,} of {len(places):,} annotated images, {lacking[0]} first")
     root = staging / "terra_incognita"
     for name, folders in places.items():
         for folder in sorted(folders):
@@ -346,9 +340,7 @@ def _arrange_terra_incognita(annotations: Path, images: Path, staging: Path) -> 
     return root
 
 
-def _terra_places(
-    notes: Path, archive: Path, locations: set[str], categories: set[str]
-) -> dict[str, set[str]]:
+def _terra_places(notes: Path, archive: Path, locations: set[str], categories: set[str]) -> dict[str, set[str]]:
     """File name -> the `location_N/category` folders it belongs to, from all annotation files together."""
     merged: dict[str, list[Any]] = defaultdict(list)
     try:
@@ -389,9 +381,7 @@ def _arrange_mnist(archives: list[Path], staging: Path) -> Path:
             _write_plain(path, raw / name)
             found = md5_of(raw / name)
             if found != MNIST_FILES[name].md5:
-                raise ArchiveError(
-                    path, f"not MNIST's: contents' md5 is {found}, not {MNIST_FILES[name].md5}"
-                )
+                raise ArchiveError(path, f"not MNIST's: contents' md5 is {found}, not {MNIST_FILES[name].md5}")
     return raw.parent
 
 
@@ -452,9 +442,7 @@ def _put_in_place(tree: Path, folder: Path, staging: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m domainbed_sfp.data.download`: the command alone."""
-    parser = argparse.ArgumentParser(
-        prog="domainbed-sfp download", description="Fetch and verify a data set."
-    )
+    parser = argparse.ArgumentParser(prog="domainbed-sfp download", description="Fetch and verify a data set.")
     add_arguments(parser)
     try:
         return run(parser.parse_args(argv))

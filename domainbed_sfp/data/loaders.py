@@ -81,10 +81,7 @@ class MinibatchLoader:
 
     def minibatches(self, step: int) -> list[Minibatch]:
         """The minibatches of `step`, one per part; those of the next step are read in the background."""
-        if self.ahead is not None and self.ahead[0] == step:
-            raw = self.ahead[1].result()
-        else:
-            raw = self._read(step)
+        raw = self.ahead[1].result() if self.ahead is not None and self.ahead[0] == step else self._read(step)
         self.ahead = (step + 1, self.reader.submit(self._read, step + 1))
         return [self._finish(part) for part in raw]
 

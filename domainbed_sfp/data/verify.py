@@ -151,9 +151,7 @@ def domain_net_facts() -> tuple[tuple[str, ...], tuple[str, ...]]:
         names.append(name)
         for group in groups:
             domain, _, numbers = group.partition(":")
-            duplicates += [
-                f"{domain}/{name}/{domain}_{index}_{int(number):06d}.jpg" for number in numbers.split(",")
-            ]
+            duplicates += [f"{domain}/{name}/{domain}_{index}_{int(number):06d}.jpg" for number in numbers.split(",")]
     return tuple(sorted(names)), tuple(duplicates)
 
 
@@ -201,8 +199,7 @@ def verify(dataset: str, data_dir: str | os.PathLike[str]) -> None:
         listed = "; ".join(shortened(problems))
         name = dataset_name(dataset)
         raise UserError(
-            f"{name} is not complete: {listed} "
-            f"(to fetch it: domainbed-sfp download {name} --data_dir {data_dir})"
+            f"{name} is not complete: {listed} (to fetch it: domainbed-sfp download {name} --data_dir {data_dir})"
         )
 
 
@@ -335,7 +332,5 @@ def _folders(path: str | Path) -> list[os.DirEntry[str]]:
 
 def _images_below(path: str) -> int:
     return sum(
-        name.lower().endswith(IMAGE_EXTENSIONS)
-        for _, _, names in os.walk(path, followlinks=True)
-        for name in names
+        name.lower().endswith(IMAGE_EXTENSIONS) for _, _, names in os.walk(path, followlinks=True) for name in names
     )

@@ -23,7 +23,9 @@ def channel_magnitude(groups: Iterable[ChannelGroup], parameters: Mapping[str, T
     return {
         group.name: torch.stack(
             [parameters[name].detach().float().flatten(1).square().sum(1) for name in group.filters]
-        ).sum(0).sqrt()
+        )
+        .sum(0)
+        .sqrt()
         for group in groups
     }
 
@@ -33,7 +35,7 @@ def random_like(shapes: Mapping[str, torch.Size], device: torch.device) -> Score
     return {name: torch.rand(shape).to(device) for name, shape in shapes.items()}
 
 
-def prunable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+def prunable_weights(module: nn.Module) -> dict[str, Tensor]:
     """The weights that unstructured pruning may remove: of convolutions and linear layers, by parameter name."""
     return {
         f"{name}.weight" if name else "weight": layer.weight

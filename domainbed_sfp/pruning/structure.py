@@ -47,7 +47,11 @@ class _Stream:
     def absorb(self, other: _Stream) -> None:
         self.channels = self.channels or other.channels
         self.name = self.name or other.name
-        for mine, theirs in ((self.filters, other.filters), (self.vectors, other.vectors), (self.readers, other.readers)):
+        for mine, theirs in (
+            (self.filters, other.filters),
+            (self.vectors, other.vectors),
+            (self.readers, other.readers),
+        ):
             mine.extend(theirs)
         self.whole = self.whole or other.whole
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from domainbed_sfp import registry
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.sweep.jobs import Job, State, SweepDirectory, command_line
+from domainbed_sfp.sweep.jobs import State, SweepDirectory, command_line
 from domainbed_sfp.sweep.launchers import Task, get_launcher
 from domainbed_sfp.sweep.spec import SweepSpec, default_datasets, make_jobs, read_spec
 

@@ -119,7 +119,9 @@ class Job:
         )
 
 
-def command_line(args: TrainArgs, prefix: Sequence[str] = (sys.executable, "-m", "domainbed_sfp", "train")) -> list[str]:
+def command_line(
+    args: TrainArgs, prefix: Sequence[str] = (sys.executable, "-m", "domainbed_sfp", "train")
+) -> list[str]:
     """The command that computes `args`; values that are the default are left out."""
     defaults = asdict(TrainArgs())
     command = list(prefix)
@@ -190,7 +192,9 @@ class SweepDirectory:
                         "hparams": dict(job.hparams),
                     }
                 manifest = {"format": MANIFEST_FORMAT, "protocol": protocol, "jobs": list(known.values())}
-                records.write_atomically(self.path / records.SWEEP, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+                records.write_atomically(
+                    self.path / records.SWEEP, json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+                )
         except Timeout:
             raise UserError(f"output_dir {str(self.path)!r}: another launch has held sweep.lock for a minute") from None
         except OSError as error:
@@ -208,7 +212,9 @@ class SweepDirectory:
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UserError(f"{str(file)!r} is not valid JSON ({error}); remove it, the next launch writes it anew") from None
+            raise UserError(
+                f"{str(file)!r} is not valid JSON ({error}); remove it, the next launch writes it anew"
+            ) from None
 
 
 def is_locked(path: Path) -> bool:

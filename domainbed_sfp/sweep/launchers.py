@@ -57,7 +57,7 @@ def launch_dummy(tasks: Sequence[Task], directory: SweepDirectory, slots: int) -
 
 
 def launch_local(tasks: Sequence[Task], directory: SweepDirectory, slots: int) -> Outcome:
-    """Runs the jobs on this machine, `slots` at a time, each with its share of the threads and a GPU if there is one."""
+    """Runs the jobs on this machine, `slots` at a time, each with its share of threads and a GPU if there is one."""
     return _LocalLaunch(tasks, directory, slots, visible_gpus()).run()
 
 

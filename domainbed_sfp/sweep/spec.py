@@ -144,7 +144,9 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
                     )
                 )
     if len({job.name for job in jobs}) < len(jobs):
-        raise UserError("the sweep names a job twice: the same data set, or algorithm with the same hparams, is repeated")
+        raise UserError(
+            "the sweep names a job twice: the same data set, or algorithm with the same hparams, is repeated"
+        )
     return jobs
 
 

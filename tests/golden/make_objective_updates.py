@@ -61,7 +61,10 @@ def trace(algorithm):
     seed_all()
     losses = [algorithm.update(formula_batches(update))["loss"] for update in range(UPDATES)]
     after = {
-        f"{part}.{name}": [parameter.norm().item(), *parameter.flatten()[:: max(1, parameter.numel() // 4)][:4].tolist()]
+        f"{part}.{name}": [
+            parameter.norm().item(),
+            *parameter.flatten()[:: max(1, parameter.numel() // 4)][:4].tolist(),
+        ]
         for part in ("featurizer", "classifier")
         for name, parameter in sorted(getattr(algorithm, part).named_parameters())
     }

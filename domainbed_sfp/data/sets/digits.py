@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,7 +35,9 @@ def bernoulli(p: float, size: int, generator: torch.Generator) -> Tensor:
     return (torch.rand(size, generator=generator) < p).float()
 
 
-def color_two_classes(images: Tensor, digits: Tensor, flip: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def color_two_classes(
+    images: Tensor, digits: Tensor, flip: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """ColoredMNIST's environment (Arjovsky et al. 2019): y = 1 for digits below 5, flipped with probability .25;
     the colour equals y, flipped with probability `flip`.
 
@@ -53,7 +55,9 @@ def color_two_classes(images: Tensor, digits: Tensor, flip: float, generator: to
     return x, labels.long(), colors == labels
 
 
-def color_ten_classes(images: Tensor, digits: Tensor, agreement: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def color_ten_classes(
+    images: Tensor, digits: Tensor, agreement: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Ten digits in ten colours: a sample has its digit's colour with probability `agreement`, else one of the nine
     others at random. At .1 colour and digit are independent.
 
@@ -69,7 +73,8 @@ def color_ten_classes(images: Tensor, digits: Tensor, agreement: float, generato
 def rotate(images: Tensor, angle: float) -> Tensor:
     """Grey images, uint8 [N, H, W], rotated by `angle` degrees with PIL's bilinear filter: float [N, 1, H, W]."""
     turned = [
-        np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=0)) for image in images.numpy()
+        np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=0))
+        for image in images.numpy()
     ]
     return torch.from_numpy(np.stack(turned))[:, None].float().div(255)
 
@@ -135,10 +140,16 @@ class Digits(Dataset):
     SMALL_IMAGES = True
     SETTINGS: ClassVar[list[float]]
     CLASSES: ClassVar[int] = 10
-    READ: ClassVar[Callable[[str | None], tuple[Tensor, Tensor]]] = staticmethod(read_mnist)
+
+    @staticmethod
+    def read(data_dir: str | None) -> tuple[Tensor, Tensor]:
+        """The digits: uint8 [N, H, W] and labels [N]."""
+        return read_mnist(data_dir)
 
     @classmethod
-    def make(cls, images: Tensor, digits: Tensor, setting: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+    def make(
+        cls, images: Tensor, digits: Tensor, setting: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(x float [N, C, H, W], labels [N], aligned [N] or None) from uint8 images [N, H, W]."""
         raise TypeError(f"{cls.__name__} does not define make(images, digits, setting, generator)")
 
@@ -149,7 +160,7 @@ class Digits(Dataset):
 
     @classmethod
     def build(cls, data_dir: str | None, hparams: Mapping[str, Any], seed: int, cache_dir: Path | None) -> Dataset:
-        images, digits = cls.READ(data_dir)
+        images, digits = cls.read(data_dir)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(images), generator=generator)
         images, digits = images[order], digits[order]
@@ -171,7 +182,9 @@ class ColoredMNIST(Digits):
     CLASSES = 2
 
     @classmethod
-    def make(cls, images: Tensor, digits: Tensor, setting: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+    def make(
+        cls, images: Tensor, digits: Tensor, setting: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         return color_two_classes(images.float().div(255), digits, setting, generator)
 
 
@@ -183,7 +196,9 @@ class RotatedMNIST(Digits):
     SETTINGS = [0, 15, 30, 45, 60, 75]
 
     @classmethod
-    def make(cls, images: Tensor, digits: Tensor, setting: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+    def make(
+        cls, images: Tensor, digits: Tensor, setting: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         return rotate(images, setting), digits, None
 
 
@@ -195,7 +210,9 @@ class FullColoredMNIST(Digits):
     SETTINGS = [0.95, 0.9, 0.1]
 
     @classmethod
-    def make(cls, images: Tensor, digits: Tensor, setting: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+    def make(
+        cls, images: Tensor, digits: Tensor, setting: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         return color_ten_classes(images.float().div(255), digits, setting, generator)
 
 
@@ -204,7 +221,10 @@ class EmbeddedDigits(Digits):
 
     EMBEDDED = True
     N_STEPS = 1001
-    READ = staticmethod(read_embedded)
+
+    @staticmethod
+    def read(data_dir: str | None) -> tuple[Tensor, Tensor]:
+        return read_embedded(data_dir)
 
 
 @dataset("ColoredDigits")

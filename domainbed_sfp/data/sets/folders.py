@@ -14,7 +14,6 @@ from domainbed_sfp.data.base import Dataset, Environment, dataset
 from domainbed_sfp.data.cache import cached_images
 from domainbed_sfp.errors import UserError
 
-
 # Pixels; 227 px PACS at 224 px input is cropped from its own size.
 CROP_SIDE_LIMIT = 288
 
@@ -55,7 +54,9 @@ class ImageFolders(Dataset):
     def root(cls, data_dir: str | None) -> Path:
         """The folder that holds the environments; a UserError if it is not there."""
         if data_dir is None:
-            raise UserError(f"{cls.__name__} needs --data_dir: the folder that holds {cls.FOLDER or 'the environments'}")
+            raise UserError(
+                f"{cls.__name__} needs --data_dir: the folder that holds {cls.FOLDER or 'the environments'}"
+            )
         root = Path(data_dir) / cls.FOLDER
         if not root.is_dir():
             hint = f"; get it with: domainbed-sfp download {cls.__name__} --data_dir {data_dir}" if cls.FOLDER else ""

@@ -1,0 +1,252 @@
+"""Data sets, cache and minibatches."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import make_tree
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from domainbed_sfp.data import cache, get_dataset_class
+from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from domainbed_sfp.data.loaders import MinibatchLoader
+from domainbed_sfp.data.sets import digits
+from domainbed_sfp.data.sets.folders import _crop_side
+from domainbed_sfp.errors import UserError
+
+FOLDER_HPARAMS = {"image_size": 16, "data_augmentation": True}
+CPU = torch.device("cpu")
+
+
+def write_mnist(root: Path, n: int = 60, compressed: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """A made MNIST in idx format: n training and n // 2 test digits."""
+    rng = np.random.default_rng(0)
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    images, labels = [], []
+    for half, count in (("train", n), ("t10k", n // 2)):
+        x = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        y = rng.integers(0, 10, count, dtype=np.uint8)
+        for name, array in ((f"{half}-images-idx3-ubyte", x), (f"{half}-labels-idx1-ubyte", y)):
+            data = (
+                struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+            )
+            if compressed:
+                (raw / f"{name}.gz").write_bytes(gzip.compress(data))
+            else:
+                (raw / name).write_bytes(data)
+        images.append(x)
+        labels.append(y)
+    return np.concatenate(images), np.concatenate(labels)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_colored_mnist_is_domainbeds(tmp_path, compressed):
+    """Recomputed sample by sample from the definition, with torch's global generator in DomainBed's order."""
+    images, labels = write_mnist(tmp_path, compressed=compressed)
+    ours = get_dataset_class("ColoredMNIST").build(str(tmp_path), {}, 5, None)
+    torch.manual_seed(5)
+    order = torch.randperm(len(images))
+    for env_i, flip in enumerate([0.1, 0.2, 0.9]):
+        mine = order[env_i::3]
+        noise, color_noise = torch.rand(len(mine)) < 0.25, torch.rand(len(mine)) < flip
+        for position, index in enumerate(mine.tolist()):
+            y = int(labels[index] < 5) ^ int(noise[position])
+            color = y ^ int(color_noise[position])
+            expected = torch.zeros(2, 28, 28)
+            expected[color] = torch.from_numpy(images[index]).float() / 255
+            assert torch.equal(ours[env_i].images[position], expected)
+            assert ours[env_i].labels[position] == y
+            assert ours[env_i].aligned[position] == (color == y)
+    assert ours.input_shape == (2, 28, 28) and ours.num_classes == 2
+
+
+def test_rotated_mnist_is_domainbeds(tmp_path):
+    images, labels = write_mnist(tmp_path)
+    ours = get_dataset_class("RotatedMNIST").build(str(tmp_path), {}, 3, None)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(3))
+    for env_i, angle in enumerate([0, 15, 30, 45, 60, 75]):
+        index = int(order[env_i::6][1])
+        turned = transforms.functional.rotate(
+            Image.fromarray(images[index]), angle, transforms.InterpolationMode.BILINEAR, fill=(0,)
+        )
+        assert torch.equal(ours[env_i].images[1], transforms.functional.to_tensor(turned))
+        assert ours[env_i].labels[1] == labels[index]
+
+
+def test_damaged_and_missing_mnist_files_are_named(tmp_path):
+    write_mnist(tmp_path)
+    file = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte\.gz.*damaged"):
+        digits.read_mnist(str(tmp_path))
+    file.unlink()
+    with pytest.raises(UserError, match=r"no t10k-images-idx3-ubyte.*download MNIST"):
+        digits.read_mnist(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["ColoredDigits", "FullColoredDigits", "RotatedDigits"])
+def test_embedded_sets_need_no_files(name):
+    dataset = get_dataset_class(name).build(None, {}, 0, None)
+    assert sum(len(env) for env in dataset.environments) == 1797
+    again = get_dataset_class(name).build(None, {}, 0, None)
+    other = get_dataset_class(name).build(None, {}, 1, None)
+    assert torch.equal(dataset[0].images, again[0].images) and not torch.equal(dataset[0].images, other[0].images)
+
+
+def test_colours_agree_as_often_as_they_should():
+    dataset = get_dataset_class("FullColoredDigits").build(None, {}, 0, None)
+    for env, agreement in zip(dataset.environments, [0.95, 0.9, 0.1]):
+        assert env.aligned.float().mean().item() == pytest.approx(agreement, abs=0.04)
+        # The colour of a sample is its brightest pixel's direction; aligned ones have their digit's.
+        flat = env.images.flatten(2)
+        peak = flat[torch.arange(len(flat)), :, flat.sum(1).argmax(1)]
+        nearest = torch.cdist(
+            peak / peak.norm(dim=1, keepdim=True), digits.PALETTE / digits.PALETTE.norm(dim=1, keepdim=True)
+        ).argmin(1)
+        assert torch.equal(nearest == env.labels, env.aligned)
+    # Where it does not agree, the nine other colours are equally likely.
+    env = get_dataset_class("FullColoredDigits").make(torch.full((20_000, 2, 2), 255, dtype=torch.uint8),
+                                                      torch.zeros(20_000, dtype=torch.long), 0.1, torch.Generator().manual_seed(0))  # fmt: skip
+    colors = torch.cdist(env[0][:, :, 0, 0], digits.PALETTE).argmin(1)
+    assert torch.bincount(colors).float() / 20_000 == pytest.approx(torch.full((10,), 0.1), abs=0.01)
+
+
+def test_evaluation_images_equal_torchvisions(tmp_path):
+    """Same files, order and labels as ImageFolder, same pixels as Resize, ToTensor and Normalize on PIL images."""
+    root = make_tree(tmp_path / "tree", n=3)
+    dataset = get_dataset_class("Folder").build(str(root), FOLDER_HPARAMS, 0, None)
+    transform = transforms.Compose(
+        [transforms.Resize((16, 16)), transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    )
+    for env_i, name in enumerate("abc"):
+        reference = ImageFolder(str(root / name), transform)
+        ((x, y),) = dataset.evaluation_batches(env_i, CPU)
+        assert torch.equal(x, torch.stack([image for image, _ in reference]))
+        assert y.tolist() == reference.targets
+    assert dataset.input_shape == (3, 16, 16) and dataset.num_classes == 2
+
+
+def test_cache_is_keyed_by_content_and_size(tmp_path):
+    one, two = make_tree(tmp_path / "one", ["a"]), make_tree(tmp_path / "two", ["a"])
+
+    def images(root, size=16):
+        paths = sorted((root / "a").rglob("*.png"))
+        return cache.cached_images(paths, root / "a", size, tmp_path / "cache")[0]
+
+    first = images(one)
+    assert images(two).filename == first.filename  # a copy shares the entry
+    assert images(one, 12).filename != first.filename
+    changed = sorted((two / "a").rglob("*.png"))[0]
+    stat = changed.stat()
+    Image.new("RGB", (24, 20)).save(changed)
+    os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    renewed = images(two)
+    assert renewed.filename != first.filename
+    assert not renewed[0].any() and np.array_equal(renewed[1:], first[1:])
+    with pytest.raises(ValueError, match="read-only"):
+        first[0, 0, 0, 0] = 1
+
+
+def test_cache_is_built_once_by_jobs_that_start_together(tmp_path, monkeypatch):
+    root = make_tree(tmp_path / "tree", ["a"])
+    paths = sorted(root.rglob("*.png"))
+    built = []
+    build = cache._build
+    monkeypatch.setattr(cache, "_build", lambda *args: (built.append(1), build(*args)))
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(cache.cached_images(paths, root / "a", 16, tmp_path / "c")[0]))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1 and all(np.array_equal(result, results[0]) for result in results) and len(results) == 4
+
+
+def test_a_failed_build_leaves_nothing_behind(tmp_path):
+    root = make_tree(tmp_path / "tree", ["a"])
+    paths = sorted(root.rglob("*.png"))
+    paths[3].write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"3\.png"):
+        cache.cached_images(paths, root / "a", 16, tmp_path / "c")
+    assert not [entry for entry in (tmp_path / "c").iterdir() if entry.is_dir() and entry.name != "contents"]
+
+
+@pytest.mark.parametrize(
+    "size, largest, side",
+    [(224, 227, 227), (64, 128, 128), (224, 500, 288), (64, 500, 128), (300, 500, 300), (64, 40, 64)],
+)
+def test_side_of_the_copies_that_crops_are_cut_from(size, largest, side):
+    assert _crop_side(size, largest) == side
+
+
+def _loader(dataset, seed=0, balanced=False, batch_size=32, augment=True):
+    dataset.augment = augment
+    parts = [(i, np.arange(len(env))) for i, env in enumerate(dataset.environments)]
+    return MinibatchLoader(dataset, parts, batch_size, balanced, seed, CPU)
+
+
+def test_minibatches_depend_on_seed_and_step_only(tmp_path):
+    root = make_tree(tmp_path / "tree")
+    dataset = get_dataset_class("Folder").build(str(root), FOLDER_HPARAMS, 0, None)
+    in_order = _loader(dataset)
+    batches = [in_order.minibatches(step) for step in range(3)]
+    jumped = _loader(dataset)
+    for step in (2, 0):
+        for (x, y), (x2, y2) in zip(jumped.minibatches(step), batches[step]):
+            assert torch.equal(x, x2) and torch.equal(y, y2)
+    assert not torch.equal(batches[0][0][0], batches[1][0][0])
+    assert not torch.equal(_loader(dataset, seed=1).minibatches(0)[0][0], batches[0][0][0])
+    assert len(batches[0]) == 3 and batches[0][0][0].shape == (32, 3, 16, 16)
+
+
+def test_minibatches_of_training_are_augmented_unless_told_otherwise(tmp_path):
+    root = make_tree(tmp_path / "tree")
+    dataset = get_dataset_class("Folder").build(str(root), FOLDER_HPARAMS, 0, None)
+    plain = {tuple(image.flatten().tolist()) for image in next(dataset.evaluation_batches(0, CPU))[0]}
+    for augment in (False, True):
+        x, _ = _loader(dataset, augment=augment).minibatches(0)[0]
+        inside = [tuple(image.flatten().tolist()) in plain for image in x]
+        assert all(inside) if not augment else not any(inside)
+
+
+def test_class_balance():
+    dataset = get_dataset_class("FullColoredDigits").build(None, {}, 0, None)
+    rare = dataset[0].labels == 3
+    keys = np.flatnonzero((~rare | (torch.arange(len(rare)) < 100)).numpy())  # a few threes only
+    share = []
+    for balanced in (False, True):
+        loader = MinibatchLoader(dataset, [(0, keys)], 4000, balanced, 0, CPU)
+        ((_, y),) = loader.minibatches(0)
+        share.append((y == 3).float().mean().item())
+    assert share[0] < 0.05 and share[1] == pytest.approx(0.1, abs=0.02)
+
+
+def test_minibatches_carry_alignment():
+    dataset = get_dataset_class("ColoredDigits").build(None, {}, 0, None)
+    (batch, *_) = _loader(dataset).minibatches(0)
+    x, y = batch
+    color = (x[:, 1].flatten(1).sum(1) > 0).long()
+    assert torch.equal(batch.aligned, color == y)
+
+
+def test_real_pacs(pacs_dir, tmp_path):
+    dataset = get_dataset_class("PACS").build(
+        str(pacs_dir), {**FOLDER_HPARAMS, "image_size": 32}, 0, tmp_path / "cache"
+    )
+    assert [len(env) for env in dataset.environments] == [2048, 2344, 1670, 3929]
+    assert [env.name for env in dataset.environments] == ["art_painting", "cartoon", "photo", "sketch"]
+    assert dataset.num_classes == 7

@@ -1,0 +1,243 @@
+"""Sweeps through the command line: grids, states, interruption, failures, two launches on one directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from test_training import assert_one_line_error
+
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.spec import SweepSpec, make_jobs, read_spec, shipped_specs
+
+SPEC = """
+datasets: [FullColoredDigits]
+algorithms:
+  - ERM
+  - {name: Magnitude, hparams: {sparsity: 0.3}}
+test_envs: [[2]]
+n_hparams: 1
+n_trials: 1
+steps: 11
+checkpoint_freq: 5
+skip_model_save: true
+hparams: {batch_size: 16}
+"""
+
+
+@pytest.fixture
+def spec_file(tmp_path):
+    file = tmp_path / "spec.yaml"
+    file.write_text(SPEC)
+    return file
+
+
+def job_dirs(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def test_launch_status_collect(cli, tmp_path, spec_file):
+    launched = cli("sweep", "launch", spec_file, "--output_dir", "out", "--jobs", 2)
+    assert "2 jobs: 0 done, 0 incomplete, 2 not launched." in launched.stdout
+    assert "2 jobs: 2 done, 0 incomplete, 0 not launched." in launched.stdout
+    assert len(job_dirs(tmp_path / "out")) == 2
+    for folder in job_dirs(tmp_path / "out"):
+        records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records] == [0, 5, 10]
+        assert not (folder / "model.pkl").exists()
+    status = cli("sweep", "status", spec_file, "--output_dir", "out").stdout
+    assert status.count("Done: ") == 2 and '{"batch_size": 16, "sparsity": 0.3}' in status
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("results.jsonl")}
+    cli("sweep", "launch", spec_file, "--output_dir", "out")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("results.jsonl")} == before
+    table = cli("collect", "--input_dir", "out", "--selection", "training-domain").stdout
+    assert "ERM" in table and "Magnitude" in table
+
+
+def test_folders_are_named_by_what_is_computed_not_by_where_data_lies(tmp_path):
+    spec = SweepSpec(["PACS"], ["ERM"], n_hparams=1, n_trials=1, single_test_envs=True)
+    jobs = make_jobs(spec, "/somewhere")
+    assert [job.name for job in jobs] == [job.name for job in make_jobs(spec, "/elsewhere")]
+    assert len({job.name for job in jobs}) == 4
+    changed = make_jobs(spec.updated(hparams={"lr": 0.1}), None)
+    assert not {job.name for job in jobs} & {job.name for job in changed}
+    # A job that DomainBed's own sweep has finished is done here too.
+    theirs = tmp_path / jobs[0].domainbed_name("/somewhere")
+    theirs.mkdir()
+    (theirs / "done").write_text("done")
+    assert SweepDirectory(tmp_path, "/somewhere").state(jobs[0]).value == "Done"
+
+
+def test_same_seeds_and_results_as_single_runs(cli, tmp_path, spec_file):
+    cli("sweep", "launch", spec_file, "--output_dir", "out")
+    printed = cli("sweep", "launch", spec_file, "--output_dir", "other", "--command_launcher", "dummy").stdout
+    commands = [line.split(" -m domainbed_sfp ")[1] for line in printed.splitlines() if " train " in line]
+    assert len(commands) == 2
+    import shlex
+
+    for command in commands:
+        cli(*shlex.split(command))
+    for folder in job_dirs(tmp_path / "other"):
+        one, two = (
+            json.loads((tmp_path / root / folder.name / "results.jsonl").read_text().splitlines()[-1])
+            for root in ("out", "other")
+        )
+        assert one["env2_in_acc"] == two["env2_in_acc"] and one["args"]["seed"] == two["args"]["seed"]
+
+
+def _start(tmp_path: Path, spec_file: Path, *options: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "domainbed_sfp", "sweep", "launch", str(spec_file), "--output_dir", "out", *options],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def _wait_for(condition, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def test_interrupted_sweep_continues_in_the_middle_of_a_run(cli, tmp_path, spec_file):
+    spec_file.write_text(SPEC.replace("steps: 11", "steps: 2001"))
+    process = _start(tmp_path, spec_file)
+    _wait_for(lambda: list((tmp_path / "out").glob("*/results.jsonl")))
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command continues" in out and "Traceback" not in errors
+    (checkpoint,) = (tmp_path / "out").glob("*/checkpoint.safetensors")
+    status = cli("sweep", "status", spec_file, "--output_dir", "out").stdout
+    assert "2 jobs: 0 done, 1 incomplete, 1 not launched." in status
+    process = _start(tmp_path, spec_file)
+    _wait_for(lambda: "Continuing at step" in (checkpoint.parent / "out.txt").read_text())
+    process.terminate()
+    process.communicate(timeout=60)
+    deleted = cli("sweep", "delete_incomplete", spec_file, "--output_dir", "out", "--skip_confirmation")
+    assert "Deleted 1 jobs!" in deleted.stdout and not job_dirs(tmp_path / "out")
+
+
+def test_a_job_killed_with_sigkill_is_reported_and_continued(cli, tmp_path, spec_file):
+    spec_file.write_text(
+        SPEC.replace("steps: 11", "steps: 401").replace("  - {name: Magnitude, hparams: {sparsity: 0.3}}\n", "")
+    )
+    process = _start(tmp_path, spec_file)
+    _wait_for(lambda: list((tmp_path / "out").glob("*/results.jsonl")))
+    worker = subprocess.run(
+        ["pgrep", "-f", f"train .*{job_dirs(tmp_path / 'out')[0].name}"], capture_output=True, text=True
+    )
+    os.kill(int(worker.stdout.split()[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 1 and "killed by SIGKILL" in errors
+    done = cli("sweep", "launch", spec_file, "--output_dir", "out")
+    assert "1 jobs: 1 done" in done.stdout
+    steps = [
+        json.loads(line)["step"] for line in (job_dirs(tmp_path / "out")[0] / "results.jsonl").read_text().splitlines()
+    ]
+    assert steps == list(range(0, 401, 5))
+
+
+def test_failures_are_reported_with_the_end_of_their_errors_and_the_rest_goes_on(cli, tmp_path, spec_file):
+    spec_file.write_text(SPEC.replace("sparsity: 0.3", "lr: 1e+38"))
+    launched = cli("sweep", "launch", spec_file, "--output_dir", "out", check=False)
+    assert launched.returncode == 1
+    assert "Magnitude diverged: the loss is" in launched.stderr and "exit status 2" in launched.stderr
+    assert "2 jobs: 1 done, 0 incomplete, 0 not launched, 1 failed." in launched.stdout
+    table = cli("collect", "--input_dir", "out").stdout
+    assert "the loss is" in table  # the missing cell is explained
+
+
+def test_two_launches_do_not_run_a_job_twice(cli, tmp_path, spec_file):
+    spec_file.write_text(SPEC.replace("steps: 11", "steps: 101"))
+    first, second = _start(tmp_path, spec_file), _start(tmp_path, spec_file)
+    for process in (first, second):
+        out, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "2 jobs: 2 done" in out
+    for folder in job_dirs(tmp_path / "out"):
+        assert (folder / "out.txt").read_text().count("HParams:") == 1
+        steps = [json.loads(line)["step"] for line in (folder / "results.jsonl").read_text().splitlines()]
+        assert steps == list(range(0, 101, 5))
+
+
+def test_a_running_job_is_seen_by_its_lock(tmp_path):
+    job = make_jobs(SweepSpec(["ColoredDigits"], ["ERM"], n_hparams=1, n_trials=1, test_envs=[[0]]), None)[0]
+    directory = SweepDirectory(tmp_path)
+    directory.job_dir(job).mkdir()
+    assert directory.state(job).value == "Incomplete"
+    with FileLock(directory.job_dir(job) / "run.lock"):
+        code = ("import sys; from domainbed_sfp.sweep.jobs import *; from pathlib import Path;"
+                "print(is_locked(Path(sys.argv[1])))")  # fmt: skip
+        seen = subprocess.run(
+            [sys.executable, "-c", code, str(directory.job_dir(job) / "run.lock")], capture_output=True, text=True
+        )
+        assert seen.stdout.strip() == "True", seen.stderr
+    assert directory.state(job).value == "Incomplete"
+
+
+def test_a_sweep_may_grow_but_not_change_its_protocol(cli, tmp_path, spec_file):
+    cli("sweep", "launch", spec_file, "--output_dir", "out")
+    cli("sweep", "launch", spec_file, "--output_dir", "out", "--algorithms", "Random")
+    manifest = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert sorted({job["algorithm"] for job in manifest["jobs"]}) == ["ERM", "Magnitude", "Random"]
+    other = cli("sweep", "launch", spec_file, "--output_dir", "out", "--steps", 21, check=False)
+    assert_one_line_error(other, "holds another sweep", "steps 11 there, 21 here", "--output_dir")
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == manifest
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("datasets: [PACS", ("not valid YAML",)),
+        ("just text", ("expected keys",)),
+        ("dataset: [PACS]", ("unknown key 'dataset'", "did you mean 'datasets'")),
+        ("datasets: PACS", ("datasets is 'PACS'", "expected list")),
+        ("datasets: [PACS]", ("no algorithms",)),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERN]", ("unknown algorithm", "'ERM'")),
+        ("datasets: [FullColoredDigits]\nalgorithms: [{name: ERM, hparam: {}}]", ("hparams: {...}",)),
+        ("datasets: [FullColoredDigits]\nalgorithms: [{name: ERM, hparams: {sparsity: 0.5}}]", ("unknown hparam", "'sparsity'")),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM, ERM]", ("names a job twice",)),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\ntest_envs: [[5]]", ("no environment 5",)),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nn_trials: 0", ("empty",)),
+        ("datasets: [PACS]\nalgorithms: [ERM]", ("--data_dir",)),
+    ],
+)  # fmt: skip
+def test_bad_specs(cli, spec_file, text, parts):
+    spec_file.write_text(text)
+    assert_one_line_error(cli("sweep", "launch", spec_file, "--output_dir", "out", check=False), *parts)
+
+
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        (("nowhere.yaml",), ("nowhere.yaml", "quickstart")),
+        (("quickstart", "--command_launcher", "slrm"), ("unknown command launcher", "local")),
+        (("quickstart", "--jobs", "0"), ("--jobs", "at least 1")),
+        (("quickstart", "--hparams", "{"), ("--hparams", "JSON")),
+        (("pacs", "--data_dir", "nowhere"), ("nowhere/PACS",)),
+    ],
+)
+def test_bad_options(cli, options, parts):
+    assert_one_line_error(cli("sweep", "launch", *options, "--output_dir", "out", check=False), *parts)
+
+
+def test_shipped_specs_are_valid():
+    assert {"quickstart", "pacs_small", "pacs", "vlcs", "officehome", "paper"} <= set(shipped_specs())
+    counts = {}
+    for name in shipped_specs():
+        spec = read_spec(name)
+        counts[name] = len(make_jobs(spec, None))
+    paper = read_spec("paper")
+    assert (paper.steps, paper.n_hparams, paper.n_trials) == (5001, 20, 3)
+    assert paper.datasets == ["VLCS", "PACS", "OfficeHome"]
+    assert counts["paper"] == 3 * 10 * 20 * 3 * len(paper.algorithms)
+    with pytest.raises(UserError, match="neither a file"):
+        read_spec("nothing")

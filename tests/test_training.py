@@ -1,0 +1,268 @@
+"""The training loop through the command line: records, interruption, resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from domainbed_sfp.records import VOLATILE_FIELDS
+
+RUN = ("train", "--dataset", "FullColoredDigits", "--algorithm", "Magnitude", "--test_envs", 2, "--checkpoint_freq", 10)
+
+
+def read(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def stable(folder: Path) -> list[dict]:
+    """Records without what may differ between two equal runs in different folders."""
+    records = [{k: v for k, v in record.items() if k not in VOLATILE_FIELDS} for record in read(folder)]
+    for record in records:
+        record["args"] = {k: v for k, v in record["args"].items() if k != "output_dir"}
+    return records
+
+
+def test_files_and_record_fields(cli, tmp_path):
+    cli(*RUN, "--steps", 21, "--output_dir", "run")
+    folder = tmp_path / "run"
+    assert (folder / "done").read_text() == "done"
+    assert {"out.txt", "err.txt", "model.pkl", "results.jsonl"} <= set(os.listdir(folder))
+    assert not (folder / "checkpoint.safetensors").exists()
+    records = read(folder)
+    assert [record["step"] for record in records] == [0, 10, 20]
+    last = records[-1]
+    assert list(last) == sorted(last)
+    for env in range(3):
+        for split in ("in", "out"):
+            assert 0 <= last[f"env{env}_{split}_acc"] <= 1
+    assert last["epoch"] == 20 / (480 / 64)  # 599 samples, 119 held out, batches of 64
+    for field in ("loss", "step_time", "mem_gb", "wall_time", "images_per_second", "parameters", "macs"):
+        assert isinstance(last[field], (int, float)), field
+    assert last["args"]["algorithm"] == "Magnitude" and last["args"]["test_envs"] == [2]
+    assert last["args"]["hparams"] is None and last["hparams"]["sparsity"] == 0.5
+    assert last["final_compression"] is True and records[0]["final_compression"] is False
+    assert last["sparsity"] == 0.5 and last["surviving_parameters"] < last["parameters"]
+    assert last["environments"] == ["95%", "90%", "10%"] and last["standing"] == "published"
+    assert last["environment"]["torch"] == torch.__version__
+
+
+def test_model_file_loads_without_executing_anything(cli, tmp_path):
+    cli(*RUN, "--steps", 11, "--output_dir", "run", "--save_model_every_checkpoint")
+    saved = torch.load(tmp_path / "run" / "model.pkl", weights_only=True)
+    assert saved["model_input_shape"] == (3, 8, 8) and saved["model_num_classes"] == 10
+    assert saved["model_num_domains"] == 2 and saved["model_hparams"]["batch_size"] == 64
+    assert "featurizer.conv1.weight" in saved["model_dict"]
+    assert {"model_step0.pkl", "model_step10.pkl"} <= set(os.listdir(tmp_path / "run"))
+
+
+def test_same_arguments_give_the_same_records_and_another_seed_does_not(cli, tmp_path):
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        cli(*RUN, "--steps", 11, "--seed", seed, "--skip_model_save", "--output_dir", folder)
+    assert stable(tmp_path / "a") == stable(tmp_path / "b")
+    assert read(tmp_path / "a")[-1]["loss"] != read(tmp_path / "c")[-1]["loss"]
+
+
+@pytest.mark.parametrize("kills", [(12,), (3, 25)])
+def test_killed_at_any_moment_it_continues_with_identical_records(cli, tmp_path, kills):
+    """kill -9 once or twice, somewhere between checkpoints; the end is bit-identical to an undisturbed run."""
+    arguments = [*map(str, RUN), "--steps", "61", "--skip_model_save"]
+    cli(*arguments, "--output_dir", "whole")
+    for wait_for in kills:
+        _start_and_kill(tmp_path, arguments, "broken", signal.SIGKILL, wait_for)
+    cli(*arguments, "--output_dir", "broken")
+    assert stable(tmp_path / "broken") == stable(tmp_path / "whole")
+
+
+def test_sigterm_saves_and_exits_cleanly(cli, tmp_path):
+    arguments = [*map(str, RUN), "--steps", "3001", "--skip_model_save"]
+    process, errors = _start_and_kill(tmp_path, arguments, "run", signal.SIGTERM, 10)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors and "the same command continues" in errors
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists() and not (tmp_path / "run" / "done").exists()
+
+
+def _start_and_kill(cwd: Path, arguments: list[str], folder: str, number: int, step: int):
+    """Starts a run, waits until the record of a step >= `step` is there, and sends it a signal."""
+    results = cwd / folder / "results.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "domainbed_sfp", *arguments, "--output_dir", folder],
+        cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if results.exists() and read(results.parent) and read(results.parent)[-1]["step"] >= step // 10 * 10:
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    return process, errors
+
+
+def test_a_torn_record_is_repaired_on_resume(cli, tmp_path):
+    arguments = [*map(str, RUN), "--steps", "61", "--skip_model_save"]
+    cli(*arguments, "--output_dir", "whole")
+    _start_and_kill(tmp_path, arguments, "broken", signal.SIGKILL, 10)
+    with open(tmp_path / "broken" / "results.jsonl", "a") as file:
+        file.write('{"step": 20, "los')
+    cli(*arguments, "--output_dir", "broken")
+    assert stable(tmp_path / "broken") == stable(tmp_path / "whole")
+
+
+def test_done_is_not_done_again_and_other_arguments_are_refused(cli, tmp_path):
+    cli(*RUN, "--steps", 11, "--output_dir", "run")
+    before = (tmp_path / "run" / "results.jsonl").read_bytes()
+    assert "already done" in cli(*RUN, "--steps", 11, "--output_dir", "run").stdout
+    other = cli(*RUN, "--steps", 21, "--output_dir", "run", check=False)
+    assert_one_line_error(other, "another run", "steps 11 there, 21 here")
+    assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_record(cli, tmp_path):
+    failed = cli("train", "--dataset", "ColoredDigits", "--steps", 50, "--checkpoint_freq", 5, "--output_dir", "run",
+                 "--hparams", '{"lr": 1e38}', check=False)  # fmt: skip
+    assert_one_line_error(failed, "diverged", "the loss is", "'lr'")
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert failure["step"] >= 1 and "loss" in failure["error"]
+    assert read(tmp_path / "run")[0]["step"] == 0 and not (tmp_path / "run" / "done").exists()
+
+
+def test_domain_adaptation_splits_and_class_balance(cli, tmp_path):
+    cli("train", "--dataset", "RotatedDigits", "--steps", 3, "--test_envs", 0, 1, "--task", "domain_adaptation",
+        "--uda_holdout_fraction", 0.5, "--hparams", '{"class_balanced": true, "batch_size": 16}', "--output_dir", "run")  # fmt: skip
+    last = read(tmp_path / "run")[-1]
+    assert {"env0_uda_acc", "env1_uda_acc"} <= set(last) and "env2_uda_acc" not in last
+
+
+@pytest.mark.parametrize("precision", ["bf16", "auto"])
+def test_precision(cli, tmp_path, precision):
+    cli(*RUN, "--steps", 21, "--precision", precision, "--output_dir", "run")
+    last = read(tmp_path / "run")[-1]
+    assert last["precision"] in (("bf16",) if precision == "bf16" else ("bf16", "fp32"))
+    assert last["loss"] < read(tmp_path / "run")[0]["loss"]
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Bad input: status 2, one line that says what is wrong, no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (("--algorithm", "Magnitud"), ("unknown algorithm", "did you mean 'Magnitude'")),
+        (("--dataset", "pacs"), ("unknown data set", "did you mean 'PACS'")),
+        (("--hparams", '{"sparsty": 0.5}', "--algorithm", "Magnitude"), ("unknown hparam", "did you mean 'sparsity'")),
+        (("--hparams", '{"lr": 0.1'), ("--hparams", "not valid JSON", "character")),
+        (("--hparams", "[1]"), ("--hparams", "object")),
+        (("--hparams", '{"lr": "fast"}'), ("'lr'", "expected a number", "'fast'")),
+        (("--hparams", '{"sparsity": 1.0}', "--algorithm", "Magnitude"), ("'sparsity'", "[0, 1)", "1.0")),
+        (("--hparams", '{"prune_start": 0.9}', "--algorithm", "Magnitude"), ("ends before it begins",)),
+        (("--hparams", '{"objective": "VRE"}', "--algorithm", "Magnitude"), ("unknown objective", "'VREx'")),
+        (("--hparams", '{"batch_size": 5000}'), ("fewer than", "batch_size 5000", "environment 1")),
+        (("--hparams", '{"backbone": "resnet19"}'), ("backbone", "resnet19")),
+        (("--hparams", '{"weights": "nowhere.pth", "backbone": "resnet18"}'), ("weights", "nowhere.pth")),
+        (("--hparams", '{"sparsity": 0.001}', "--algorithm", "Magnitude"), ("removes nothing", "sparsity")),
+        (("--test_envs", "7"), ("--test_envs", "no environment 7", "0 +90%")),
+        (("--test_envs", "0", "1", "2"), ("leaves no environment",)),
+        (("--steps", "0"), ("--steps", "at least 1", "0")),
+        (("--holdout_fraction", "0"), ("--holdout_fraction", "(0, 1)")),
+        (("--dataset", "PACS"), ("--data_dir",)),
+        (("--dataset", "PACS", "--data_dir", "nowhere"), ("nowhere/PACS", "domainbed-sfp download PACS")),
+        (("--dataset", "RotatedMNIST", "--data_dir", "nowhere"), ("train-images-idx3-ubyte", "download MNIST")),
+        (("--device", "cuda:99"), ("--device",)),
+    ],
+)  # fmt: skip
+def test_bad_input(cli, tmp_path, arguments, parts):
+    failed = cli("train", "--dataset", "ColoredDigits", "--steps", 12, "--output_dir", "run", *arguments, check=False)
+    if failed.returncode == 0 and "cuda:99" in arguments and torch.cuda.is_available():
+        pytest.skip("a CUDA machine")
+    assert_one_line_error(failed, *parts)
+    assert not (tmp_path / "run" / "done").exists()
+
+
+def test_a_mistyped_name_leaves_no_directory(cli, tmp_path):
+    cli("train", "--algorithm", "Nope", "--output_dir", "run", check=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_dir_that_cannot_be_written(cli, tmp_path):
+    (tmp_path / "file").write_text("")
+    failed = cli(*RUN, "--steps", 2, "--output_dir", "file/run", check=False)
+    assert_one_line_error(failed, "file/run", "cannot be written")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.parametrize("options", ["size=200k", "ro"])
+def test_full_or_read_only_disk(cli, tmp_path, options):
+    """A run that meets a full disk ends with one line, and goes on where it was once there is room."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    arguments = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(mount)]
+    if subprocess.run(arguments, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        failed = cli(*RUN, "--steps", 21, "--output_dir", mount / "run", check=False)
+        assert_one_line_error(failed, "small/run", "No space left" if options != "ro" else "Read-only file system")
+        if options != "ro":
+            assert not list((mount / "run").glob(".*.tmp")) and not list((mount / "run").glob(".checkpoint*"))
+            subprocess.run(["mount", "-o", "remount,size=50m", str(mount)], check=True)
+            cli(*RUN, "--steps", 21, "--output_dir", mount / "run")
+            assert [record["step"] for record in read(mount / "run")] == [0, 10, 20]
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def make_tree(root: Path, environments=("a", "b", "c"), classes=("cat", "dog"), n=8, size=(24, 20)) -> Path:
+    """A small set of images in folders; the class is visible in the colour."""
+    rng = np.random.default_rng(0)
+    for env_i, environment in enumerate(environments):
+        for class_i, name in enumerate(classes):
+            folder = root / environment / name
+            folder.mkdir(parents=True)
+            for index in range(n):
+                pixels = rng.integers(0, 90, (size[1], size[0], 3))
+                pixels[..., class_i] += 120 + 10 * env_i
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    return root
+
+
+FOLDER_RUN = ("train", "--dataset", "Folder", "--data_dir", "tree", "--steps", 2, "--skip_model_save", "--output_dir", "run",
+              "--hparams", '{"image_size": 16, "backbone": "mnist_cnn", "batch_size": 4}')  # fmt: skip
+
+
+def test_a_users_own_folder(cli, tmp_path):
+    make_tree(tmp_path / "tree")
+    cli(*FOLDER_RUN)
+    assert read(tmp_path / "run")[-1]["environments"] == ["a", "b", "c"]
+
+
+def test_a_corrupt_image_is_named(cli, tmp_path):
+    make_tree(tmp_path / "tree")
+    damaged = tmp_path / "tree" / "b" / "dog" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:90])
+    assert_one_line_error(cli(*FOLDER_RUN, check=False), "tree/b/dog/3.png", "cannot be decoded")
+    assert not list((tmp_path / "run").glob("results.jsonl"))
+
+
+def test_an_empty_class_and_a_missing_class_are_named(cli, tmp_path):
+    make_tree(tmp_path / "tree")
+    (tmp_path / "tree" / "b" / "dog").rename(tmp_path / "tree" / "b" / "dogs")
+    assert_one_line_error(cli(*FOLDER_RUN, check=False), "disagree on their classes", "'dog'")
+    (tmp_path / "tree" / "b" / "dogs").rename(tmp_path / "tree" / "b" / "dog")
+    for image in (tmp_path / "tree" / "c" / "cat").iterdir():
+        image.unlink()
+    assert_one_line_error(cli(*FOLDER_RUN, check=False), "tree/c/cat", "holds no image")
