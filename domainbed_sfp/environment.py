@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
-import torchvision
 
 from domainbed_sfp import __version__
 
@@ -21,7 +21,7 @@ def fingerprint(device: torch.device) -> dict[str, str | int]:
         "domainbed_sfp": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": metadata.version("torchvision"),
         "numpy": np.__version__,
         "pillow": PIL.__version__,
         "system": f"{platform.system()} {platform.machine()}",

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision.models
 from torch import Tensor, nn
 
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
@@ -296,6 +295,9 @@ def _adapt_input_channels(network: nn.Module, name: str, channels: int) -> None:
 
 
 def _torchvision_resnet(name: str, weights: str) -> nn.Module:
+    # Imported here because it takes as long as torch itself, and most commands build no ResNet.
+    import torchvision.models
+
     build = getattr(torchvision.models, name)
     if weights == "imagenet":
         source = torchvision.models.get_model_weights(name).IMAGENET1K_V1

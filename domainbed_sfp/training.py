@@ -273,7 +273,8 @@ class _Run:
         }
         records.write_atomically(self.output_dir / records.FAILURE, json.dumps(failure, sort_keys=True))
         raise UserError(
-            f"{self.args.algorithm} diverged: {what}; the {len(self.records)} records before it are kept. Lower hparam 'lr' ({self.hparams['lr']:g}) or the weight of a penalty"
+            f"{self.args.algorithm} diverged: {what}; the {len(self.records)} records before it are kept. "
+            f"Lower hparam 'lr' ({self.hparams['lr']:g}) or the weight of a penalty"
         )
 
     def _record(self) -> None:

@@ -52,6 +52,25 @@ def domainbed_root() -> Path:
 
 
 @pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The same command in this process, for the many cases that need no process of their own."""
+    from domainbed_sfp import cli
+
+    def run(*args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(map(str, args)))
+        printed = capsys.readouterr()
+        done = subprocess.CompletedProcess(args, ended.value.code, printed.out, printed.err)
+        if check:
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
 def cli(tmp_path: Path):
     """Runs `domainbed-sfp ARGS` as a user does, in a folder of its own."""
 

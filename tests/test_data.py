@@ -20,7 +20,7 @@ from domainbed_sfp.data import cache, get_dataset_class
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.sets import digits
-from domainbed_sfp.data.sets.folders import _crop_side
+from domainbed_sfp.data.sets.folders import IMG_EXTENSIONS, _crop_side
 from domainbed_sfp.errors import UserError
 
 FOLDER_HPARAMS = {"image_size": 16, "data_augmentation": True}
@@ -135,6 +135,10 @@ def test_evaluation_images_equal_torchvisions(tmp_path):
         assert torch.equal(x, torch.stack([image for image, _ in reference]))
         assert y.tolist() == reference.targets
     assert dataset.input_shape == (3, 16, 16) and dataset.num_classes == 2
+
+
+def test_image_files_are_told_as_torchvision_does():
+    assert torchvisions_extensions == IMG_EXTENSIONS
 
 
 def test_cache_is_keyed_by_content_and_size(tmp_path):

@@ -146,7 +146,7 @@ def test_a_job_killed_with_sigkill_is_reported_and_continued(cli, tmp_path, spec
 
 
 def test_failures_are_reported_with_the_end_of_their_errors_and_the_rest_goes_on(cli, tmp_path, spec_file):
-    spec_file.write_text(SPEC.replace("sparsity: 0.3", "lr: 1e+38"))
+    spec_file.write_text(SPEC.replace("sparsity: 0.3", "lr: 1e+30"))
     launched = cli("sweep", "launch", spec_file, "--output_dir", "out", check=False)
     assert launched.returncode == 1
     assert "Magnitude diverged: the loss is" in launched.stderr and "exit status 2" in launched.stderr
@@ -210,9 +210,9 @@ def test_a_sweep_may_grow_but_not_change_its_protocol(cli, tmp_path, spec_file):
         ("datasets: [PACS]\nalgorithms: [ERM]", ("--data_dir",)),
     ],
 )  # fmt: skip
-def test_bad_specs(cli, spec_file, text, parts):
+def test_bad_specs(main, spec_file, text, parts):
     spec_file.write_text(text)
-    assert_one_line_error(cli("sweep", "launch", spec_file, "--output_dir", "out", check=False), *parts)
+    assert_one_line_error(main("sweep", "launch", spec_file, "--output_dir", "out", check=False), *parts)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +225,18 @@ def test_bad_specs(cli, spec_file, text, parts):
         (("pacs", "--data_dir", "nowhere"), ("nowhere/PACS",)),
     ],
 )
-def test_bad_options(cli, options, parts):
-    assert_one_line_error(cli("sweep", "launch", *options, "--output_dir", "out", check=False), *parts)
+def test_bad_options(main, options, parts):
+    assert_one_line_error(main("sweep", "launch", *options, "--output_dir", "out", check=False), *parts)
+
+
+def test_numbers_in_a_spec_are_numbers(spec_file):
+    spec_file.write_text("hparams: {lr: 1e-3, weight_decay: 2.5E+2, sparsity: .5, backbone: 1e-x}")
+    assert read_spec(str(spec_file)).hparams == {
+        "lr": 0.001,
+        "weight_decay": 250.0,
+        "sparsity": 0.5,
+        "backbone": "1e-x",
+    }
 
 
 def test_shipped_specs_are_valid():

@@ -56,8 +56,8 @@ def test_files_and_record_fields(cli, tmp_path):
     assert last["environment"]["torch"] == torch.__version__
 
 
-def test_model_file_loads_without_executing_anything(cli, tmp_path):
-    cli(*RUN, "--steps", 11, "--output_dir", "run", "--save_model_every_checkpoint")
+def test_model_file_loads_without_executing_anything(main, tmp_path):
+    main(*RUN, "--steps", 11, "--output_dir", "run", "--save_model_every_checkpoint")
     saved = torch.load(tmp_path / "run" / "model.pkl", weights_only=True)
     assert saved["model_input_shape"] == (3, 8, 8) and saved["model_num_classes"] == 10
     assert saved["model_num_domains"] == 2 and saved["model_hparams"]["batch_size"] == 64
@@ -65,9 +65,9 @@ def test_model_file_loads_without_executing_anything(cli, tmp_path):
     assert {"model_step0.pkl", "model_step10.pkl"} <= set(os.listdir(tmp_path / "run"))
 
 
-def test_same_arguments_give_the_same_records_and_another_seed_does_not(cli, tmp_path):
+def test_same_arguments_give_the_same_records_and_another_seed_does_not(main, tmp_path):
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        cli(*RUN, "--steps", 11, "--seed", seed, "--skip_model_save", "--output_dir", folder)
+        main(*RUN, "--steps", 11, "--seed", seed, "--skip_model_save", "--output_dir", folder)
     assert stable(tmp_path / "a") == stable(tmp_path / "b")
     assert read(tmp_path / "a")[-1]["loss"] != read(tmp_path / "c")[-1]["loss"]
 
@@ -118,34 +118,34 @@ def test_a_torn_record_is_repaired_on_resume(cli, tmp_path):
     assert stable(tmp_path / "broken") == stable(tmp_path / "whole")
 
 
-def test_done_is_not_done_again_and_other_arguments_are_refused(cli, tmp_path):
-    cli(*RUN, "--steps", 11, "--output_dir", "run")
+def test_done_is_not_done_again_and_other_arguments_are_refused(main, tmp_path):
+    main(*RUN, "--steps", 11, "--output_dir", "run")
     before = (tmp_path / "run" / "results.jsonl").read_bytes()
-    assert "already done" in cli(*RUN, "--steps", 11, "--output_dir", "run").stdout
-    other = cli(*RUN, "--steps", 21, "--output_dir", "run", check=False)
+    assert "already done" in main(*RUN, "--steps", 11, "--output_dir", "run").stdout
+    other = main(*RUN, "--steps", 21, "--output_dir", "run", check=False)
     assert_one_line_error(other, "another run", "steps 11 there, 21 here")
     assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_a_record(cli, tmp_path):
-    failed = cli("train", "--dataset", "ColoredDigits", "--steps", 50, "--checkpoint_freq", 5, "--output_dir", "run",
-                 "--hparams", '{"lr": 1e38}', check=False)  # fmt: skip
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_record(main, tmp_path):
+    failed = main("train", "--dataset", "ColoredDigits", "--steps", 50, "--checkpoint_freq", 5, "--output_dir", "run",
+                 "--hparams", '{"lr": 1e30}', check=False)  # fmt: skip
     assert_one_line_error(failed, "diverged", "the loss is", "'lr'")
     failure = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert failure["step"] >= 1 and "loss" in failure["error"]
     assert read(tmp_path / "run")[0]["step"] == 0 and not (tmp_path / "run" / "done").exists()
 
 
-def test_domain_adaptation_splits_and_class_balance(cli, tmp_path):
-    cli("train", "--dataset", "RotatedDigits", "--steps", 3, "--test_envs", 0, 1, "--task", "domain_adaptation",
+def test_domain_adaptation_splits_and_class_balance(main, tmp_path):
+    main("train", "--dataset", "RotatedDigits", "--steps", 3, "--test_envs", 0, 1, "--task", "domain_adaptation",
         "--uda_holdout_fraction", 0.5, "--hparams", '{"class_balanced": true, "batch_size": 16}', "--output_dir", "run")  # fmt: skip
     last = read(tmp_path / "run")[-1]
     assert {"env0_uda_acc", "env1_uda_acc"} <= set(last) and "env2_uda_acc" not in last
 
 
 @pytest.mark.parametrize("precision", ["bf16", "auto"])
-def test_precision(cli, tmp_path, precision):
-    cli(*RUN, "--steps", 21, "--precision", precision, "--output_dir", "run")
+def test_precision(main, tmp_path, precision):
+    main(*RUN, "--steps", 21, "--precision", precision, "--output_dir", "run")
     last = read(tmp_path / "run")[-1]
     assert last["precision"] in (("bf16",) if precision == "bf16" else ("bf16", "fp32"))
     assert last["loss"] < read(tmp_path / "run")[0]["loss"]
@@ -186,22 +186,22 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
         (("--device", "cuda:99"), ("--device",)),
     ],
 )  # fmt: skip
-def test_bad_input(cli, tmp_path, arguments, parts):
-    failed = cli("train", "--dataset", "ColoredDigits", "--steps", 12, "--output_dir", "run", *arguments, check=False)
+def test_bad_input(main, tmp_path, arguments, parts):
+    failed = main("train", "--dataset", "ColoredDigits", "--steps", 12, "--output_dir", "run", *arguments, check=False)
     if failed.returncode == 0 and "cuda:99" in arguments and torch.cuda.is_available():
         pytest.skip("a CUDA machine")
     assert_one_line_error(failed, *parts)
     assert not (tmp_path / "run" / "done").exists()
 
 
-def test_a_mistyped_name_leaves_no_directory(cli, tmp_path):
-    cli("train", "--algorithm", "Nope", "--output_dir", "run", check=False)
+def test_a_mistyped_name_leaves_no_directory(main, tmp_path):
+    main("train", "--algorithm", "Nope", "--output_dir", "run", check=False)
     assert not (tmp_path / "run").exists()
 
 
-def test_output_dir_that_cannot_be_written(cli, tmp_path):
+def test_output_dir_that_cannot_be_written(main, tmp_path):
     (tmp_path / "file").write_text("")
-    failed = cli(*RUN, "--steps", 2, "--output_dir", "file/run", check=False)
+    failed = main(*RUN, "--steps", 2, "--output_dir", "file/run", check=False)
     assert_one_line_error(failed, "file/run", "cannot be written")
 
 
@@ -244,25 +244,25 @@ FOLDER_RUN = ("train", "--dataset", "Folder", "--data_dir", "tree", "--steps", 2
               "--hparams", '{"image_size": 16, "backbone": "mnist_cnn", "batch_size": 4}')  # fmt: skip
 
 
-def test_a_users_own_folder(cli, tmp_path):
+def test_a_users_own_folder(main, tmp_path):
     make_tree(tmp_path / "tree")
-    cli(*FOLDER_RUN)
+    main(*FOLDER_RUN)
     assert read(tmp_path / "run")[-1]["environments"] == ["a", "b", "c"]
 
 
-def test_a_corrupt_image_is_named(cli, tmp_path):
+def test_a_corrupt_image_is_named(main, tmp_path):
     make_tree(tmp_path / "tree")
     damaged = tmp_path / "tree" / "b" / "dog" / "3.png"
     damaged.write_bytes(damaged.read_bytes()[:90])
-    assert_one_line_error(cli(*FOLDER_RUN, check=False), "tree/b/dog/3.png", "cannot be decoded")
+    assert_one_line_error(main(*FOLDER_RUN, check=False), "tree/b/dog/3.png", "cannot be decoded")
     assert not list((tmp_path / "run").glob("results.jsonl"))
 
 
-def test_an_empty_class_and_a_missing_class_are_named(cli, tmp_path):
+def test_an_empty_class_and_a_missing_class_are_named(main, tmp_path):
     make_tree(tmp_path / "tree")
     (tmp_path / "tree" / "b" / "dog").rename(tmp_path / "tree" / "b" / "dogs")
-    assert_one_line_error(cli(*FOLDER_RUN, check=False), "disagree on their classes", "'dog'")
+    assert_one_line_error(main(*FOLDER_RUN, check=False), "disagree on their classes", "'dog'")
     (tmp_path / "tree" / "b" / "dogs").rename(tmp_path / "tree" / "b" / "dog")
     for image in (tmp_path / "tree" / "c" / "cat").iterdir():
         image.unlink()
-    assert_one_line_error(cli(*FOLDER_RUN, check=False), "tree/c/cat", "holds no image")
+    assert_one_line_error(main(*FOLDER_RUN, check=False), "tree/c/cat", "holds no image")

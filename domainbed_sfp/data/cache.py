@@ -62,7 +62,8 @@ def cached_images(
         needed = len(paths) * size * size * 3 / 2**20
         raise UserError(
             f"image cache {str(cache)!r}: {error.strerror or error}; {needed:.0f} MiB are needed for "
-            f"{len(paths)} images of {str(root)!r} at {size} px; choose another folder with --cache_dir or DOMAINBED_SFP_CACHE"
+            f"{len(paths)} images of {str(root)!r} at {size} px; "
+            "choose another folder with --cache_dir or DOMAINBED_SFP_CACHE"
         ) from error
     return images, sizes
 

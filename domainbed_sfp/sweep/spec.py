@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
@@ -15,6 +16,15 @@ from domainbed_sfp.data import dataset_names, get_dataset_class
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.seeds import seed_hash
 from domainbed_sfp.sweep.jobs import Job
+
+
+class _SpecLoader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-3 for a word; in a file of hparams it is a number."""
+
+
+_SpecLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ def read_spec(path: str) -> SweepSpec:
     """
     text = _spec_text(path)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _SpecLoader)
     except yaml.YAMLError as error:
         raise UserError(f"sweep spec {path!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

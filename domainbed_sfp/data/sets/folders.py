@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from domainbed_sfp.data.base import Dataset, Environment, dataset
 from domainbed_sfp.data.cache import cached_images
 from domainbed_sfp.errors import UserError
+
+# torchvision's, by which its ImageFolder (and so DomainBed) tells images from other files.
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 # Pixels; 227 px PACS at 224 px input is cropped from its own size.
 CROP_SIDE_LIMIT = 288

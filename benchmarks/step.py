@@ -1,0 +1,329 @@
+"""Seconds a training step and images a second: ours, the bare network's, and an upstream checkout's.
+
+    python benchmarks/step.py [--data_dir DIR] [--precision auto fp32 bf16] [--backbone resnet18]
+                              [--image_size 224] [--batch_size 32] [--steps 10] [--json FILE]
+
+Ours is the whole step of our training loop, ERM on three training environments of PACS: reading, augmentation,
+update. The bare network is the same backbone with a linear classifier on one synthetic batch that is made once,
+at the same precision and memory format: forward, cross-entropy, backward, Adam. Steps of the two alternate, so
+that both see the same machine. With DOMAINBED_ROOT set to a DomainBed checkout (whose requirements this Python
+has), its own loaders and its own ERM are timed too, for the ResNets at 224 px that it has. Weights are random:
+they do not matter here. Without --data_dir, images are made. Prints medians, with minimum and maximum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+
+from domainbed_sfp import environment, training, upstream
+from domainbed_sfp.data.splits import split_environment
+from domainbed_sfp.networks import ImageFeaturizer
+
+ENVIRONMENTS = ("art_painting", "cartoon", "photo", "sketch")
+CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
+
+# The first environment is held out, so that a step has 3 x batch_size images.
+TEST_ENVS = [0]
+
+UPSTREAM_SIDE = 224
+UPSTREAM_BACKBONES = ("resnet18", "resnet50")
+
+# What we promise for ResNet-18 at 224 px, 3 x 32 images: our step against the other's.
+TARGETS = {"upstream": 0.5, "bare": 1.15}
+
+Step = Callable[[], object]
+
+
+def main() -> int:
+    args = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        data_dir, cache_dir = args.data_dir, args.cache_dir
+        if data_dir is None:
+            data_dir, cache_dir = folder, f"{folder}/cache"
+            make_pacs(Path(folder) / "PACS", args.batch_size)
+        report = measure_ours_and_bare(args, data_dir, cache_dir, Path(folder))
+        if reason := upstream_unavailable(args):
+            print(f"upstream: not timed, {reason}")
+        else:
+            report["steps"]["upstream fp32"] = measure_upstream(args, data_dir, Path(folder))
+    report["ratios"] = ratios(report)
+    print_ratios(report, args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", help="folder that holds PACS/; default: made images")
+    parser.add_argument("--cache_dir", help="where decoded images of --data_dir are kept")
+    parser.add_argument("--precision", nargs="+", choices=training.PRECISIONS, default=["auto", "fp32", "bf16"])
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--image_size", type=int, default=UPSTREAM_SIDE)
+    parser.add_argument("--batch_size", type=int, default=32, help="images per environment, of which there are 3")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before those, not timed")
+    parser.add_argument("--json", help="file to write the report to")
+    return parser.parse_args()
+
+
+def make_pacs(root: Path, batch_size: int) -> None:
+    """A tree in PACS's layout with 227 px JPEG files of smooth colours and noise, about as large as PACS's own;
+    enough of them that a batch fits into the training split."""
+    rng = np.random.default_rng(0)
+    per_class = max(8, -(-2 * batch_size // len(CLASSES)))
+    for env in ENVIRONMENTS:
+        for name in CLASSES:
+            (root / env / name).mkdir(parents=True)
+            for index in range(per_class):
+                coarse = Image.fromarray(rng.integers(256, size=(6, 6, 3), dtype=np.uint8))
+                smooth = np.asarray(coarse.resize((227, 227), Image.Resampling.BICUBIC), dtype=np.float32)
+                noisy = (smooth + rng.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(noisy).save(root / env / name / f"{index}.jpg")
+
+
+# Ours and the bare network ----------------------------------------------------------------------------------
+
+
+def measure_ours_and_bare(
+    args: argparse.Namespace, data_dir: str, cache_dir: str | None, folder: Path
+) -> dict[str, Any]:
+    """Times every precision asked for; what `auto` stands for is timed once."""
+    report: dict[str, Any] = {"settings": vars(args), "steps": {}}
+    for precision in args.precision:
+        run = make_run(args, data_dir, cache_dir, precision, folder)
+        if "environment" not in report:
+            report["environment"] = environment.fingerprint(run.device)
+            print(describe(report["environment"], args))
+        if precision == "auto":
+            report["auto"] = run.precision
+            print(f"precision auto is {run.precision} here")
+        if f"ours {run.precision}" not in report["steps"]:
+            ours, bare = (timed(step, run.device) for step in (our_step(run), bare_step(run, args)))
+            try:
+                times = alternate([ours, bare], args.warmup, args.steps)
+            finally:
+                run.loader.close()
+            for name, seconds in zip(("ours", "bare"), times):
+                report["steps"][f"{name} {run.precision}"] = summary(f"{name} {run.precision}", seconds, args)
+        else:
+            run.loader.close()
+    return report
+
+
+def make_run(
+    args: argparse.Namespace, data_dir: str, cache_dir: str | None, precision: str, folder: Path
+) -> training._Run:
+    """The training loop's own run, about to begin. Not a copy of what it does: what is timed is what trains."""
+    chosen = {
+        "backbone": args.backbone,
+        "weights": "none",
+        "image_size": args.image_size,
+        "batch_size": args.batch_size,
+    }
+    train_args = training.TrainArgs(
+        data_dir=data_dir,
+        dataset="PACS",
+        algorithm="ERM",
+        hparams=json.dumps(chosen),
+        test_envs=TEST_ENVS,
+        output_dir=str(folder),
+        precision=precision,
+        cache_dir=cache_dir,
+    )
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        return training._Run(train_args, folder, training._StopRequest())
+
+
+def our_step(run: training._Run) -> Step:
+    def step() -> None:
+        run._update()
+        run.step += 1
+
+    return step
+
+
+def bare_step(run: training._Run, args: argparse.Namespace) -> Step:
+    """A step of the same backbone and classifier with nothing around them."""
+    featurizer = run.algorithm.featurizer
+    if not isinstance(featurizer, ImageFeaturizer):
+        sys.exit(f"--backbone {args.backbone}: expected a network for photographs, such as resnet18")
+    network = nn.Sequential(copy.deepcopy(featurizer.network), copy.deepcopy(run.algorithm.classifier)).train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-5)
+    generator = torch.Generator().manual_seed(0)
+    images = 3 * args.batch_size
+    x = torch.randn(images, 3, args.image_size, args.image_size, generator=generator).to(run.device)
+    y = torch.randint(len(CLASSES), (images,), generator=generator).to(run.device)
+    if featurizer.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+
+    def step() -> float:
+        with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16"):
+            logits = network(x)
+        loss = F.cross_entropy(logits.float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+# The upstream checkout --------------------------------------------------------------------------------------
+
+
+def upstream_unavailable(args: argparse.Namespace) -> str | None:
+    """Why there is no upstream to compare with; None where there is one."""
+    if not os.environ.get("DOMAINBED_ROOT"):
+        return "DOMAINBED_ROOT is not set"
+    if args.backbone not in UPSTREAM_BACKBONES or args.image_size != UPSTREAM_SIDE:
+        return f"it has {' and '.join(UPSTREAM_BACKBONES)} at {UPSTREAM_SIDE} px only"
+    return None
+
+
+def measure_upstream(args: argparse.Namespace, data_dir: str, folder: Path) -> dict[str, Any]:
+    """Times the checkout's ERM on its own loaders, as its train puts them together, less its evaluation loaders
+    (whose processes would only compete with the first steps)."""
+    root = upstream.find_checkout(os.environ["DOMAINBED_ROOT"])
+    with upstream.opened(root) as checkout, random_weights(args.backbone, folder / "torch_home"):
+        hparams = checkout.hparams_registry.default_hparams("ERM", "PACS")
+        hparams.update(resnet18=args.backbone == "resnet18", resnet50_augmix=False, batch_size=args.batch_size)
+        dataset = checkout.datasets.PACS(data_dir, TEST_ENVS, hparams)
+        batches = zip(*training_loaders(dataset, args.batch_size))
+        device = training.choose_device("auto")
+        algorithm = checkout.algorithms.ERM(
+            dataset.input_shape, dataset.num_classes, len(dataset) - len(TEST_ENVS), hparams
+        ).to(device)
+
+        def step() -> None:
+            algorithm.update([(x.to(device), y.to(device)) for x, y in next(batches)], None)
+
+        (seconds,) = alternate([timed(step, device)], args.warmup, args.steps)
+    return summary("upstream fp32", seconds, args)
+
+
+def training_loaders(dataset: Any, batch_size: int) -> list[Any]:
+    """The checkout's loaders of the training environments, with its splits and its number of workers."""
+    from domainbed.lib.fast_data_loader import InfiniteDataLoader
+
+    loaders = []
+    for env_i, samples in enumerate(dataset):
+        if env_i not in TEST_ENVS:
+            keys = split_environment(len(samples), env_i, trial_seed=0, holdout_fraction=0.2).in_
+            part = torch.utils.data.Subset(samples, keys.tolist())
+            loaders.append(InfiniteDataLoader(part, None, batch_size, dataset.N_WORKERS))
+    return loaders
+
+
+@contextmanager
+def random_weights(backbone: str, torch_home: Path) -> Iterator[None]:
+    """Puts random weights where torchvision looks for those it has downloaded: upstream always asks for them."""
+    source = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
+    target = torch_home / "hub" / "checkpoints" / Path(source.url).name
+    target.parent.mkdir(parents=True)
+    torch.save(getattr(torchvision.models, backbone)(weights=None).state_dict(), target)
+    before = os.environ.get("TORCH_HOME")
+    os.environ["TORCH_HOME"] = str(torch_home)
+    try:
+        yield
+    finally:
+        del os.environ["TORCH_HOME"]
+        if before is not None:
+            os.environ["TORCH_HOME"] = before
+
+
+# Timing and telling -----------------------------------------------------------------------------------------
+
+
+def timed(step: Step, device: torch.device) -> Callable[[], float]:
+    """A function that runs `step` to its end on the device and returns its seconds."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def alternate(steps: Sequence[Callable[[], float]], warmup: int, rounds: int) -> list[list[float]]:
+    """Seconds of each of `steps`, which take turns; the first `warmup` rounds do not count."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for number in range(warmup + rounds):
+        for step, times in zip(steps, seconds):
+            took = step()
+            if number >= warmup:
+                times.append(took)
+    return seconds
+
+
+def summary(name: str, seconds: list[float], args: argparse.Namespace) -> dict[str, Any]:
+    """Prints a line about the step times and returns it as data."""
+    median = statistics.median(seconds)
+    images = 3 * args.batch_size / median
+    print(
+        f"{name:13} {median:8.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}) {images:9.1f} images/s",
+        flush=True,
+    )
+    return {"median": median, "images_per_second": images, "seconds": seconds}
+
+
+def ratios(report: dict[str, Any]) -> dict[str, float]:
+    """Our median step time over the others': the bare network's at each precision, and upstream's."""
+    steps = report["steps"]
+    found = {}
+    for precision in ("fp32", "bf16"):
+        if f"ours {precision}" in steps:
+            ratio = steps[f"ours {precision}"]["median"] / steps[f"bare {precision}"]["median"]
+            found[f"ours {precision} / bare {precision}"] = ratio
+            if "upstream fp32" in steps:
+                ratio = steps[f"ours {precision}"]["median"] / steps["upstream fp32"]["median"]
+                found[f"ours {precision} / upstream fp32"] = ratio
+    return found
+
+
+def print_ratios(report: dict[str, Any], args: argparse.Namespace) -> None:
+    """The ratios, and beside those we promise something about whether they keep to it."""
+    promised = (args.backbone, args.image_size, args.batch_size) == ("resnet18", 224, 32)
+    auto = report.get("auto")
+    for name, ratio in report["ratios"].items():
+        against = name.split(" / ")[1].split()[0]
+        # Against upstream, the promise is about the precision that we choose ourselves.
+        if promised and (against == "bare" or name.startswith(f"ours {auto} ")):
+            told = "met" if ratio <= TARGETS[against] else "MISSED"
+            print(f"{name:32} {ratio:6.2f}   target {TARGETS[against]:.2f}: {told}")
+        else:
+            print(f"{name:32} {ratio:6.2f}")
+
+
+def describe(fingerprint: dict[str, Any], args: argparse.Namespace) -> str:
+    """The line that says what was timed, and on what."""
+    return (
+        f"{fingerprint['cpu']}, {fingerprint['device']}, {fingerprint['threads']} threads, "
+        f"torch {fingerprint['torch']}, torchvision {fingerprint['torchvision']}; "
+        f"{args.backbone} at {args.image_size} px, 3 x {args.batch_size} images, {args.steps} steps"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
