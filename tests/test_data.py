@@ -138,7 +138,7 @@ def test_evaluation_images_equal_torchvisions(tmp_path):
 
 
 def test_image_files_are_told_as_torchvision_does():
-    assert torchvisions_extensions == IMG_EXTENSIONS
+    assert torchvision_folder.IMG_EXTENSIONS == IMG_EXTENSIONS
 
 
 def test_cache_is_keyed_by_content_and_size(tmp_path):

@@ -28,6 +28,8 @@ from domainbed_sfp.sweep.jobs import Job, State, SweepDirectory
 EXIT_ALREADY_RUNNING = 75
 
 POLL_SECONDS = 0.2
+# Asking for another launch's jobs takes their locks for a moment.
+LOOK_ELSEWHERE_SECONDS = 2.0
 # Lines of err.txt that a failure report shows.
 TAIL_LINES = 8
 
@@ -114,6 +116,7 @@ class _LocalLaunch:
         self.outcome = Outcome()
         self.stop = False
         self.told_at = time.monotonic()
+        self.looked_at = 0.0
 
     def run(self) -> Outcome:
         """Runs all jobs; after SIGINT or SIGTERM, stops them with their checkpoints saved."""
@@ -139,7 +142,7 @@ class _LocalLaunch:
                 return
             self._start_free_slots()
             self._collect_ended()
-            if not self.waiting and not self.running:
+            if not self.waiting and len(self.running) < self.slots:
                 self._look_elsewhere()
             show()
             time.sleep(POLL_SECONDS)
@@ -195,6 +198,9 @@ class _LocalLaunch:
 
     def _look_elsewhere(self) -> None:
         """Jobs of other launches that have ended: done, or to be taken over here."""
+        if time.monotonic() - self.looked_at < LOOK_ELSEWHERE_SECONDS:
+            return
+        self.looked_at = time.monotonic()
         for task in list(self.elsewhere):
             state = self.directory.state(task.job)
             if state is not State.RUNNING:
