@@ -26,6 +26,7 @@ class Hparam:
     default: Any
     sample: Sampler | None = None
     doc: str = ""
+    foreign: bool = False  # a field of DomainBed's records that has no effect here: it cannot be set
 
     def draw(self, name: str, random_seed: int) -> Any:
         """The random value of hparam `name` for `random_seed`; the default where nothing is searched."""
@@ -36,20 +37,24 @@ class Hparam:
         return value.item() if isinstance(value, np.generic) else value
 
 
+# Records have these fields so that DomainBed's tools read them.
+FOREIGN = "no effect here"
+
+
 def common_hparams(small_images: bool) -> dict[str, Hparam]:
     """The hparams every algorithm has. `small_images`: MNIST-like sets, trained from scratch."""
     table = {
         "data_augmentation": Hparam(True, doc="augment training batches (image-folder sets)"),
         "resnet18": Hparam(False, doc="ResNet-18 instead of ResNet-50 (needs resnet50_augmix=false)"),
         "resnet50_augmix": Hparam(True, doc="timm's resnet50.ram_in1k; overrides resnet18, as in DomainBed"),
-        "dinov2": Hparam(False, doc="DomainBed's field; here choose a timm name through `backbone`"),
-        "vit": Hparam(False, doc="DomainBed's field; here choose a timm name through `backbone`"),
-        "vit_attn_tune": Hparam(False, doc="DomainBed's field; here choose a timm name through `backbone`"),
+        "dinov2": Hparam(False, doc=f"{FOREIGN}; choose a timm name through backbone", foreign=True),
+        "vit": Hparam(False, doc=f"{FOREIGN}; choose a timm name through backbone", foreign=True),
+        "vit_attn_tune": Hparam(False, doc=f"{FOREIGN}; choose a timm name through backbone", foreign=True),
         "freeze_bn": Hparam(False, doc="keep BatchNorm in evaluation mode while training"),
-        "lars": Hparam(False, doc="DomainBed's field, used by its ERM++ only"),
-        "linear_steps": Hparam(500, doc="DomainBed's field, used by its ERM++ only"),
+        "lars": Hparam(False, doc=f"{FOREIGN}; DomainBed's ERM++ uses it", foreign=True),
+        "linear_steps": Hparam(500, doc=f"{FOREIGN}; DomainBed's ERM++ uses it", foreign=True),
         "resnet_dropout": Hparam(0.0, lambda r: r.choice([0.0, 0.1, 0.5]), "dropout before the classifier"),
-        "vit_dropout": Hparam(0.0, lambda r: r.choice([0.0, 0.1, 0.5]), "DomainBed's field for its ViT"),
+        "vit_dropout": Hparam(0.0, lambda r: r.choice([0.0, 0.1, 0.5]), f"{FOREIGN}; for DomainBed's ViT", True),
         "class_balanced": Hparam(False, doc="draw classes equally often within an environment"),
         "nonlinear_classifier": Hparam(False, lambda r: bool(r.choice([False, False])), "3-layer classifier"),
         "image_size": Hparam(224, doc="side of the square input of image-folder sets, pixels"),
@@ -129,6 +134,8 @@ def resolve_hparams(
     for name, value in overrides.items():
         if name not in table:
             raise unknown_name(f"hparam of {algorithm}", name, sorted(table))
+        if table[name].foreign and value != values[name]:
+            raise UserError(f"hparam {name!r} cannot be set: {table[name].doc}")
         values[name] = _checked(algorithm, name, value, table[name].default)
     return values
 

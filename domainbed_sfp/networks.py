@@ -219,11 +219,6 @@ def make_featurizer(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) ->
     `backbone` "auto" follows DomainBed: MNIST_CNN for small images, else the ResNet that `resnet18` and
     `resnet50_augmix` select (the latter wins, as there). Raises UserError where a choice cannot be met.
     """
-    for name in ("vit", "dinov2", "vit_attn_tune"):
-        if hparams.get(name):
-            raise UserError(
-                f"hparam {name!r} has no effect here; choose a ViT with backbone, e.g. vit_small_patch16_224"
-            )
     backbone = hparams.get("backbone", "auto")
     weights = hparams.get("weights", "imagenet")
     if backbone == "auto":

@@ -36,8 +36,9 @@ LOCK = "run.lock"
 PRECISIONS = ("fp32", "bf16", "auto")
 TASKS = ("domain_generalization", "domain_adaptation")
 
-# Seconds between two lines of progress in a log.
+# Seconds between two lines of progress in a log, and between two states of the one line on a terminal.
 LOG_INTERVAL = 30.0
+TERMINAL_INTERVAL = 0.5
 
 # Arguments that say where things lie, not what is computed.
 PLACES = ("data_dir", "output_dir", "cache_dir")
@@ -234,7 +235,7 @@ class _Run:
             if self.step % self.checkpoint_freq == 0 or self.step == self.n_steps - 1:
                 self._record()
                 last_line = time.monotonic()
-            elif time.monotonic() - last_line > LOG_INTERVAL:
+            elif time.monotonic() - last_line > (TERMINAL_INTERVAL if sys.stderr.isatty() else LOG_INTERVAL):
                 last_line = time.monotonic()
                 self._print_progress()
             self.step += 1
@@ -418,6 +419,8 @@ class _Run:
     def _print_row(self, record: Mapping[str, Any]) -> None:
         """One line of numbers per record, under DomainBed's column heads."""
         columns = sorted(name for name, value in record.items() if isinstance(value, (int, float)))
+        if isinstance(sys.stderr, _Tee) and sys.stderr.isatty():
+            sys.stderr.show("")
         if len(self.records) == 1 or self.step == 0:
             print("  ".join(name.ljust(12)[:12] for name in columns))
         cells = [f"{record[name]:.10f}" if isinstance(record[name], float) else str(record[name]) for name in columns]
@@ -427,12 +430,14 @@ class _Run:
         seconds = float(np.mean(self.metrics["step_time"]))
         left = (self.n_steps - self.step - 1) * seconds
         loss = self.metrics["loss"][-1] if self.metrics.get("loss") else math.nan
-        print(
+        line = (
             f"step {self.step} of {self.n_steps}: loss {loss:.4f}, {seconds:.2f} s a step, "
-            f"{left / 60:.0f} min of training left",
-            file=sys.stderr,
-            flush=True,
+            f"{left / 60:.0f} min of training left"
         )
+        if isinstance(sys.stderr, _Tee) and sys.stderr.isatty():
+            sys.stderr.show(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 @torch.no_grad()
@@ -551,6 +556,11 @@ class _Tee:
 
     def isatty(self) -> bool:
         return self.stream.isatty()
+
+    def show(self, line: str) -> None:
+        """Puts `line` in place of the terminal's current one; the file does not get it."""
+        self.stream.write(f"\r\x1b[K{line}")
+        self.stream.flush()
 
 
 @contextmanager

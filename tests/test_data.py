@@ -15,6 +15,7 @@ from PIL import Image
 from test_training import make_tree
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.datasets import folder as torchvision_folder
 
 from domainbed_sfp.data import cache, get_dataset_class
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD

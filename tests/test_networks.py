@@ -194,5 +194,5 @@ def test_precision_and_memory_format():
 
 
 def test_vit_flags_are_refused_not_ignored():
-    with pytest.raises(UserError, match="'vit' has no effect"):
+    with pytest.raises(UserError, match="'vit' cannot be set: no effect here; choose a timm name"):
         featurizer(vit=True)

@@ -115,7 +115,7 @@ class _LocalLaunch:
         self.elsewhere: list[Task] = []
         self.outcome = Outcome()
         self.stop = False
-        self.told_at = time.monotonic()
+        self.began_at = self.told_at = time.monotonic()
         self.looked_at = 0.0
 
     def run(self) -> Outcome:
@@ -239,7 +239,10 @@ class _LocalLaunch:
         if time.monotonic() - self.told_at < LOG_INTERVAL and (self.waiting or self.running or self.elsewhere):
             return
         self.told_at = time.monotonic()
-        print(f"sweep: {self._counts()}; {self._progress() / self.total:.0%}", file=sys.stderr, flush=True)
+        share = self._progress() / self.total
+        left = (time.monotonic() - self.began_at) * (1 / share - 1) if share else None
+        when = f", about {left / 60:.0f} min left" if left else ""
+        print(f"sweep: {self._counts()}; {share:.0%}{when}", file=sys.stderr, flush=True)
 
 
 def last_step(results: Path) -> int:
