@@ -11,6 +11,7 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     wall_time, images_per_second, precision, environment, commit
     standing               "published", "reconstruction" or "reference"
     environments           the names of the data set's environments
+    input_shape            (channels, height, width) of the network's input
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ VOLATILE_FIELDS = frozenset({"step_time", "wall_time", "images_per_second", "mem
 COST_FIELDS = ("sparsity", "parameters", "surviving_parameters", "dense_macs", "macs")
 
 # Said by the last record for the whole run.
-FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments")
+FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments", "input_shape")
 
 Warn = Callable[[str], None]
 

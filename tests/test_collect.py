@@ -473,6 +473,13 @@ def test_the_protocol_line(tmp_path, collect):
     ) in out
 
 
+def test_input_size_is_the_networks_not_the_hparams(tmp_path, collect):
+    """The hparam `image_size` says nothing about digits: the record's own shape does."""
+    three_trials(tmp_path, input_shape=[3, 8, 8], hparams={"weights": "none", "image_size": 224})
+    _, out, _ = collect("--input_dir", tmp_path, "--selection", "training-domain")
+    assert "8 px images" in out and "224 px" not in out
+
+
 # --- published rows
 # ------------------------------------------------------------------------------------------
 

@@ -105,22 +105,29 @@ def protocol_of(runs: dict[Job, Run], rule: Rule) -> Protocol:
         rule.title,
         _sorted(job.hparams_seed for job in runs),
         _sorted(job.trial_seed for job in runs),
-        tuple(sorted(str(commit)[:12] for commit in commits)),
+        tuple(sorted(_short(str(commit)) for commit in commits)),
     )
 
 
 def conditions_of(run: Run) -> Conditions:
-    small = run.dataset in _MNIST_LIKE
-    default_size = 28 if run.dataset in SMALL_IMAGES else None if small else 224
     return Conditions(
         backbone_of(run.dataset, run.hparams),
         weights_of(run.dataset, run.hparams),
-        run.hparams.get("image_size", default_size),
+        _image_size(run),
         steps_of(run),
         run.args.get("holdout_fraction", 0.2),
         run.facts.get("precision", "fp32"),
         run.args.get("task", "domain_generalization"),
     )
+
+
+def _image_size(run: Run) -> int | None:
+    """Side of the network's input. Only photographs go by the hparam; DomainBed's records do not say their shape."""
+    if "input_shape" in run.facts:
+        return run.facts["input_shape"][1]
+    if run.dataset in _MNIST_LIKE:
+        return 28 if run.dataset in SMALL_IMAGES else None
+    return run.hparams.get("image_size", 224)
 
 
 def backbone_of(dataset: str, hparams: dict[str, Any]) -> str:
@@ -155,6 +162,12 @@ def weights_of(dataset: str, hparams: dict[str, Any]) -> str:
     if backbone_of(dataset, hparams) == "MNIST_CNN":
         return "none"
     return PurePath(str(hparams.get("weights", "imagenet"))).name
+
+
+def _short(commit: str) -> str:
+    """Twelve digits are enough to name a commit; `+changes`, which says that it is not all, stays."""
+    digits, plus, rest = commit.partition("+")
+    return digits[:12] + plus + rest
 
 
 def _text(value: object) -> str:
