@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ class Algorithm(nn.Module):
     def predict(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] for images [N, C, H, W]."""
         raise TypeError(f"{type(self).__name__} does not define predict(x)")
+
+    def prepare_evaluation(self, batches: Iterable[Tensor]) -> None:
+        """Called in training mode before each evaluation with training images (an iterable of [N, C, H, W], read only
+        if it is iterated). Does nothing by default. DomainBed's own loop does not call it."""
 
     def masks(self) -> dict[str, Tensor]:
         """Which weights are alive: bool tensors by parameter name. Empty where nothing is compressed."""

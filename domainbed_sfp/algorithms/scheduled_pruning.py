@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.hparams import Hparam
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels
+from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, CubicSchedule
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
 
@@ -72,6 +73,10 @@ class ScheduledPruning(ObjectiveAlgorithm):
             self.weight_masks.zero_dead(dict(self.named_parameters()))
         self.step += 1
         return metrics
+
+    def prepare_evaluation(self, batches: Iterable[Tensor]) -> None:
+        if self.step > self.schedule.first_step(self.total_steps):
+            recalibrate_batchnorm(self.network, self.network, batches)
 
     def masks(self) -> dict[str, Tensor]:
         return self.weight_masks.as_dict()

@@ -240,7 +240,7 @@ class _LocalLaunch:
             return
         self.told_at = time.monotonic()
         share = self._progress() / self.total
-        left = (time.monotonic() - self.began_at) * (1 / share - 1) if share else None
+        left = (time.monotonic() - self.began_at) * (1 / share - 1) if share > 0.02 else None
         when = f", about {left / 60:.0f} min left" if left else ""
         print(f"sweep: {self._counts()}; {share:.0%}{when}", file=sys.stderr, flush=True)
 

@@ -1,0 +1,36 @@
+"""BatchNorm recalibration on numbers computed by hand, and where it must not act."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
+
+
+def test_statistics_are_the_averages_over_the_batches():
+    net = nn.Sequential(nn.BatchNorm2d(1))
+    net[0].running_mean.fill_(50.0)
+    batches = [torch.tensor([0.0, 2.0]).view(2, 1, 1, 1), torch.tensor([4.0, 10.0]).view(2, 1, 1, 1)]
+    recalibrate_batchnorm(net, net, batches)
+    assert net[0].running_mean.item() == 4.0  # means 1 and 7
+    assert net[0].running_var.item() == 10.0  # unbiased variances 2 and 18
+    assert net[0].momentum == 0.1
+
+
+def test_frozen_statistics_and_weights_stay():
+    net = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    net[0].eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    recalibrate_batchnorm(net, net, [torch.randn(8, 1, 4, 4)])
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"2.running_mean", "2.running_var", "2.num_batches_tracked"}
+
+
+def test_no_batch_is_read_without_batchnorm():
+    def unread():
+        raise AssertionError("a batch was read")
+        yield
+
+    net = nn.Sequential(nn.GroupNorm(1, 4))
+    recalibrate_batchnorm(net, net, unread())
