@@ -321,7 +321,8 @@ class _Run:
         )
         try:
             for index in range(RECALIBRATION_BATCHES):
-                yield torch.cat([x for x, _ in loader.minibatches(seed_hash(self.step, index))])
+                step = self.step * RECALIBRATION_BATCHES + index
+                yield torch.cat([x for x, _ in loader.minibatches(step)])
         finally:
             loader.close()
 
