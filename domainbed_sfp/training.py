@@ -290,8 +290,7 @@ class _Run:
         seed_everything(seed_hash(args.seed, "evaluation", self.step))
         algorithm.prepare_evaluation(self._recalibration_batches())
         record.update(evaluate(algorithm, self.dataset, self.splits, self.device))
-        parameters = dict(algorithm.named_parameters())
-        cost = accounting.measure_cost(parameters, self.positions, algorithm.masks())
+        cost = accounting.measure_cost(algorithm.deployed_parameters(), self.positions, algorithm.masks())
         record.update(asdict(cost))
         record.update(
             sparsity=algorithm.sparsity(),

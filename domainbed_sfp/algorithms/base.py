@@ -52,6 +52,11 @@ class Algorithm(nn.Module):
         """Called in training mode before each evaluation with training images (an iterable of [N, C, H, W], read only
         if it is iterated). Does nothing by default. DomainBed's own loop does not call it."""
 
+    def deployed_parameters(self) -> dict[str, Tensor]:
+        """Parameters of the network that `predict` runs, by name: what its cost is counted from. Auxiliary networks and
+        gates of the training are not among them."""
+        return dict(self.named_parameters())
+
     def masks(self) -> dict[str, Tensor]:
         """Which weights are alive: bool tensors by parameter name. Empty where nothing is compressed."""
         return {}
@@ -118,17 +123,30 @@ class ObjectiveAlgorithm(Algorithm):
         )
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
-        loss, metrics = self.objective.loss(self, minibatches)
+        loss, metrics = self.compute_loss(minibatches)
         if self.objective.wants_fresh_optimizer():
             self.optimizer = self.make_optimizer()
         self.optimizer.zero_grad()
         loss.backward()
+        self.after_backward()
         self.optimizer.step()
         self.objective.finish_step()
         return metrics
 
+    def compute_loss(self, minibatches: Minibatches) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a step and the numbers to log: the objective's. A method may add to it."""
+        return self.objective.loss(self, minibatches)
+
+    def after_backward(self) -> None:
+        """Called between backward and the optimizer's step, where gradients can be read or changed."""
+
     def predict(self, x: Tensor) -> Tensor:
         return self.network(x)
+
+    def deployed_parameters(self) -> dict[str, Tensor]:
+        return {
+            name: value for name, value in self.named_parameters() if name.startswith(("featurizer.", "classifier."))
+        }
 
     def export(self) -> nn.Module:
         return copy.deepcopy(self.network).eval()

@@ -14,17 +14,20 @@ from domainbed_sfp.hparams import Hparam
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels
 from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
-from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, CubicSchedule
+from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, CubicSchedule, Schedule
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
 
 GRANULARITIES = ("channel", "weight")
 
-PRUNING_HPARAMS = {
-    **SCHEDULE_HPARAMS,
+# What is removed, whatever the schedule.
+UNIT_HPARAMS = {
+    "sparsity": SCHEDULE_HPARAMS["sparsity"],
     "granularity": Hparam("channel", doc="channel (structured) or weight (unstructured)"),
     "pruning_scope": Hparam("layer", doc="layer: the same fraction of every layer; global: one ranking of all"),
     "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO, CORAL or Mixup"),
 }
+
+PRUNING_HPARAMS = {**SCHEDULE_HPARAMS, **UNIT_HPARAMS}
 
 # On a long ramp the mask is renewed this often, not at every step: ranking all weights costs time.
 RAMP_UPDATES = 100
@@ -37,11 +40,16 @@ class ScheduledPruning(ObjectiveAlgorithm):
     stays removed. Subclasses define `score`.
     """
 
+    # True where masks are renewed before a step's update instead of after it: pruning at initialization.
+    prunes_before_update = False
+    # True where a ranking across layers leaves every layer its best unit; otherwise a layer wiped out is an error.
+    spares_best = False
+
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.schedule = CubicSchedule.from_hparams(self.hparams)
+        self.schedule: Schedule = self.make_schedule()
         self.granularity: str = self.hparams["granularity"]
         if self.granularity not in GRANULARITIES:
             raise unknown_name("granularity", self.granularity, GRANULARITIES)
@@ -49,7 +57,7 @@ class ScheduledPruning(ObjectiveAlgorithm):
         self.groups: list[ChannelGroup] = []
         parameters = dict(self.named_parameters())
         if self.granularity == "channel":
-            self.groups = channel_groups(self.featurizer, self.classifier)
+            self.groups = self.removable_channels()
             self.unit_shapes = {group.name: torch.Size([group.channels]) for group in self.groups}
             touched = {name for group in self.groups for name in (*group.filters, *group.vectors, *group.readers)}
         else:
@@ -60,19 +68,33 @@ class ScheduledPruning(ObjectiveAlgorithm):
         # Which units live, in the method's own granularity; for weights that is what the masks say.
         self.unit_masks = Masks(self.unit_shapes) if self.granularity == "channel" else self.weight_masks
 
+    def make_schedule(self) -> Schedule:
+        """How many units may live at a step."""
+        return CubicSchedule.from_hparams(self.hparams)
+
+    def removable_channels(self) -> list[ChannelGroup]:
+        """The groups of channels that may be pruned, for granularity `channel`."""
+        return channel_groups(self.featurizer, self.classifier)
+
     def score(self, minibatches: Minibatches) -> scores.Scores:
         """One number per unit, the lowest go first: by parameter name, each of its shape, for granularity `weight`;
         by group name, [channels], for `channel`."""
         raise TypeError(f"{type(self).__name__} does not define score(minibatches)")
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
-        metrics = super().update(minibatches, unlabeled)
-        if self._mask_is_due():
+        if self.prunes_before_update and self._mask_is_due():
             self._renew_masks(minibatches)
-        if self.step >= self.schedule.first_step(self.total_steps):
-            self.weight_masks.zero_dead(dict(self.named_parameters()))
+            self._apply_masks()
+        metrics = super().update(minibatches, unlabeled)
+        self.before_masks()
+        if not self.prunes_before_update and self._mask_is_due():
+            self._renew_masks(minibatches)
+        self._apply_masks()
         self.step += 1
         return metrics
+
+    def before_masks(self) -> None:
+        """Called after the optimizer's step and before masks are renewed and applied; may change weights."""
 
     def prepare_evaluation(self, batches: Iterable[Tensor]) -> None:
         if self.step > self.schedule.first_step(self.total_steps):
@@ -100,16 +122,28 @@ class ScheduledPruning(ObjectiveAlgorithm):
             return False
         return self.step == last or (self.step - first) % max(1, (last - first) // RAMP_UPDATES) == 0
 
+    def _apply_masks(self) -> None:
+        if self.step >= self.schedule.first_step(self.total_steps):
+            self.weight_masks.zero_dead(dict(self.named_parameters()))
+
+    def choose_alive(self, minibatches: Minibatches, sparsity: float) -> dict[str, Tensor]:
+        """Bool masks by unit name that leave out the fraction `sparsity` of lowest score, the dead among them."""
+        with torch.enable_grad():
+            ranked = self.score(minibatches)
+        # The dead come first in the order of removal, so that none of them returns.
+        ranked = {name: score.masked_fill(~self.unit_masks[name], -torch.inf) for name, score in ranked.items()}
+        return keep_highest(ranked, sparsity, self.ranking_scope(), self.spares_best)
+
+    def ranking_scope(self) -> str:
+        """What units are ranked against: "layer" or "global"."""
+        return self.hparams["pruning_scope"]
+
     @torch.no_grad()
     def _renew_masks(self, minibatches: Minibatches) -> None:
         sparsity = self.schedule.at(self.step, self.total_steps)
         if sparsity == 0:
             return
-        with torch.enable_grad():
-            ranked = self.score(minibatches)
-        # The dead come first in the order of removal, so that none of them returns.
-        ranked = {name: score.masked_fill(~self.unit_masks[name], -torch.inf) for name, score in ranked.items()}
-        alive = keep_highest(ranked, sparsity, self.hparams["pruning_scope"])
+        alive = self.choose_alive(minibatches, sparsity)
         if self.step == self.schedule.last_step(self.total_steps) and all(keep.all() for keep in alive.values()):
             raise UserError(
                 f"pruning {sparsity:.1%} removes nothing: the largest layer has "

@@ -1,0 +1,374 @@
+"""SFP, spurious feature-targeted pruning (Wang, PolyU thesis 2024, ch. 4; arXiv 2212.09458, 2305.11615; ACM MM 2024,
+doi 10.1145/3664647.3680969). This project's reconstruction: the papers' method section does not determine it.
+
+What the papers state: in-domain samples that carry spurious features have a lower empirical risk; flag the samples
+whose loss lies under a threshold, and weaken the projection of the flagged samples' features into model space, so that
+the branches that fit spurious features become sparse; directions are analysed through an SVD; there is no global
+sparsity penalty.
+
+Why a loss below the domain's mean flags them. If an attribute predicts the label with probability p_s in a domain and
+the invariant features do with p_i < p_s, a model trained for a while rests on the attribute: its loss is near -log p_s
+where attribute and label agree and far above where they do not. The mean loss lies between and separates them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS, ScheduledPruning
+from domainbed_sfp.errors import UserError, unknown_name
+from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.pruning import scores
+from domainbed_sfp.pruning.spurious import ConditionalMoments, remove_directions, spurious_directions
+from domainbed_sfp.registry import register
+
+FLAG_POLICIES = ("loss", "random", "oracle")
+REMOVALS = ("hard", "soft", "none")
+REMOVAL_LAYERS = ("auto", "first", "last", "all")
+CHANNEL_SCORES = ("class_conditional", "taylor")
+
+# A flagged share outside this range gives no contrast between flagged and unflagged samples.
+CONTRAST = (0.05, 0.98)
+# Domains' mean losses under the reference forget with this factor.
+THRESHOLD_DECAY = 0.97
+# Taylor scores are averaged over the steps with this factor.
+TAYLOR_DECAY = 0.9
+# Of a pretrained network the last part only: truncating everything takes what it knows (25 points on PACS: seen).
+LAST_PART = 0.25
+
+HPARAMS = {
+    **PRUNING_HPARAMS,
+    "flag_policy": Hparam("loss", doc="loss: below the threshold; random: as many at random; oracle: the truth"),
+    "flag_kappa": Hparam(1.0, lambda r: r.choice([0.75, 1.0]), "flagged below kappa times the domain's mean loss"),
+    "removal": Hparam("hard", doc="hard: project weights; soft: penalise the projection; none"),
+    "removal_layers": Hparam("auto", doc="first, last (quarter), all; auto: first, or last where pretrained"),
+    "removal_rank": Hparam(0.6, lambda r: r.choice([0.4, 0.6, 0.8]), "share of the possible directions removed"),
+    "removal_energy": Hparam(0.2, doc="energy a layer's input keeps at least"),
+    "removal_strength": Hparam(10.0, lambda r: 10 ** r.uniform(0, 3), "weight of the soft penalty"),
+    "channel_score": Hparam("class_conditional", doc="class_conditional or taylor"),
+    "risk_weight": Hparam(1.0, doc="weight of unflagged samples in the risk; 1 weighs all alike"),
+    "statistics_every": Hparam(4, doc="steps between two evaluations of flags and statistics"),
+    "refresh": Hparam(0.05, doc="fraction of the run between two renewals of the directions"),
+}
+
+
+@register(
+    "SFP",
+    family="pruning",
+    reference="Wang 2024 (PolyU thesis, ch. 4); arXiv 2212.09458; doi 10.1145/3664647.3680969",
+    standing="reconstruction",
+    hparams=HPARAMS,
+)
+class SFP(ScheduledPruning):
+    """Spurious feature-targeted pruning, reconstructed.
+
+    Dense training until `prune_start`; then a frozen copy of the network, the reference, flags the samples of low loss.
+    Flagged and unflagged samples of the same class are compared: input directions in which they differ are taken out of
+    the weights of the regularised layers (W <- W (I - P P^T) after every step), and channels in which they differ most
+    are pruned on the cubic ramp. Granularity `channel`.
+    """
+
+    thresholds: Tensor
+
+    def __init__(
+        self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
+    ) -> None:
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self._check_hparams()
+        # Kept from the start, so that a checkpoint always finds its place; it takes the weights at `prune_start`.
+        self.reference = copy.deepcopy(self.network).requires_grad_(False)
+        self.register_buffer("thresholds", torch.zeros(num_domains))
+        self.moments = nn.ModuleDict(
+            {_key(group.readers[0]): ConditionalMoments(num_classes, group.channels) for group in self.groups}
+        )
+        self.layers = self._regularised_layers()
+        for name in self.layers:
+            channels = self._layer(name).weight.shape[1]
+            self.moments[_key(name)] = ConditionalMoments(num_classes, channels, with_energy=True)
+            self.register_buffer(_directions(name), torch.zeros(channels, channels))
+        if self.hparams["channel_score"] == "taylor":
+            for group in self.groups:
+                self.register_buffer(f"taylor {_key(group.name)}", torch.zeros(group.channels))
+        self.has_contrast = False
+
+    # training ---------------------------------------------------------------------------------------------------------
+
+    def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
+        if self.step == self.schedule.first_step(self.total_steps):
+            self.reference.load_state_dict(self.network.state_dict())
+        self.diagnostics: dict[str, float] = {}
+        metrics = super().update(minibatches, unlabeled)
+        return {**metrics, **self.diagnostics}
+
+    def compute_loss(self, minibatches: Minibatches) -> tuple[Tensor, dict[str, float]]:
+        since = self.step - self.schedule.first_step(self.total_steps)
+        if since < 0:
+            return super().compute_loss(minibatches)
+        due = since % self.hparams["statistics_every"] == 0
+        if not due and self.hparams["risk_weight"] == 1:
+            return super().compute_loss(minibatches)
+        flags = self._flag(minibatches)
+        if not due:
+            return self._weighted_loss(minibatches, flags)
+        with _Capture(self) as inputs:
+            loss, metrics = self._weighted_loss(minibatches, flags)
+        for name in self.layers:
+            self.diagnostics[f"directions_{name.split('.')[-2]}"] = float(self._rank(name))
+        return loss + self._take_statistics(minibatches, flags, inputs), metrics
+
+    def after_backward(self) -> None:
+        if self.hparams["channel_score"] == "taylor":
+            self._take_taylor()
+
+    def before_masks(self) -> None:
+        if self._directions_are_due():
+            self._renew_directions()
+        self._remove_directions()
+
+    def score(self, minibatches: Minibatches) -> scores.Scores:
+        if self.hparams["channel_score"] == "taylor":
+            return {group.name: getattr(self, f"taylor {_key(group.name)}").clone() for group in self.groups}
+        if not self.has_contrast:
+            raise UserError(
+                f"SFP finds no contrast in any domain: the share of flagged samples is outside [{CONTRAST[0]}, "
+                f"{CONTRAST[1]}] everywhere (flag_policy {self.hparams['flag_policy']!r}, flag_kappa "
+                f"{self.hparams['flag_kappa']}); train longer before pruning (prune_start) or change flag_kappa"
+            )
+        return {group.name: -self._moments(group.readers[0]).spuriousness() for group in self.groups}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "has_contrast": self.has_contrast}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self.has_contrast = state["has_contrast"]
+
+    def _weighted_loss(self, minibatches: Minibatches, flags: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """The objective; with risk weights, cross-entropy in which unflagged samples weigh `risk_weight` times more."""
+        if self.hparams["risk_weight"] == 1:
+            return super().compute_loss(minibatches)
+        x, y = torch.cat([x for x, _ in minibatches]), torch.cat([y for _, y in minibatches])
+        weights = torch.where(torch.cat(flags), 1.0, self.hparams["risk_weight"])
+        losses = F.cross_entropy(self.predict(x), y, reduction="none")
+        loss = (weights * losses).sum() / weights.sum()
+        return loss, {"loss": loss.item()}
+
+    # flags ------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _flag(self, minibatches: Minibatches) -> list[Tensor]:
+        """Bool [N] per domain: which samples seem to rest on a spurious attribute."""
+        self.reference.eval()
+        logits = self.reference(torch.cat([x for x, _ in minibatches]))
+        flags = []
+        for domain, (part, batch) in enumerate(zip(logits.split([len(y) for _, y in minibatches]), minibatches)):
+            losses = F.cross_entropy(part, batch[1], reduction="none")
+            mean = losses.mean()
+            old = self.thresholds[domain]
+            self.thresholds[domain] = mean if old == 0 else THRESHOLD_DECAY * old + (1 - THRESHOLD_DECAY) * mean
+            flagged = losses < self.hparams["flag_kappa"] * self.thresholds[domain]
+            truth: Tensor | None = getattr(batch, "aligned", None)
+            if self.hparams["flag_policy"] == "random":
+                order = torch.randperm(len(flagged)).to(flagged.device)
+                flagged = flagged[order]
+            elif self.hparams["flag_policy"] == "oracle":
+                if truth is None:
+                    raise UserError("flag_policy 'oracle' needs a data set that knows its aligned samples")
+                flagged = truth.to(flagged.device)
+            flags.append(flagged)
+            self.diagnostics[f"flagged_env{domain}"] = flagged.float().mean().item()
+            self.diagnostics[f"flag_threshold_env{domain}"] = self.thresholds[domain].item()
+            if truth is not None and flagged.any() and truth.any():
+                hits = (flagged & truth.to(flagged.device)).sum()
+                self.diagnostics[f"flag_precision_env{domain}"] = (hits / flagged.sum()).item()
+                self.diagnostics[f"flag_recall_env{domain}"] = (hits / truth.sum()).item()
+        return flags
+
+    def _take_statistics(self, minibatches: Minibatches, flags: list[Tensor], inputs: dict[str, Tensor]) -> Tensor:
+        """Updates the moments from what the layers have just seen; returns the soft penalty (0 unless asked for)."""
+        shares = [flagged.float().mean().item() for flagged in flags]
+        useful = [CONTRAST[0] <= share <= CONTRAST[1] for share in shares]
+        penalty = self.thresholds.new_zeros(())
+        if not any(useful):
+            return penalty
+        self.has_contrast = True
+        kept = torch.cat([torch.full_like(flagged, use) for flagged, use in zip(flags, useful)])
+        labels, flagged = torch.cat([y for _, y in minibatches])[kept], torch.cat(flags)[kept]
+        for name, x in inputs.items():
+            vectors = x.detach().float()[kept]
+            vectors = vectors.mean((2, 3)) if vectors.dim() == 4 else vectors
+            self._moments(name).update(vectors, labels, flagged)
+            if self.hparams["removal"] == "soft" and name in self.layers and flagged.any():
+                penalty = penalty + self._projection(name, x[kept][flagged])
+        return self.hparams["removal_strength"] * penalty
+
+    # directions -------------------------------------------------------------------------------------------------------
+
+    def _directions_are_due(self) -> bool:
+        begin = self.schedule.first_step(self.total_steps)
+        every = max(1, round(self.hparams["refresh"] * self.total_steps))
+        since = self.step - begin
+        if not self.has_contrast or since == 0 or since % every:
+            return False
+        # Where a pretrained network is truncated the directions stay: moving ones take out more and more of it.
+        return self.first_layer_only() or since == every
+
+    def first_layer_only(self) -> bool:
+        """Whether the regularised layer is the first one, whose input training does not change."""
+        return len(self.layers) == 1 and self.layers[0] == self._convolutions()[0]
+
+    @torch.no_grad()
+    def _renew_directions(self) -> None:
+        for name in self.layers:
+            found = spurious_directions(
+                self._moments(name), self.hparams["removal_rank"], self.hparams["removal_energy"]
+            )
+            stored = getattr(self, _directions(name))
+            stored.zero_()
+            stored[: len(found)] = found
+
+    @torch.no_grad()
+    def _remove_directions(self) -> None:
+        if self.hparams["removal"] != "hard":
+            return
+        for name in self.layers:
+            if rank := self._rank(name):
+                weight = self._layer(name).weight
+                weight.copy_(remove_directions(weight, getattr(self, _directions(name))[:rank]))
+
+    def _rank(self, name: str) -> int:
+        return int(getattr(self, _directions(name)).any(1).sum())
+
+    def _projection(self, name: str, x: Tensor) -> Tensor:
+        """mean ||W * (P P^T x)||^2 / mean ||x||^2 over the flagged samples: what the layer makes of that part."""
+        layer, rank = self._layer(name), self._rank(name)
+        if not rank:
+            return x.new_zeros(())
+        directions = getattr(self, _directions(name))[:rank]
+        part = torch.einsum("kc,kd,ndhw->nchw", directions, directions, x.detach())
+        out = F.conv2d(part, layer.weight, None, layer.stride, layer.padding, layer.dilation)
+        return out.square().mean() / x.detach().square().mean().clamp_min(1e-12)
+
+    # the network ------------------------------------------------------------------------------------------------------
+
+    def _take_taylor(self) -> None:
+        """First-order Taylor score of a channel (Molchanov et al. 2019): |sum of weight x gradient| of its filter."""
+        parameters = dict(self.named_parameters())
+        for group in self.groups:
+            products = []
+            for name in group.filters:
+                gradient = parameters[name].grad
+                if gradient is not None:
+                    products.append((parameters[name].detach() * gradient).flatten(1).sum(1))
+            stored = getattr(self, f"taylor {_key(group.name)}")
+            stored.mul_(TAYLOR_DECAY).add_(torch.stack(products).sum(0).abs(), alpha=1 - TAYLOR_DECAY)
+
+    def _convolutions(self) -> list[str]:
+        """The weights of the full convolutions, by parameter name, in the order of the network."""
+        return [
+            f"featurizer.{name}.weight"
+            for name, layer in self.featurizer.named_modules()
+            if isinstance(layer, nn.Conv2d) and layer.groups == 1
+        ]
+
+    def _regularised_layers(self) -> list[str]:
+        if self.hparams["removal"] == "none":
+            return []
+        names = self._convolutions()
+        which = self.hparams["removal_layers"]
+        if which == "auto":
+            scratch = self.hparams["weights"] == "none" or max(self.input_shape[1:]) <= 28
+            which = "first" if scratch else "last"
+        if which == "first":
+            return names[:1]
+        return names if which == "all" else names[-max(1, round(LAST_PART * len(names))) :]
+
+    def _layer(self, name: str) -> Any:
+        return self.get_submodule(name.removesuffix(".weight"))
+
+    def _moments(self, name: str) -> ConditionalMoments:
+        moments = self.moments[_key(name)]
+        assert isinstance(moments, ConditionalMoments)
+        return moments
+
+    def _check_hparams(self) -> None:
+        for name, valid in (
+            ("flag_policy", FLAG_POLICIES),
+            ("removal", REMOVALS),
+            ("removal_layers", REMOVAL_LAYERS),
+            ("channel_score", CHANNEL_SCORES),
+        ):
+            if self.hparams[name] not in valid:
+                raise unknown_name(f"{name} of SFP", self.hparams[name], valid)
+        if self.granularity != "channel":
+            raise UserError("SFP prunes channels: hparam 'granularity' must be 'channel'")
+        if self.hparams["objective"] == "Mixup":
+            raise UserError("SFP compares samples, and objective 'Mixup' mixes them; choose another objective")
+        if self.hparams["risk_weight"] != 1 and self.hparams["objective"] != "ERM":
+            raise UserError(
+                f"hparam 'risk_weight' weighs the samples of ERM's risk; objective "
+                f"{self.hparams['objective']!r} has none"
+            )
+        for name in ("statistics_every", "risk_weight"):
+            if self.hparams[name] <= 0:
+                raise UserError(f"hparam {name!r}: expected a positive number, got {self.hparams[name]}")
+
+
+@register(
+    "SFPWeighted",
+    family="pruning",
+    reference="Wang 2024 (PolyU thesis, ch. 4) + risk weights as in LfF (arXiv 2007.02561), JTT (arXiv 2107.09044)",
+    standing="reconstruction",
+    hparams={
+        **HPARAMS,
+        "risk_weight": Hparam(20.0, lambda r: r.choice([5.0, 20.0, 50.0]), "weight of unflagged samples in the risk"),
+    },
+)
+class SFPWeighted(SFP):
+    """SFP whose unflagged samples weigh more in the risk, which weakens the flagged samples' share in the model.
+
+    Close to LfF and JTT, and therefore named in every row that uses it.
+    """
+
+
+class _Capture(AbstractContextManager[dict[str, Tensor]]):
+    """Collects, while it lasts, the inputs of the layers whose statistics are kept."""
+
+    def __init__(self, algorithm: SFP) -> None:
+        names = dict.fromkeys([*(group.readers[0] for group in algorithm.groups), *algorithm.layers])
+        self.layers: dict[str, nn.Module] = {name: algorithm._layer(name) for name in names}
+        self.inputs: dict[str, Tensor] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> dict[str, Tensor]:
+        for name, layer in self.layers.items():
+            self.handles.append(layer.register_forward_pre_hook(self._note(name)))
+        return self.inputs
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _note(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            # Objectives that run the network domain by domain come here once for each, in the domains' order.
+            earlier = self.inputs.get(name)
+            self.inputs[name] = inputs[0] if earlier is None else torch.cat([earlier, inputs[0]])
+
+        return note
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # torch forbids dots in the names of modules and buffers
+
+
+def _directions(name: str) -> str:
+    return f"directions {_key(name)}"

@@ -1,0 +1,101 @@
+"""What flagged and unflagged samples of a class do differently in a layer: SFP's statistics and directions.
+
+All of this is this project's reconstruction (see `algorithms/sfp.py`). Statistics are conditional on the class: a
+spurious attribute is as frequent among flagged as among unflagged samples, only its agreement with the label differs,
+so statistics that pool the classes cannot see it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Averages forget with this factor at every update.
+DECAY = 0.97
+
+
+class ConditionalMoments(nn.Module):
+    """Running moments of a vector, by class and by flag.
+
+    Args:
+        num_classes: K.
+        features: D, length of the vectors.
+        with_energy: also keep the second moment over all samples, [D, D], which `spurious_directions` needs.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    squares: Tensor
+    energy: Tensor
+
+    def __init__(self, num_classes: int, features: int, with_energy: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(2, num_classes))
+        self.register_buffer("sums", torch.zeros(2, num_classes, features))
+        self.register_buffer("squares", torch.zeros(2, num_classes, features))
+        self.register_buffer("energy", torch.zeros(features, features) if with_energy else torch.zeros(0))
+
+    @torch.no_grad()
+    def update(self, vectors: Tensor, labels: Tensor, flags: Tensor) -> None:
+        """Takes in vectors [N, D] with labels [N] and flags [N] (bool)."""
+        cells = flags.long() * self.counts.shape[1] + labels
+        members = nn.functional.one_hot(cells, self.counts.numel()).to(vectors.dtype)
+        for total, values in (
+            (self.counts, members.sum(0)),
+            (self.sums, members.t() @ vectors),
+            (self.squares, members.t() @ vectors.square()),
+        ):
+            total.mul_(DECAY).add_(values.view_as(total))
+        if self.energy.numel():
+            self.energy.mul_(DECAY).add_(vectors.t() @ vectors)
+
+    def contrast(self) -> tuple[Tensor, Tensor]:
+        """(d [K, D], w [K]): d_y = E[z | y, flagged] - E[z | y, unflagged], weighted by n1 n0 / (n1 + n0), which is
+        zero for a class seen on one side only."""
+        means = self.sums / self.counts.clamp_min(1e-6)[..., None]
+        unflagged, flagged = self.counts
+        weights = flagged * unflagged / (flagged + unflagged).clamp_min(1e-6)
+        return means[1] - means[0], weights
+
+    def within_class_variance(self) -> Tensor:
+        """Variance within the cells of class and flag, pooled over them: [D]."""
+        means = self.sums / self.counts.clamp_min(1e-6)[..., None]
+        spread = (self.squares - self.counts[..., None] * means.square()).sum((0, 1))
+        return spread.clamp_min(0) / self.counts.sum().clamp_min(1e-6)
+
+    def spuriousness(self) -> Tensor:
+        """sum_y w_y d_y^2 / within-class variance, per feature [D]: how well the feature tells flagged from unflagged
+        samples of the same class."""
+        difference, weights = self.contrast()
+        between = (weights[:, None] * difference.square()).sum(0) / weights.sum().clamp_min(1e-6)
+        variance = self.within_class_variance()
+        # A feature that never varies tells nothing; the floor keeps it from dividing by zero.
+        return between / (variance + 1e-4 * variance.mean() + 1e-12)
+
+
+def spurious_directions(moments: ConditionalMoments, rank_fraction: float, keep_energy: float) -> Tensor:
+    """Orthonormal directions [k, D] along which flagged and unflagged samples of a class differ most.
+
+    The right singular vectors of the matrix with rows sqrt(w_y) d_y, the first max(1, round(rank_fraction * min(K - 1,
+    D))) of them, taken in order of singular value while the layer's input keeps at least `keep_energy` of its energy
+    without them: a layer whose inputs are collinear would be wiped out otherwise.
+    """
+    difference, weights = moments.contrast()
+    num_classes, features = difference.shape
+    rank = max(1, round(rank_fraction * min(num_classes - 1, features)))
+    _, values, directions = torch.linalg.svd(weights.sqrt()[:, None] * difference, full_matrices=False)
+    total = moments.energy.diagonal().sum()
+    accepted: list[Tensor] = []
+    removed = torch.zeros_like(total)
+    for value, direction in zip(values[:rank], directions[:rank]):
+        removed = removed + direction @ moments.energy @ direction
+        if value <= 1e-6 * values[0] or total - removed < keep_energy * total:
+            break
+        accepted.append(direction)
+    return torch.stack(accepted) if accepted else directions.new_zeros(0, features)
+
+
+def remove_directions(weight: Tensor, directions: Tensor) -> Tensor:
+    """W (I - P P^T) over the input channels of a convolution's weight [out, in, kh, kw], P^T = `directions` [k, in]."""
+    along = torch.einsum("kc,ochw->okhw", directions, weight)
+    return weight - torch.einsum("kc,okhw->ochw", directions, along)
