@@ -112,6 +112,7 @@ def measure_ours_and_bare(
         run = make_run(args, data_dir, cache_dir, precision, folder)
         if "environment" not in report:
             report["environment"] = environment.fingerprint(run.device)
+            report["commit"] = environment.commit()
             print(describe(report["environment"], args))
         if precision == "auto":
             report["auto"] = run.precision
