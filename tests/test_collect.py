@@ -473,6 +473,17 @@ def test_the_protocol_line(tmp_path, collect):
     ) in out
 
 
+def test_the_protocol_line_tells_the_hparams_all_runs_were_given(tmp_path, collect):
+    given = '{"lr": 0.001, "image_size": 64, "sparsity": %s}'
+    for number, sparsity in enumerate((0.3, 0.5)):
+        for env in range(2):
+            run = record((0.5, 0.6, 0.7, 0.8), test_envs=(env,))
+            run["args"]["hparams"] = given % sparsity
+            write_run(tmp_path, f"{number}{env}", [run])
+    _, out, _ = collect("--input_dir", tmp_path, "--selection", "training-domain")
+    assert "default hparams with lr=0.001 x 1 trial" in out and "(sparsity=0.3)" in out
+
+
 def test_input_size_is_the_networks_not_the_hparams(tmp_path, collect):
     """The hparam `image_size` says nothing about digits: the record's own shape does."""
     three_trials(tmp_path, input_shape=[3, 8, 8], hparams={"weights": "none", "image_size": 224})

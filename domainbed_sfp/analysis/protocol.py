@@ -42,6 +42,8 @@ class Protocol:
     hparams_seeds: tuple[int, ...]
     trial_seeds: tuple[int, ...]
     commits: tuple[str, ...]
+    # `--hparams` that all runs were given, as (name, JSON text), less those the conditions tell.
+    overrides: tuple[tuple[str, str], ...]
 
     def line(self) -> str:
         """The protocol as one sentence."""
@@ -54,6 +56,8 @@ class Protocol:
             if self.hparams_seeds == (0,)
             else f"{len(self.hparams_seeds)} hparams draws (seeds {number_ranges(self.hparams_seeds)})"
         )
+        if self.overrides:
+            draws += " with " + ", ".join(f"{name}={value}" for name, value in self.overrides)
         trials = f"{len(self.trial_seeds)} trial{'' if len(self.trial_seeds) == 1 else 's'}"
         parts = [
             f"{self.selection} selection",
@@ -92,6 +96,7 @@ class Protocol:
             "hparams_seeds": list(self.hparams_seeds),
             "trial_seeds": list(self.trial_seeds),
             "commits": list(self.commits),
+            "overrides": dict(self.overrides),
             "package": f"domainbed_sfp {__version__}",
         }
 
@@ -106,7 +111,14 @@ def protocol_of(runs: dict[Job, Run], rule: Rule) -> Protocol:
         _sorted(job.hparams_seed for job in runs),
         _sorted(job.trial_seed for job in runs),
         tuple(sorted(_short(str(commit)) for commit in commits)),
+        _common_overrides(runs),
     )
+
+
+def _common_overrides(runs: Iterable[Job]) -> tuple[tuple[str, str], ...]:
+    told = {"steps", "backbone", "weights", "image_size", "resnet18", "resnet50_augmix", "freeze_bn"}
+    given = [{setting for setting in job.method.settings if setting[0] not in told} for job in runs]
+    return tuple(sorted(set.intersection(*given))) if given else ()
 
 
 def conditions_of(run: Run) -> Conditions:
