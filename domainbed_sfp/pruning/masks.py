@@ -57,13 +57,18 @@ class Masks(nn.Module):
         torch._foreach_mul_([parameters[name] for name in self.names], [self[name] for name in self.names])
 
 
-def keep_highest(scores: Mapping[str, Tensor], sparsity: float, scope: str = "layer") -> dict[str, Tensor]:
+def keep_highest(
+    scores: Mapping[str, Tensor], sparsity: float, scope: str = "layer", spare_best: bool = False
+) -> dict[str, Tensor]:
     """Bool tensors, shaped as the scores, with the lowest `sparsity` fraction of units False.
 
     scope "layer" removes the same fraction of every entry, "global" compares all entries with one another.
-    Ties are broken by position, so that the outcome is the same everywhere. Raises UserError if nothing of an
-    entry would be left, or for an unknown scope.
+    With `spare_best` the best unit of every entry stays and others go in its place. Ties are broken by position, so
+    that the outcome is the same everywhere. Raises UserError if nothing of an entry would be left, or for an unknown
+    scope.
     """
+    if spare_best:
+        scores = {name: _with_best_at_the_top(score) for name, score in scores.items()}
     if scope == "layer":
         kept = {name: _keep(score.flatten(), sparsity).view(score.shape) for name, score in scores.items()}
     elif scope == "global":
@@ -79,6 +84,12 @@ def keep_highest(scores: Mapping[str, Tensor], sparsity: float, scope: str = "la
                 "lower the sparsity or choose pruning_scope 'layer'"
             )
     return kept
+
+
+def _with_best_at_the_top(scores: Tensor) -> Tensor:
+    raised = scores.flatten().clone()
+    raised[raised.argmax()] = torch.inf
+    return raised.view(scores.shape)
 
 
 def _keep(scores: Tensor, sparsity: float) -> Tensor:

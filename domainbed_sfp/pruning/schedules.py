@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.hparams import Hparam
@@ -14,6 +14,35 @@ SCHEDULE_HPARAMS = {
     "prune_start": Hparam(0.15, doc="fraction of the run at which pruning begins"),
     "prune_end": Hparam(0.8, doc="fraction of the run at which the mask is final"),
 }
+
+
+class Schedule(Protocol):
+    """When masks change and how sparse they are; steps count from 0, `total_steps` is the length of the run."""
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction removed in the end."""
+
+    def first_step(self, total_steps: int) -> int:
+        """The step from which something may be removed."""
+
+    def last_step(self, total_steps: int) -> int:
+        """The step from which the mask is final."""
+
+    def at(self, step: int, total_steps: int) -> float:
+        """The fraction removed at `step`."""
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Raises UserError for a fraction removed outside [0, 1)."""
+    if not 0 <= sparsity < 1:
+        raise UserError(f"hparam 'sparsity': expected a fraction removed in [0, 1), got {sparsity}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raises UserError if the hparam `name` is no fraction of the run."""
+    if not 0 <= value <= 1:
+        raise UserError(f"hparam {name!r}: expected a fraction of the run in [0, 1], got {value}")
 
 
 @dataclass(frozen=True)
@@ -34,11 +63,9 @@ class CubicSchedule:
     end: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise UserError(f"hparam 'sparsity': expected a fraction removed in [0, 1), got {self.sparsity}")
-        for name, value in (("prune_start", self.start), ("prune_end", self.end)):
-            if not 0 <= value <= 1:
-                raise UserError(f"hparam {name!r}: expected a fraction of the run in [0, 1], got {value}")
+        check_sparsity(self.sparsity)
+        check_fraction("prune_start", self.start)
+        check_fraction("prune_end", self.end)
         if self.end < self.start:
             raise UserError(
                 f"the pruning schedule ends before it begins: prune_start {self.start}, prune_end {self.end}"
@@ -65,3 +92,67 @@ class CubicSchedule:
         if step <= first:
             return 0.0
         return self.sparsity * (1 - (1 - (step - first) / (last - first)) ** 3)
+
+
+@dataclass(frozen=True)
+class OneShotSchedule:
+    """Dense until t0, then everything at once.
+
+    Args:
+        sparsity: fraction removed, in [0, 1).
+        start: t0 as a fraction of the run, the hparam `prune_at`.
+    """
+
+    sparsity: float
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        check_fraction("prune_at", self.start)
+
+    def first_step(self, total_steps: int) -> int:
+        return min(round(self.start * total_steps), total_steps - 1)
+
+    def last_step(self, total_steps: int) -> int:
+        return self.first_step(total_steps)
+
+    def at(self, step: int, total_steps: int) -> float:
+        return self.sparsity if step >= self.first_step(total_steps) else 0.0
+
+
+@dataclass(frozen=True)
+class RoundSchedule:
+    """`rounds` prunings at equal distances, the last at `end`; each keeps the same fraction of what is left.
+
+    After pruning i of n the density is (1 - s)^(i / n) (Frankle & Carbin 2019, section 2).
+
+    Args:
+        sparsity: s, the fraction removed in the end, in [0, 1).
+        rounds: n.
+        end: the last pruning as a fraction of the run.
+    """
+
+    sparsity: float
+    rounds: int
+    end: float
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        check_fraction("prune_end", self.end)
+        if self.rounds < 1:
+            raise UserError(f"hparam 'rounds': expected at least 1, got {self.rounds}")
+
+    def steps(self, total_steps: int) -> list[int]:
+        """The step of each pruning, within the run."""
+        last = total_steps - 1
+        return [min(round(self.end * total_steps * i / self.rounds), last) for i in range(1, self.rounds + 1)]
+
+    def first_step(self, total_steps: int) -> int:
+        return self.steps(total_steps)[0]
+
+    def last_step(self, total_steps: int) -> int:
+        return self.steps(total_steps)[-1]
+
+    def at(self, step: int, total_steps: int) -> float:
+        done = sum(step >= pruning for pruning in self.steps(total_steps))
+        return 1 - (1 - self.sparsity) ** (done / self.rounds) if done < self.rounds else self.sparsity

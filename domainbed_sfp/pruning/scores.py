@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_sfp.pruning.structure import ChannelGroup
@@ -28,6 +29,66 @@ def channel_magnitude(groups: Iterable[ChannelGroup], parameters: Mapping[str, T
         .sqrt()
         for group in groups
     }
+
+
+def channel_sums(groups: Iterable[ChannelGroup], weight_scores: Mapping[str, Tensor]) -> Scores:
+    """Sum of the scores of all weights in the filters that produce each channel, over all producers of a group."""
+    return {
+        group.name: torch.stack([weight_scores[name].flatten(1).sum(1) for name in group.filters]).sum(0)
+        for group in groups
+    }
+
+
+def weight_taylor(parameters: Mapping[str, Tensor]) -> Scores:
+    """(g w)^2 of every weight, from the gradients g that the parameters hold: the squared first-order change of the
+    loss when the weight is set to zero (Molchanov et al. 2019, section 3)."""
+    return {name: (weight * _gradient(weight)).detach().square() for name, weight in parameters.items()}
+
+
+def channel_taylor(groups: Iterable[ChannelGroup], parameters: Mapping[str, Tensor]) -> Scores:
+    """(dL/dz)^2 of a gate z = 1 that scales all that later layers read of a channel (Molchanov et al. 2019, section 3):
+    the square of the sum of g w over the weights that read it, from the gradients that the parameters hold.
+
+    Over the weights of a filter in front of a normalization that sum is zero, whatever the channel is worth: scaling
+    the filter changes nothing. Gates therefore stand behind the normalization, as in the paper's experiments.
+    """
+    taken = {}
+    for group in groups:
+        contributions = []
+        for name in group.readers:
+            product = (parameters[name] * _gradient(parameters[name])).detach().sum(0).flatten()
+            # [channels * k]: a layer behind a flattened map reads several numbers of a channel, a kernel several taps.
+            contributions.append(product.view(group.channels, -1).sum(1))
+        taken[group.name] = torch.stack(contributions).sum(0).square()
+    return taken
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def connection_sensitivity(network: nn.Module, weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Scores:
+    """|dL/dm| at m = 1 where a mask m multiplies each weight, which is |w dL/dw| (SNIP, Lee et al. 2019, eq. 5), for
+    the cross-entropy L of `network` on images x with classes y. `weights` are parameters of `network`."""
+    gradients = torch.autograd.grad(F.cross_entropy(network(x), y), list(weights.values()), materialize_grads=True)
+    return {name: (weight * gradient).detach().abs() for (name, weight), gradient in zip(weights.items(), gradients)}
+
+
+def gradient_flow(
+    network: nn.Module, weights: Mapping[str, Tensor], x: Tensor, y: Tensor, temperature: float
+) -> Scores:
+    """w (H g), half of what the gradient's squared norm loses with each weight, to first order (GraSP, Wang et al.
+    2020, section 4): the negative of their score S = -w (H g), of which the largest go.
+
+    g and H are gradient and Hessian, with respect to `weights`, of the cross-entropy of logits / `temperature` on
+    images x with classes y.
+    """
+    values = list(weights.values())
+    loss = F.cross_entropy(network(x) / temperature, y)
+    gradients = torch.autograd.grad(loss, values, create_graph=True, materialize_grads=True)
+    product = torch.stack([(gradient.detach() * gradient).sum() for gradient in gradients]).sum()
+    curved = torch.autograd.grad(product, values, materialize_grads=True)
+    return {name: (weight * row).detach() for (name, weight), row in zip(weights.items(), curved)}
 
 
 def random_like(shapes: Mapping[str, torch.Size], device: torch.device) -> Scores:

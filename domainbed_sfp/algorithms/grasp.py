@@ -1,0 +1,56 @@
+"""GraSP: gradient signal preservation (Wang, Zhang, Grosse 2020, arXiv 2002.07376)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.pruning_at_initialization import (
+    AT_INITIALIZATION_HPARAMS,
+    PruningAtInitialization,
+    balanced_batch,
+)
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.pruning import scores
+from domainbed_sfp.registry import register
+
+
+@register(
+    "GraSP",
+    family="pruning",
+    reference="Wang et al. 2020, arXiv 2002.07376",
+    hparams={
+        **AT_INITIALIZATION_HPARAMS,
+        "grasp_temperature": Hparam(
+            200.0, lambda r: r.choice([1.0, 200.0]), "logits are divided by it, as in the code"
+        ),
+        "grasp_samples": Hparam(25, doc="samples of each class that scores are taken from, where there are as many"),
+    },
+)
+class GraSP(PruningAtInitialization):
+    """Keeps the weights without which the gradient would flow least, before training.
+
+    Taking weight w away changes the squared norm of the gradient g by 2 S(w) to first order, S = -w (H g) with H the
+    Hessian: where S is negative the flow shrinks, so the weights with the *largest* S are removed (section 4,
+    algorithm 1). g and H are of all convolutions and linear layers, the classifier included, as in the authors' code.
+    First-order effects add up, and so a channel's score is the sum over the weights of its filters.
+    """
+
+    def __init__(
+        self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
+    ) -> None:
+        if not hparams["grasp_temperature"] > 0:
+            raise UserError(f"hparam 'grasp_temperature': expected more than 0, got {hparams['grasp_temperature']}")
+        if hparams["grasp_samples"] < 1:
+            raise UserError(f"hparam 'grasp_samples': expected at least 1, got {hparams['grasp_samples']}")
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+
+    def weight_scores(
+        self, network: nn.Module, weights: Mapping[str, Tensor], minibatches: Minibatches
+    ) -> scores.Scores:
+        x, y = balanced_batch(minibatches, self.hparams["grasp_samples"])
+        return scores.gradient_flow(network, weights, x, y, self.hparams["grasp_temperature"])

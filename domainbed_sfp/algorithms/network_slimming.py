@@ -1,0 +1,97 @@
+"""Learning efficient convolutional networks through network slimming (Liu et al. 2017, arXiv 1708.06519)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.pruning import scores
+from domainbed_sfp.pruning.schedules import OneShotSchedule
+from domainbed_sfp.pruning.structure import ChannelGroup
+from domainbed_sfp.registry import register
+
+NORMALIZATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+
+@register(
+    "NetworkSlimming",
+    family="pruning",
+    reference="Liu et al. 2017, arXiv 1708.06519",
+    hparams={
+        **UNIT_HPARAMS,
+        "granularity": Hparam("channel", doc="channel: scales belong to channels"),
+        "pruning_scope": Hparam(
+            "global", doc="global: one percentile of all scales, as published; layer: one for each"
+        ),
+        "slimming_penalty": Hparam(
+            1e-4, lambda r: r.choice([1e-5, 1e-4, 1e-3]), "lambda; 1e-5 for ResNets in the code"
+        ),
+        "prune_at": Hparam(0.5, doc="fraction of the run that trains with the penalty; the rest fine-tunes"),
+    },
+)
+class NetworkSlimming(ScheduledPruning):
+    """Trains with an L1 penalty on normalization scales, then removes the channels of smallest scale at once.
+
+    The penalty lambda |gamma| (eq. 1) enters as the subgradient lambda sign(gamma), added to the gradient. It ends with
+    the pruning, at a global percentile of |gamma|, and what is left is fine-tuned. gamma is the scale of the last
+    normalization a channel passes before it is read: BatchNorm's, and GroupNorm's where a network has that. Channels
+    that cannot be removed, such as a residual stream's, are not penalised, and every layer keeps its best channel.
+    """
+
+    spares_best = True
+
+    def __init__(
+        self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
+    ) -> None:
+        if hparams["granularity"] != "channel":
+            raise UserError(
+                "NetworkSlimming ranks the normalization scales of channels: "
+                f"hparam 'granularity' must be 'channel', got {hparams['granularity']!r}"
+            )
+        if hparams["slimming_penalty"] < 0:
+            raise UserError(f"hparam 'slimming_penalty': expected 0 or more, got {hparams['slimming_penalty']}")
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+
+    def make_schedule(self) -> OneShotSchedule:
+        return OneShotSchedule(self.hparams["sparsity"], self.hparams["prune_at"])
+
+    def removable_channels(self) -> list[ChannelGroup]:
+        scales = {
+            f"featurizer.{name}.weight"
+            for name, module in self.featurizer.named_modules()
+            if isinstance(module, NORMALIZATIONS)
+        }
+        groups = []
+        self.scales: dict[str, str] = {}  # parameter name by group name
+        for group in super().removable_channels():
+            own = [name for name in group.vectors if name in scales]
+            if own:
+                groups.append(group)
+                self.scales[group.name] = own[-1]
+        if not groups:
+            raise UserError(
+                "NetworkSlimming needs normalization layers with scales behind the convolutions, and "
+                f"{type(self.featurizer).__name__} has none on a removable channel; choose another backbone"
+            )
+        return groups
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        if self.step > self.schedule.last_step(self.total_steps):
+            return
+        parameters = dict(self.named_parameters())
+        for name in self.scales.values():
+            scale = parameters[name]
+            penalty = self.hparams["slimming_penalty"] * scale.sign()
+            scale.grad = penalty if scale.grad is None else scale.grad + penalty
+
+    def score(self, minibatches: Minibatches) -> scores.Scores:
+        parameters = dict(self.named_parameters())
+        return {group: parameters[name].detach().abs() for group, name in self.scales.items()}
