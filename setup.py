@@ -30,6 +30,7 @@ EXTRAS["test"] = [
     "hypothesis>=6.90",
     "pytest>=7.4",
     "pytest-timeout>=2.2",
+    "pytest-xdist>=3.3",
 ]
 EXTRAS["dev"] = [*EXTRAS["test"], *EXTRAS["timm"], "mypy>=1.8", "ruff>=0.5", "types-PyYAML"]
 
