@@ -41,12 +41,18 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=[*find_packages(include=["domainbed_sfp", "domainbed_sfp.*"]), "domainbed_sfp.specs"],
-    # The specs are the top-level folder sweeps/, and travel with the package under this name.
-    package_dir={"domainbed_sfp.specs": "sweeps"},
+    packages=[
+        *find_packages(include=["domainbed_sfp", "domainbed_sfp.*"]),
+        "domainbed_sfp.specs",
+        "domainbed_sfp.published_rows",
+    ],
+    # The specs are the top-level folder sweeps/, the published rows a file of results/: both travel with the package
+    # under these names.
+    package_dir={"domainbed_sfp.specs": "sweeps", "domainbed_sfp.published_rows": "results"},
     package_data={
         "domainbed_sfp": ["py.typed"],
         "domainbed_sfp.data": ["domain_net.txt"],
+        "domainbed_sfp.published_rows": ["published.csv"],
         "domainbed_sfp.specs": ["*.yaml"],
     },
     python_requires=">=3.10",

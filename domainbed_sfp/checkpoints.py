@@ -5,9 +5,8 @@ One file is replaced by one atomic rename: a run killed at any moment finds the 
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,29 +18,9 @@ from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.files import write_atomically
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there as a whole or not at all; a failed attempt leaves the old one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_checkpoint(path: Path, algorithm: Algorithm, state: Mapping[str, Any]) -> None:
@@ -116,15 +95,9 @@ def load_checkpoint(path: Path, algorithm: Algorithm) -> dict[str, Any]:
 
 def save_model(path: Path, contents: Mapping[str, Any]) -> None:
     """DomainBed's model.pkl: a torch file of tensors and plain values, which loads with `weights_only=True`."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        torch.save(dict(contents), temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    buffer = io.BytesIO()
+    torch.save(dict(contents), buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def _read_header(path: Path) -> dict[str, Any]:

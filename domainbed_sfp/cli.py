@@ -147,6 +147,7 @@ def _train(args: argparse.Namespace) -> int:
     try:
         training.train(training.TrainArgs(**values))
     except training.Interrupted as stopped:
+        print(stopped, file=sys.stderr)
         return 128 + stopped.signal_number
     return 0
 

@@ -7,6 +7,7 @@ from a `RandomState` of its own, seeded by (random seed, hparam name), so that a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,36 @@ Sampler = Callable[[np.random.RandomState], Any]
 
 
 @dataclass(frozen=True)
+class Range:
+    """The values an hparam may have: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Range("a number above 0", lambda value: value > 0)
+NOT_NEGATIVE = Range("a number of at least 0", lambda value: value >= 0)
+AT_LEAST_ONE = Range("a whole number of at least 1", lambda value: value >= 1)
+FRACTION = Range("a fraction in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def one_of(*choices: str) -> Range:
+    """The range of an hparam that is one of some words."""
+    return Range("one of " + ", ".join(choices), lambda value: value in choices)
+
+
+@dataclass(frozen=True)
 class Hparam:
-    """A hyperparameter: its default, how a random search draws it, and a line of explanation."""
+    """A hyperparameter: its default, how a random search draws it, a line of explanation, and what it may be.
+
+    foreign: a field of DomainBed's records that has no effect here; it cannot be set.
+    """
 
     default: Any
     sample: Sampler | None = None
     doc: str = ""
-    foreign: bool = False  # a field of DomainBed's records that has no effect here: it cannot be set
+    foreign: bool = False
+    valid: Range | None = None
 
     def draw(self, name: str, random_seed: int) -> Any:
         """The random value of hparam `name` for `random_seed`; the default where nothing is searched."""
@@ -53,28 +77,40 @@ def common_hparams(small_images: bool) -> dict[str, Hparam]:
         "freeze_bn": Hparam(False, doc="keep BatchNorm in evaluation mode while training"),
         "lars": Hparam(False, doc=f"{FOREIGN}; DomainBed's ERM++ uses it", foreign=True),
         "linear_steps": Hparam(500, doc=f"{FOREIGN}; DomainBed's ERM++ uses it", foreign=True),
-        "resnet_dropout": Hparam(0.0, lambda r: r.choice([0.0, 0.1, 0.5]), "dropout before the classifier"),
+        "resnet_dropout": Hparam(
+            0.0, lambda r: r.choice([0.0, 0.1, 0.5]), "dropout before the classifier", valid=FRACTION
+        ),
         "vit_dropout": Hparam(0.0, lambda r: r.choice([0.0, 0.1, 0.5]), f"{FOREIGN}; for DomainBed's ViT", True),
         "class_balanced": Hparam(False, doc="draw classes equally often within an environment"),
         "nonlinear_classifier": Hparam(False, lambda r: bool(r.choice([False, False])), "3-layer classifier"),
-        "image_size": Hparam(224, doc="side of the square input of image-folder sets, pixels"),
+        "image_size": Hparam(224, doc="side of the square input of image-folder sets, pixels", valid=AT_LEAST_ONE),
         "backbone": Hparam("auto", doc="auto, mnist_cnn, resnet18, resnet50, efficientnet_lite0 or a timm name"),
         "weights": Hparam("imagenet", doc="imagenet, none, or a file (.pth or .safetensors)"),
     }
+    draws: dict[str, tuple[Any, Sampler]]
     if small_images:
-        table["lr"] = Hparam(1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5), "Adam's learning rate")
-        table["weight_decay"] = Hparam(0.0, lambda r: 0.0, "Adam's weight decay")
-        table["batch_size"] = Hparam(64, lambda r: int(2 ** r.uniform(3, 9)), "samples per environment")
+        draws = {
+            "lr": (1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5)),
+            "weight_decay": (0.0, lambda r: 0.0),
+            "batch_size": (64, lambda r: int(2 ** r.uniform(3, 9))),
+        }
     else:
-        table["lr"] = Hparam(5e-5, lambda r: 10 ** r.uniform(-5, -3.5), "Adam's learning rate")
-        table["weight_decay"] = Hparam(0.0, lambda r: 10 ** r.uniform(-6, -2), "Adam's weight decay")
-        table["batch_size"] = Hparam(32, lambda r: int(2 ** r.uniform(3, 5.5)), "samples per environment")
+        draws = {
+            "lr": (5e-5, lambda r: 10 ** r.uniform(-5, -3.5)),
+            "weight_decay": (0.0, lambda r: 10 ** r.uniform(-6, -2)),
+            "batch_size": (32, lambda r: int(2 ** r.uniform(3, 5.5))),
+        }
+    table["lr"] = Hparam(*draws["lr"], doc="Adam's learning rate", valid=POSITIVE)
+    table["weight_decay"] = Hparam(*draws["weight_decay"], doc="Adam's weight decay", valid=NOT_NEGATIVE)
+    table["batch_size"] = Hparam(*draws["batch_size"], doc="samples per environment", valid=AT_LEAST_ONE)
     return table
 
 
 # DomainBed narrows the batch size of its largest set.
 DATASET_HPARAMS: dict[str, dict[str, Hparam]] = {
-    "DomainNet": {"batch_size": Hparam(32, lambda r: int(2 ** r.uniform(3, 5)), "samples per environment")},
+    "DomainNet": {
+        "batch_size": Hparam(32, lambda r: int(2 ** r.uniform(3, 5)), "samples per environment", valid=AT_LEAST_ONE)
+    },
 }
 
 
@@ -92,6 +128,8 @@ def hparam_table(algorithm: str, dataset: str, overrides: Mapping[str, Any] | No
     table.update(info.hparams)
     if "objective" in info.hparams:
         chosen = (overrides or {}).get("objective", info.hparams["objective"].default)
+        if not isinstance(chosen, str):
+            raise UserError(f"hparam 'objective' of {algorithm}: expected the name of an objective, got {chosen!r}")
         table.update(registry.get_objective(chosen).hparams)
     return table
 
@@ -136,12 +174,13 @@ def resolve_hparams(
             raise unknown_name(f"hparam of {algorithm}", name, sorted(table))
         if table[name].foreign and value != values[name]:
             raise UserError(f"hparam {name!r} cannot be set: {table[name].doc}")
-        values[name] = _checked(algorithm, name, value, table[name].default)
+        values[name] = _checked(algorithm, name, value, table[name])
     return values
 
 
-def _checked(algorithm: str, name: str, value: Any, default: Any) -> Any:
-    """`value` if it is of the default's kind; whole floats pass as integers, integers as floats."""
+def _checked(algorithm: str, name: str, value: Any, hparam: Hparam) -> Any:
+    """`value` if it is of the default's kind and in range; whole floats pass as integers, integers as floats."""
+    default = hparam.default
     if isinstance(default, bool):
         matches, expected = isinstance(value, bool), "true or false"
     elif isinstance(default, int):
@@ -149,10 +188,12 @@ def _checked(algorithm: str, name: str, value: Any, default: Any) -> Any:
         matches, expected = (isinstance(value, int) or whole) and not isinstance(value, bool), "a whole number"
         value = int(value) if matches else value
     elif isinstance(default, float):
-        matches = isinstance(value, (int, float)) and not isinstance(value, bool)
+        matches = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         expected = "a number"
     else:
         matches, expected = isinstance(value, type(default)), f"a {type(default).__name__}"
     if not matches:
         raise UserError(f"hparam {name!r} of {algorithm}: expected {expected}, got {value!r}")
+    if hparam.valid is not None and not hparam.valid.holds(value):
+        raise UserError(f"hparam {name!r} of {algorithm}: expected {hparam.valid.words}, got {value!r}")
     return value

@@ -27,6 +27,7 @@ import numpy as np
 import orjson
 
 from .errors import UserError
+from .files import write_atomically
 
 RESULTS = "results.jsonl"
 DONE = "done"
@@ -103,24 +104,6 @@ class Run:
             self.final[chosen],
             {name: values[chosen] for name, values in self.costs.items()},
         )
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Replaces the file in one move: a reader, or a crash, sees the old text or the new one, never a part.
-
-    Raises OSError when the directory cannot be written; the old file is untouched then.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[dict[str, Any]]) -> None:

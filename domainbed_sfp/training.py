@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -103,6 +105,7 @@ def train(args: TrainArgs) -> None:
     """
     # A name mistyped must not leave an empty directory behind.
     hparams.resolve_hparams(args.algorithm, args.dataset, overrides=hparams.parse_overrides(args.hparams))
+    check_settings(args)
     output_dir = Path(args.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -118,15 +121,18 @@ def train(args: TrainArgs) -> None:
         if (output_dir / records.DONE).exists():
             print(f"already done: {args.output_dir}")
             return
-        with _tee(output_dir), _stop_signals() as stop:
+        with _tee(output_dir) as err, _stop_signals() as stop:
             try:
                 _Run(args, output_dir, stop).complete()
             except (UserError, Interrupted) as error:
-                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                _note(err, f"{type(error).__name__}: {error}")
                 raise
             except OSError as error:
                 message = f"output_dir {args.output_dir!r}: {error.strerror or error}; nothing written before is lost"
                 raise UserError(message) from error
+            except Exception:
+                _note(err, traceback.format_exc())
+                raise
     finally:
         lock.release()
 
@@ -135,25 +141,39 @@ def choose_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one. Raises UserError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this torch sees no CUDA device; choose cpu or auto")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: this torch sees {torch.cuda.device_count()} CUDA devices; choose cpu or auto"
+        )
     return device
 
 
 def choose_precision(name: str, device: torch.device, network: torch.nn.Module) -> str:
     """The arithmetic that `name` stands for on this device and network: "fp32" or "bf16"."""
-    if name not in PRECISIONS:
-        raise UserError(f"--precision: expected one of {', '.join(PRECISIONS)}, got {name!r}")
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     fast = "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
     return "bf16" if fast and not networks.has_depthwise_convolutions(network) else "fp32"
+
+
+def check_settings(settings: Any) -> None:
+    """Raises UserError where a run's or a sweep's settings cannot be (TrainArgs, SweepSpec and Job have them all)."""
+    for name in ("steps", "checkpoint_freq"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: expected a number of steps of at least 1, got {value}")
+    if not 0 < settings.holdout_fraction < 1:
+        raise UserError(f"--holdout_fraction: expected a fraction in (0, 1), got {settings.holdout_fraction}")
+    if not 0 <= settings.uda_holdout_fraction < 1:
+        raise UserError(f"--uda_holdout_fraction: expected a fraction in [0, 1), got {settings.uda_holdout_fraction}")
+    for name, valid in (("task", TASKS), ("precision", PRECISIONS)):
+        if getattr(settings, name) not in valid:
+            raise UserError(f"--{name}: expected one of {', '.join(valid)}, got {getattr(settings, name)!r}")
 
 
 def check_test_envs(dataset: str, test_envs: list[int], names: list[str]) -> None:
@@ -181,17 +201,17 @@ class _Run:
         )
         self.info = registry.get(args.algorithm)
         dataset_class = get_dataset_class(args.dataset)
-        self.n_steps = _positive("--steps", args.steps, dataset_class.N_STEPS)
-        self.checkpoint_freq = _positive("--checkpoint_freq", args.checkpoint_freq, dataset_class.CHECKPOINT_FREQ)
+        self.n_steps = args.steps or dataset_class.N_STEPS
+        self.checkpoint_freq = args.checkpoint_freq or dataset_class.CHECKPOINT_FREQ
         check_test_envs(args.dataset, args.test_envs, dataset_class.environment_names(args.data_dir))
-        if args.task not in TASKS:
-            raise UserError(f"--task: expected one of {', '.join(TASKS)}, got {args.task!r}")
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
         self._print_head()
 
         cache_dir = Path(args.cache_dir) if args.cache_dir else None
         self.dataset: Dataset = dataset_class.build(args.data_dir, self.hparams, args.seed, cache_dir)
+        self.data_digest = dataset_class.data_digest(args.data_dir)
+        self._refuse_other_data()
         self.splits = self._split()
         self.loader, self.unlabeled_loader = self._loaders()
 
@@ -203,6 +223,8 @@ class _Run:
         self.algorithm.total_steps = self.n_steps
         self.algorithm.to(self.device)
         self.precision = choose_precision(args.precision, self.device, self.algorithm)
+        # What the records call fp32 is not TF32, which torch takes for convolutions on its own.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         # Faster everywhere it was measured: a ResNet-18 step at 224 px takes 3.4 s instead of 5.1 s in fp32 on two
         # cores, EfficientNet-Lite0 at 64 px half the time; cuDNN's tensor cores want it too.
         networks.set_precision(self.algorithm, self.precision, channels_last=True)
@@ -210,17 +232,24 @@ class _Run:
         self.positions = positions
 
         self.step = 0
+        # Set while a step's update is in the weights and its record, if one is due, is not yet made.
+        self.update_is_done = False
         self.records: list[dict[str, Any]] = []
         self.metrics: dict[str, list[float]] = defaultdict(list)
         self.earlier_seconds = 0.0
 
     def complete(self) -> None:
         """Trains to the end, from the checkpoint if there is one."""
-        started = time.monotonic()
+        self.started = time.monotonic()
         self._resume()
-        self.started = started
         try:
             self._steps()
+        except Interrupted as stopped:
+            self._save_checkpoint()
+            raise Interrupted(
+                stopped.signal_number,
+                f"stopped at step {self.step} of {self.n_steps}; the same command continues there",
+            ) from None
         finally:
             self.loader.close()
             if self.unlabeled_loader:
@@ -234,22 +263,21 @@ class _Run:
     def _steps(self) -> None:
         last_line = time.monotonic()
         while self.step < self.n_steps:
-            self._update()
+            if not self.update_is_done:
+                with self.stop.postponed():
+                    self._update()
+                    self.update_is_done = True
             if self.step % self.checkpoint_freq == 0 or self.step == self.n_steps - 1:
                 self._record()
                 last_line = time.monotonic()
             elif time.monotonic() - last_line > (TERMINAL_INTERVAL if sys.stderr.isatty() else LOG_INTERVAL):
                 last_line = time.monotonic()
                 self._print_progress()
-            self.step += 1
-            if self._checkpoint_is_due():
-                self._save_checkpoint()
-            if self.stop.signal_number:
-                self._save_checkpoint()
-                raise Interrupted(
-                    self.stop.signal_number,
-                    f"stopped before step {self.step} of {self.n_steps}; the same command continues there",
-                )
+            with self.stop.postponed():
+                self.step += 1
+                self.update_is_done = False
+                if self._checkpoint_is_due():
+                    self._save_checkpoint()
 
     def _update(self) -> None:
         start = time.perf_counter()
@@ -286,7 +314,6 @@ class _Run:
         algorithm, args = self.algorithm, self.args
         record: dict[str, Any] = {"step": self.step, "epoch": self.step / self._steps_per_epoch()}
         record.update({name: float(np.mean(values)) for name, values in self.metrics.items()})
-        self.metrics.clear()
         seed_everything(seed_hash(args.seed, "evaluation", self.step))
         algorithm.prepare_evaluation(self._recalibration_batches())
         record.update(evaluate(algorithm, self.dataset, self.splits, self.device))
@@ -299,9 +326,10 @@ class _Run:
             precision=self.precision,
             environments=[env.name for env in self.dataset.environments],
             input_shape=self.dataset.input_shape,
+            data_digest=self.data_digest,
             environment=environment.fingerprint(self.device),
             commit=environment.commit(),
-            mem_gb=torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0,
+            mem_gb=torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0,
             wall_time=self.earlier_seconds + time.monotonic() - self.started,
             hparams=self.hparams,
             # Where decoded images are kept says nothing about the result.
@@ -309,8 +337,10 @@ class _Run:
         )
         if "granularity" in self.hparams:
             record["granularity"] = self.hparams["granularity"]
-        self.records.append(record)
-        self._print_row(record)
+        with self.stop.postponed():
+            self.records.append(record)
+            self.metrics.clear()
+            self._print_row(record)
 
     def _recalibration_batches(self) -> Iterator[torch.Tensor]:
         """Training images from a stream of their own: what evaluation needs must not move training's."""
@@ -334,6 +364,7 @@ class _Run:
         is killed at, no record is lost and none is written twice."""
         state = {
             "step": self.step,
+            "update_is_done": self.update_is_done,
             "records": self.records,
             "metrics": self.metrics,
             "seconds": self.earlier_seconds + time.monotonic() - self.started,
@@ -349,6 +380,7 @@ class _Run:
             return
         state = checkpoints.load_checkpoint(checkpoint, self.algorithm)
         self.step = state["step"]
+        self.update_is_done = state["update_is_done"]
         self.records = state["records"]
         self.metrics.update(state["metrics"])
         self.earlier_seconds = state["seconds"]
@@ -371,12 +403,6 @@ class _Run:
         )
 
     def _split(self) -> list[Split]:
-        if not 0 < self.args.holdout_fraction < 1:
-            raise UserError(f"--holdout_fraction: expected a fraction in (0, 1), got {self.args.holdout_fraction}")
-        if not 0 <= self.args.uda_holdout_fraction < 1:
-            raise UserError(
-                f"--uda_holdout_fraction: expected a fraction in [0, 1), got {self.args.uda_holdout_fraction}"
-            )
         splits = []
         batch_size = self.hparams["batch_size"]
         for env_i, env in enumerate(self.dataset.environments):
@@ -396,6 +422,18 @@ class _Run:
                 )
             splits.append(split)
         return splits
+
+    def _refuse_other_data(self) -> None:
+        """A checkpoint made on other images must not go on with these: only `Folder` can meet them."""
+        checkpoint = self.output_dir / CHECKPOINT
+        if self.data_digest is None or not checkpoint.exists():
+            return
+        made_on = {record["data_digest"] for record in checkpoints.read_state(checkpoint)["records"]}
+        if made_on - {self.data_digest}:
+            raise UserError(
+                f"output_dir {self.args.output_dir!r} holds a run on other images than those in "
+                f"--data_dir {self.args.data_dir!r}; choose another --output_dir"
+            )
 
     def _loaders(self) -> tuple[MinibatchLoader, MinibatchLoader | None]:
         args = self.args
@@ -476,14 +514,6 @@ def _is_correct(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (logits.squeeze(1) > 0).eq(y) if logits.shape[1] == 1 else logits.argmax(1).eq(y)
 
 
-def _positive(flag: str, value: int | None, default: int) -> int:
-    if value is None:
-        return default
-    if value < 1:
-        raise UserError(f"{flag}: expected a number of steps of at least 1, got {value}")
-    return value
-
-
 def _identity(args: Mapping[str, Any]) -> dict[str, Any]:
     """What a run computes: its arguments without the places where things lie, hparams as values."""
     identity = {name: value for name, value in args.items() if name not in PLACES}
@@ -522,26 +552,47 @@ def _cpu_flags() -> set[str]:
     return set()
 
 
-@dataclass
 class _StopRequest:
-    signal_number: int = 0
+    """SIGTERM or SIGINT as an exception at a moment that loses nothing: at once, or at the end of a `postponed` block.
+
+    A second signal kills.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self.is_postponed = False
+
+    def receive(self, number: int, frame: object) -> None:
+        """The signal handler."""
+        signal.signal(number, signal.SIG_DFL)
+        self.signal_number = number
+        print(f"{signal.Signals(number).name}: saving and stopping", file=sys.stderr, flush=True)
+        if not self.is_postponed:
+            self._raise()
+
+    @contextmanager
+    def postponed(self) -> Iterator[None]:
+        """What must not be cut in two: an update of the weights, a save."""
+        self.is_postponed = True
+        try:
+            yield
+        finally:
+            self.is_postponed = False
+        if self.signal_number:
+            self._raise()
+
+    def _raise(self) -> None:
+        raise Interrupted(self.signal_number, "stopped before the first step; nothing is lost")
 
 
 @contextmanager
 def _stop_signals() -> Iterator[_StopRequest]:
-    """Notes SIGTERM and SIGINT instead of dying; the loop asks after each step. A second signal kills."""
+    """Turns SIGTERM and SIGINT into a request to stop, where signals can be caught: in the main thread."""
     request = _StopRequest()
-
-    def note(number: int, frame: object) -> None:
-        request.signal_number = number
-        signal.signal(number, signal.SIG_DFL)
-
     previous = {}
-    try:
+    with suppress(ValueError):
         for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread, where signals belong
-        pass
+            previous[number] = signal.signal(number, request.receive)
     try:
         yield request
     finally:
@@ -574,9 +625,16 @@ class _Tee:
         self.stream.flush()
 
 
+def _note(err: TextIO, text: str) -> None:
+    """Writes to err.txt alone: the command line tells the user on its own."""
+    with suppress(OSError):
+        err.write(text.rstrip() + "\n")
+        err.flush()
+
+
 @contextmanager
-def _tee(output_dir: Path) -> Iterator[None]:
-    """Standard output and error also go to out.txt and err.txt."""
+def _tee(output_dir: Path) -> Iterator[TextIO]:
+    """Standard output and error also go to out.txt and err.txt; yields the latter."""
     stdout, stderr = sys.stdout, sys.stderr
     try:
         out, err = (open(output_dir / name, "a", buffering=1) for name in ("out.txt", "err.txt"))  # noqa: SIM115
@@ -584,7 +642,7 @@ def _tee(output_dir: Path) -> Iterator[None]:
         raise UserError(f"output_dir {str(output_dir)!r} cannot be written: {error.strerror}") from error
     sys.stdout, sys.stderr = _Tee(stdout, out), _Tee(stderr, err)
     try:
-        yield
+        yield err
     finally:
         sys.stdout, sys.stderr = stdout, stderr
         for file in (out, err):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import os
 import re
 import runpy
 import shlex
@@ -30,7 +29,7 @@ from domainbed_sfp.data import dataset_names
 from domainbed_sfp.domainbed_facts import SMALL_IMAGES
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.hparams import Hparam
-from domainbed_sfp.sweep.launchers import POLL_SECONDS, TAIL_LINES, visible_gpus
+from domainbed_sfp.sweep.launchers import POLL_SECONDS, TAIL_LINES, job_environment, visible_gpus
 
 Launcher = Callable[[list[str]], None]
 
@@ -415,10 +414,7 @@ class SlotLauncher:
         print(f"{ended - len(self.failures)} jobs done, {len(self.failures)} failed")
 
     def _start(self, command: str, slot: int) -> _Running:
-        threads = str(max(1, len(os.sched_getaffinity(0)) // self.slots))
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        if gpus := visible_gpus():
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        environment = job_environment(slot, self.slots, visible_gpus())
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
         process = subprocess.Popen(shlex.split(command), env=environment, stdout=subprocess.DEVNULL, stderr=errors)
         return _Running(command, process, errors)

@@ -18,6 +18,20 @@ VARIANTS = {
     "Magnitude": [{"granularity": "weight"}, {"pruning_scope": "global", "granularity": "weight"}, {"objective": "VREx"},
                   {"objective": "CORAL"}, {"prune_start": 0.5, "prune_end": 0.5}],
     "Random": [{"granularity": "weight"}, {"objective": "Mixup"}],
+    "LotteryTicket": [{"granularity": "weight"}, {"objective": "IRM", "irm_penalty_anneal_iters": 6, "rewind": 0.1}],
+    "SNIP": [{"granularity": "weight"}, {"pruning_scope": "global", "sparsity": 0.7, "objective": "GroupDRO"}],
+    "GraSP": [{"granularity": "weight"}],
+    "Taylor": [{"granularity": "weight"}, {"pruning_scope": "global", "objective": "CORAL"}],
+    "NetworkSlimming": [{"pruning_scope": "layer", "objective": "VREx"}],
+    "RigL": [{"sparsity_distribution": "uniform", "sparsity": 0.9}, {"objective": "Mixup"}],
+    "MRM": [{"granularity": "channel"}, {"pruning_scope": "global", "sparsity": 0.7}],
+    "ModIRM": [{"granularity": "channel", "irm_penalty_anneal_iters": 6}],
+    "ModREx": [{"granularity": "channel"}],
+    "ModGroupDRO": [{"granularity": "channel"}],
+    "SparseIRM": [{"granularity": "channel"}, {"objective": "VREx", "pruning_scope": "layer"},
+                  {"granularity": "channel", "vrex_penalty_anneal_iters": 4, "objective": "VREx", "mask_rule": "threshold"}],
+    "DCWP": [{"granularity": "channel"}, {"pruning_scope": "global"}],
+    "EVIL": [{"objective": "CORAL", "pruning_scope": "global", "sparsity": 0.7, "update_interval": 0.2}],
 }  # fmt: skip
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import os
+import signal
 import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -188,6 +191,128 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path):
     with pytest.raises(UserError, match=r"3\.png"):
         cache.cached_images(paths, root / "a", 16, tmp_path / "c")
     assert not [entry for entry in (tmp_path / "c").iterdir() if entry.is_dir() and entry.name != "contents"]
+
+
+def folders(directory: Path) -> list[Path]:
+    return sorted(entry for entry in directory.iterdir() if entry.is_dir() and entry.name != "contents")
+
+
+def test_what_a_killed_build_left_is_cleared_by_the_next(tmp_path):
+    root = make_tree(tmp_path / "tree", ["a"])
+    paths = sorted(root.rglob("*.png"))
+    killed = f"""
+import os, signal, sys
+from pathlib import Path
+from domainbed_sfp.data import cache
+cache._decode = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+cache.cached_images([Path(path) for path in sys.argv[1:]], Path({str(root / "a")!r}), 16, Path({str(tmp_path / "c")!r}))
+"""
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", killed, *map(str, paths)]).returncode == -signal.SIGKILL
+        assert len(folders(tmp_path / "c")) == 1
+    images, _ = cache.cached_images(paths, root / "a", 16, tmp_path / "c")
+    assert folders(tmp_path / "c") == [Path(images.filename).parent]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+def test_a_cache_has_the_permissions_of_the_umask(tmp_path, umask):
+    root = make_tree(tmp_path / "tree", ["a"])
+    before = os.umask(umask)
+    try:
+        cache.cached_images(sorted(root.rglob("*.png")), root / "a", 16, tmp_path / "c")
+    finally:
+        os.umask(before)
+    entries = [tmp_path / "c", *(tmp_path / "c").rglob("*")]
+    assert len(entries) > 6
+    for entry in entries:
+        assert entry.stat().st_mode & 0o777 == (0o777 if entry.is_dir() else 0o666) & ~umask, entry
+
+
+def test_a_cache_that_cannot_remember_contents_still_serves_them(tmp_path):
+    """As for another user: what is written stays, what cannot be written is done without."""
+    root = make_tree(tmp_path / "tree", ["a"])
+    paths = sorted(root.rglob("*.png"))
+    first, _ = cache.cached_images(paths, root / "a", 16, tmp_path / "c")
+    for memo in (tmp_path / "c" / "contents").iterdir():
+        memo.unlink()
+    (tmp_path / "c" / "contents").rmdir()
+    (tmp_path / "c" / "contents").write_text("")  # as root may write anywhere, a file stands in the way
+    assert cache.cached_images(paths, root / "a", 16, tmp_path / "c")[0].filename == first.filename
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+DAMAGES = {
+    "truncated": _truncate,
+    "header only": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"PK\3\4" + bytes(range(256))),
+    "pickle": lambda path: np.save(path, np.array([None, "a"]), allow_pickle=True),
+    "another shape": lambda path: np.save(path, np.zeros((3, 2), dtype=np.load(path).dtype)),
+    "another type": lambda path: np.save(path, np.load(path).astype(np.float32)),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("file", ["images.npy", "sizes.npy"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_built_anew(tmp_path, file, damage):
+    root = make_tree(tmp_path / "tree", ["a"])
+    paths = sorted(root.rglob("*.png"))
+    images, sizes = (np.array(array) for array in cache.cached_images(paths, root / "a", 16, tmp_path / "c"))
+    (entry,) = folders(tmp_path / "c")
+    DAMAGES[damage](entry / file)
+    again = cache.cached_images(paths, root / "a", 16, tmp_path / "c")
+    assert np.array_equal(again[0], images) and np.array_equal(again[1], sizes)
+    assert folders(tmp_path / "c") == [entry]
+
+
+def test_entries_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    root = make_tree(tmp_path / "tree", ["a"])
+    done = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("replace"), replace(old, new)))
+    cache.cached_images(sorted(root.rglob("*.png")), root / "a", 16, tmp_path / "c")
+    assert sorted(done[-3:-1]) == ["images.npy", "sizes.npy"] and done[-1] == "replace"
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_sources_that_cannot_be_read_are_named(tmp_path, monkeypatch, kept):
+    root = make_tree(tmp_path / "tree", ["a"])
+    paths = sorted(root.rglob("*.png"))
+    if kept:
+        cache.cached_images(paths, root / "a", 16, tmp_path / "c")
+    paths[3].unlink()
+    paths[3].symlink_to("gone.png")
+    with pytest.raises(UserError, match=r"^image '.*3\.png', a link to 'gone\.png', cannot be read \(No such file"):
+        cache.cached_images(paths, root / "a", 16, tmp_path / "c")
+    paths[3].unlink()
+    paths[3].mkdir()  # as root may read everything, a directory cannot be
+    with pytest.raises(UserError, match=r"^image '.*3\.png' cannot be read \(Is a directory"):
+        cache.cached_images(paths, root / "a", 16, tmp_path / "c")
+    with pytest.raises(UserError, match=r"^image '.*3\.png' cannot be read \(Is a directory"):
+        cache._decode(paths[3], 16)
+
+
+def test_hidden_folders_are_neither_environments_nor_classes(tmp_path):
+    root = make_tree(tmp_path / "tree", n=3)
+    expected = get_dataset_class("Folder").build(str(root), FOLDER_HPARAMS, 0, None)
+    make_tree(root, [".DS_Store"], n=2)
+    for name in ("a", "c"):
+        (root / name / ".ipynb_checkpoints").mkdir()
+        (root / name / ".DS_Store").write_bytes(b"")
+    make_tree(root / "b", [".ipynb_checkpoints"], n=2)
+    dataset = get_dataset_class("Folder").build(str(root), FOLDER_HPARAMS, 0, None)
+    assert get_dataset_class("Folder").environment_names(str(root)) == ["a", "b", "c"]
+    assert [env.name for env in dataset.environments] == ["a", "b", "c"] and dataset.num_classes == 2
+    assert all(torch.equal(one.labels, two.labels) for one, two in zip(dataset.environments, expected.environments))
+    (tmp_path / "PACS").mkdir()
+    for name in ("art_painting", "cartoon", "photo", "sketch", ".ipynb_checkpoints"):
+        (tmp_path / "PACS" / name).mkdir()
+    get_dataset_class("PACS").check_files(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,16 @@ def test_a_sweep_may_grow_but_not_change_its_protocol(cli, tmp_path, spec_file):
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM, ERM]", ("names a job twice",)),
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\ntest_envs: [[5]]", ("no environment 5",)),
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nn_trials: 0", ("empty",)),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\ntest_envs: []", ("empty",)),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\ntest_envs: [2]", ("test_envs holds 2", "[0] or [0, 1]")),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\ntest_envs: [[a]]", ("test_envs holds ['a']",)),
+        ("datasets: [[PACS]]\nalgorithms: [ERM]", ("datasets holds ['PACS']",)),
+        ("datasets: [FullColoredDigits]\nalgorithms: [{name: ERM, hparams: [1]}]", ("hparams: {...}",)),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nsteps: -3", ("--steps", "at least 1", "-3")),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\ntask: foo", ("--task", "'foo'")),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nprecision: foo", ("--precision", "'foo'")),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nholdout_fraction: 5", ("--holdout_fraction", "(0, 1)", "5")),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nhparams: {lr: -1}", ("'lr'", "above 0")),
         ("datasets: [PACS]\nalgorithms: [ERM]", ("--data_dir",)),
     ],
 )  # fmt: skip
@@ -227,6 +237,20 @@ def test_bad_specs(main, spec_file, text, parts):
 )
 def test_bad_options(main, options, parts):
     assert_one_line_error(main("sweep", "launch", *options, "--output_dir", "out", check=False), *parts)
+
+
+def test_bad_specs_leave_no_trace(main, tmp_path, spec_file):
+    spec_file.write_text(SPEC.replace("steps: 11", "steps: 0"))
+    main("sweep", "launch", spec_file, "--output_dir", "out", check=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", '{"jobs": 3}', "{"])
+def test_a_damaged_manifest_is_named(main, tmp_path, spec_file, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text(text)
+    failed = main("sweep", "launch", spec_file, "--output_dir", "out", check=False)
+    assert_one_line_error(failed, "out/sweep.json", "remove it")
 
 
 def test_numbers_in_a_spec_are_numbers(spec_file):

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches, Objective, ObjectiveAlgorithm
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import NOT_NEGATIVE, Hparam
 from domainbed_sfp.registry import register, register_objective
 
-HPARAMS = {"mmd_gamma": Hparam(1.0, lambda r: 10 ** r.uniform(-1, 1), "weight of the feature alignment")}
+HPARAMS = {
+    "mmd_gamma": Hparam(1.0, lambda r: 10 ** r.uniform(-1, 1), "weight of the feature alignment", valid=NOT_NEGATIVE)
+}
 
 
 def coral_distance(a: Tensor, b: Tensor) -> Tensor:

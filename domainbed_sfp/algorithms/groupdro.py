@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches, Objective, ObjectiveAlgorithm
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import NOT_NEGATIVE, Hparam
 from domainbed_sfp.registry import register, register_objective
 
-HPARAMS = {"groupdro_eta": Hparam(1e-2, lambda r: 10 ** r.uniform(-3, -1), "step size of the group weights")}
+HPARAMS = {
+    "groupdro_eta": Hparam(
+        1e-2, lambda r: 10 ** r.uniform(-3, -1), "step size of the group weights", valid=NOT_NEGATIVE
+    )
+}
 
 
 @register_objective("GroupDRO", HPARAMS)

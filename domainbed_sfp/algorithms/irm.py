@@ -7,12 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import AnnealedObjective, Minibatches, ObjectiveAlgorithm, split_logits
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import NOT_NEGATIVE, Hparam
 from domainbed_sfp.registry import register, register_objective
 
 HPARAMS = {
-    "irm_lambda": Hparam(1e2, lambda r: 10 ** r.uniform(-1, 5), "weight of the IRMv1 penalty once annealed"),
-    "irm_penalty_anneal_iters": Hparam(500, lambda r: int(10 ** r.uniform(0, 4)), "steps at penalty weight 1"),
+    "irm_lambda": Hparam(
+        1e2, lambda r: 10 ** r.uniform(-1, 5), "weight of the IRMv1 penalty once annealed", valid=NOT_NEGATIVE
+    ),
+    "irm_penalty_anneal_iters": Hparam(
+        500, lambda r: int(10 ** r.uniform(0, 4)), "steps at penalty weight 1", valid=NOT_NEGATIVE
+    ),
 }
 
 

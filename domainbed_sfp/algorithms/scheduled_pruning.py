@@ -10,7 +10,7 @@ from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches, ObjectiveAlgorithm
 from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels
 from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
@@ -22,8 +22,14 @@ GRANULARITIES = ("channel", "weight")
 # What is removed, whatever the schedule.
 UNIT_HPARAMS = {
     "sparsity": SCHEDULE_HPARAMS["sparsity"],
-    "granularity": Hparam("channel", doc="channel (structured) or weight (unstructured)"),
-    "pruning_scope": Hparam("layer", doc="layer: the same fraction of every layer; global: one ranking of all"),
+    "granularity": Hparam(
+        "channel", doc="channel (structured) or weight (unstructured)", valid=one_of("channel", "weight")
+    ),
+    "pruning_scope": Hparam(
+        "layer",
+        doc="layer: the same fraction of every layer; global: one ranking of all",
+        valid=one_of("layer", "global"),
+    ),
     "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO, CORAL or Mixup"),
 }
 

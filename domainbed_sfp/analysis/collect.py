@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="FILE",
-        help="add published rows made under the same protocol (default FILE: results/published.csv)",
+        help="add published rows made under the same protocol (default FILE: the package's published.csv)",
     )
     parser.add_argument("--output", metavar="FILE", help="write to FILE instead of the standard output")
     top = parser.add_argument_group("the hparams behind a cell, as DomainBed's list_top_hparams prints them")

@@ -14,8 +14,16 @@ from ..records import Run
 from .jobs import Job, number_ranges, steps_of
 from .selection import Rule
 
-# Data sets of small images: a backbone left to them ("auto") is DomainBed's MNIST_CNN.
+# Inputs of at most so many pixels get DomainBed's MNIST_CNN from a backbone "auto" (networks.SMALL_IMAGE_SIDE, whose
+# module would load torch).
+_SMALL_SIDE = 28
+
+# Data sets of such images, for records that do not tell their input's shape.
 _MNIST_LIKE = (*SMALL_IMAGES, "FullColoredMNIST", "ColoredDigits", "RotatedDigits", "FullColoredDigits")
+
+
+# DomainBed's defaults of the hparams among the conditions. A record that does not have them was made with these.
+_USUAL = {"data_augmentation": True, "class_balanced": False, "nonlinear_classifier": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,9 @@ class Conditions:
     holdout_fraction: float
     precision: str
     task: str
+    data_augmentation: bool
+    class_balanced: bool
+    nonlinear_classifier: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +59,29 @@ class Protocol:
     def line(self) -> str:
         """The protocol as one sentence."""
         shown = {
-            name: "/".join(dict.fromkeys(_text(getattr(one, name)) for one in self.conditions))
+            name: "/".join(dict.fromkeys(shown_value(getattr(one, name)) for one in self.conditions))
             for name in Conditions.__slots__
         }
+        parts = [
+            f"{self.selection} selection",
+            f"{shown['steps']} steps",
+            f"backbone {shown['backbone']}",
+            f"weights {shown['weights']}",
+            *([f"{shown['image_size']} px images"] if shown["image_size"] != "unknown" else []),
+            self.effort(),
+            f"held-out fraction {shown['holdout_fraction']}",
+            f"precision {shown['precision']}",
+        ]
+        if set(shown["task"].split("/")) != {"domain_generalization"}:
+            parts.append(f"task {shown['task']}")
+        for name, usual in _USUAL.items():
+            if shown[name] != shown_value(usual):
+                parts.append(f"{name.replace('_', ' ')} {shown[name]}")
+        parts.append(f"commit {', '.join(self.commits) or 'not recorded'}")
+        return f"Protocol: {'; '.join(parts)}; collected by domainbed_sfp {__version__}."
+
+    def effort(self) -> str:
+        """How many hparams draws and trials the runs cover."""
         draws = (
             "default hparams"
             if self.hparams_seeds == (0,)
@@ -59,20 +90,7 @@ class Protocol:
         if self.overrides:
             draws += " with " + ", ".join(f"{name}={value}" for name, value in self.overrides)
         trials = f"{len(self.trial_seeds)} trial{'' if len(self.trial_seeds) == 1 else 's'}"
-        parts = [
-            f"{self.selection} selection",
-            f"{shown['steps']} steps",
-            f"backbone {shown['backbone']}",
-            f"weights {shown['weights']}",
-            *([f"{shown['image_size']} px images"] if shown["image_size"] != "unknown" else []),
-            f"{draws} x {trials} (seeds {number_ranges(self.trial_seeds)})",
-            f"held-out fraction {shown['holdout_fraction']}",
-            f"precision {shown['precision']}",
-        ]
-        if set(shown["task"].split("/")) != {"domain_generalization"}:
-            parts.append(f"task {shown['task']}")
-        parts.append(f"commit {', '.join(self.commits) or 'not recorded'}")
-        return f"Protocol: {'; '.join(parts)}; collected by domainbed_sfp {__version__}."
+        return f"{draws} x {trials} (seeds {number_ranges(self.trial_seeds)})"
 
     def warnings(self) -> list[str]:
         """One sentence for each condition that is not the same in all runs."""
@@ -80,7 +98,7 @@ class Protocol:
         for name in Conditions.__slots__:
             values: Counter[str] = Counter()
             for one, count in zip(self.conditions, self.counts):
-                values[_text(getattr(one, name))] += count
+                values[shown_value(getattr(one, name))] += count
             if len(values) > 1:
                 told = ", ".join(f"{value} in {count} runs" for value, count in values.most_common())
                 found.append(f"Warning: this table mixes protocols, {name.replace('_', ' ')}: {told}.")
@@ -116,20 +134,21 @@ def protocol_of(runs: dict[Job, Run], rule: Rule) -> Protocol:
 
 
 def _common_overrides(runs: Iterable[Job]) -> tuple[tuple[str, str], ...]:
-    told = {"steps", "backbone", "weights", "image_size", "resnet18", "resnet50_augmix", "freeze_bn"}
+    told = {"steps", "backbone", "weights", "image_size", "resnet18", "resnet50_augmix", "freeze_bn", *_USUAL}
     given = [{setting for setting in job.method.settings if setting[0] not in told} for job in runs]
     return tuple(sorted(set.intersection(*given))) if given else ()
 
 
 def conditions_of(run: Run) -> Conditions:
     return Conditions(
-        backbone_of(run.dataset, run.hparams),
-        weights_of(run.dataset, run.hparams),
+        backbone_of(run),
+        weights_of(run),
         _image_size(run),
         steps_of(run),
         run.args.get("holdout_fraction", 0.2),
         run.facts.get("precision", "fp32"),
         run.args.get("task", "domain_generalization"),
+        **{name: bool(run.hparams.get(name, usual)) for name, usual in _USUAL.items()},
     )
 
 
@@ -142,16 +161,17 @@ def _image_size(run: Run) -> int | None:
     return run.hparams.get("image_size", 224)
 
 
-def backbone_of(dataset: str, hparams: dict[str, Any]) -> str:
+def backbone_of(run: Run) -> str:
     """The backbone's identity, in the words of results/published.csv where it has them.
 
     DomainBed's hparams decide a backbone "auto" (or absent): `resnet50_augmix` wins over `resnet18`. Records
     from before it had `freeze_bn` were always made with batch norm frozen.
     """
+    hparams = run.hparams
     backbone = hparams.get("backbone", "auto")
+    if backbone == "mnist_cnn" or (backbone == "auto" and _has_small_images(run)):
+        return "MNIST_CNN"
     if backbone == "auto":
-        if dataset in _MNIST_LIKE:
-            return "MNIST_CNN"
         chosen = [name for name in ("dinov2", "vit", "resnet50_augmix", "resnet18") if hparams.get(name)]
         backbone = chosen[0] if chosen else "resnet50"
     if backbone in ("dinov2", "vit"):
@@ -169,11 +189,17 @@ def backbone_of(dataset: str, hparams: dict[str, Any]) -> str:
     return f"{backbone} ({', '.join(details)})" if details else backbone
 
 
-def weights_of(dataset: str, hparams: dict[str, Any]) -> str:
+def weights_of(run: Run) -> str:
     """What training began from: "imagenet", "none", or the name of a file."""
-    if backbone_of(dataset, hparams) == "MNIST_CNN":
-        return "none"
-    return PurePath(str(hparams.get("weights", "imagenet"))).name
+    weights = PurePath(str(run.hparams.get("weights", "imagenet"))).name
+    # There are none of ImageNet for it: unless a file is named, it begins at random.
+    return "none" if weights == "imagenet" and backbone_of(run) == "MNIST_CNN" else weights
+
+
+def _has_small_images(run: Run) -> bool:
+    if "input_shape" in run.facts:
+        return max(run.facts["input_shape"][1:]) <= _SMALL_SIDE
+    return run.dataset in _MNIST_LIKE
 
 
 def _short(commit: str) -> str:
@@ -182,7 +208,10 @@ def _short(commit: str) -> str:
     return digits[:12] + plus + rest
 
 
-def _text(value: object) -> str:
+def shown_value(value: object) -> str:
+    """A condition as readers see it."""
+    if isinstance(value, bool):
+        return str(value).lower()
     return "unknown" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 

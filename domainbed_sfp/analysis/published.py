@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..domainbed_facts import DEFAULT_STEPS
 from ..errors import UserError
-from .protocol import Protocol
+from .protocol import Protocol, shown_value
 from .selection import Rule
 
 # The environments of a data set under the names publications use, in DomainBed's order.
@@ -38,13 +38,14 @@ class PublishedRow:
 
 
 def find_published(given: str) -> Path:
-    """The file named, or with "" the default: results/published.csv of this checkout, or of the current
-    directory.
+    """The file named, or with "" the default: the rows that come with the package.
 
     Raises UserError when there is no such file.
     """
-    checkout = Path(__file__).resolve().parents[2]
-    candidates = [Path(given)] if given else [root / "results" / "published.csv" for root in (checkout, Path.cwd())]
+    # An installed package carries them inside; in a checkout they are in the top-level folder results/.
+    package = Path(__file__).resolve().parents[1]
+    shipped = [package / "published_rows" / "published.csv", package.parent / "results" / "published.csv"]
+    candidates = [Path(given)] if given else shipped
     for path in candidates:
         if path.is_file():
             return path
@@ -107,6 +108,9 @@ def matching_rows(
             f"{count} published row{'' if count == 1 else 's'} for {dataset} not added: made with "
             f"{'; '.join(others)}, these runs with {backbone}."
         )
+    if matching:
+        # Told, not required: publications differ in them, and few sweeps can afford theirs.
+        said.append(f"Our rows beside the published ones are from {protocol.effort()}.")
     blank = (None,) * len(environments)
     return [_with_environments(row, blank) for row in matching], said
 
@@ -116,14 +120,24 @@ def _obstacle(protocol: Protocol) -> str | None:
     ones."""
     if len(protocol.conditions) > 1:
         return "these runs mix protocols"
-    conditions = protocol.conditions[0]
-    if conditions.steps != DEFAULT_STEPS:
-        return f"their protocol has {DEFAULT_STEPS:,} steps, these runs {conditions.steps:,}"
-    expected = 28 if conditions.backbone == "MNIST_CNN" else 224
-    if conditions.image_size != expected:
-        return f"their protocol has images of {expected} px, these runs {conditions.image_size}"
-    if conditions.task != "domain_generalization":
-        return f"their protocol has the task domain_generalization, these runs {conditions.task}"
+    ours = protocol.conditions[0]
+    small = ours.backbone == "MNIST_CNN"
+    side = 28 if small else 224
+    expected = {
+        "steps": (f"{DEFAULT_STEPS:,} steps", DEFAULT_STEPS),
+        "image_size": (f"images of {side} px", side),
+        "weights": ("no weights to begin from", "none") if small else ("the weights imagenet", "imagenet"),
+        "holdout_fraction": ("a held-out fraction of 0.2", 0.2),
+        "precision": ("the precision fp32", "fp32"),
+        "task": ("the task domain_generalization", "domain_generalization"),
+        "data_augmentation": ("data augmentation", True),
+        "class_balanced": ("no class balance (class_balanced false)", False),
+        "nonlinear_classifier": ("a linear classifier (nonlinear_classifier false)", False),
+    }
+    for name, (told, value) in expected.items():
+        found = getattr(ours, name)
+        if found != value:
+            return f"their protocol has {told}, these runs {shown_value(found)}"
     return None
 
 

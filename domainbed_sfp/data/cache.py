@@ -2,7 +2,8 @@
 
 An entry is keyed by the content of the image files, their order and the size they are resized to, so that copies of
 a data set share an entry and a changed file makes a new one. Entries appear by an atomic rename, under a lock: jobs
-that start together decode once.
+that start together decode once. An entry that cannot be read back is made anew. All permissions follow the umask, so
+that users can share a cache.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from filelock import FileLock
 from PIL import Image
 
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.files import write_atomically
 from domainbed_sfp.progress import progress
 
 # Part of every key: raise it when the stored form changes.
@@ -45,19 +48,25 @@ def cached_images(
         sizes: original (width, height), int32 [N, 2].
 
     Raises:
-        UserError: for a file that cannot be decoded (named), or a cache folder that cannot hold the entry.
+        UserError: for a file that cannot be read or decoded (named), or a cache folder that cannot hold the entry.
     """
     cache = cache_dir or default_cache_dir()
+    stats = [_stat(path) for path in paths]
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        key = _content_key(paths, root, size, cache)
+        key = _content_key(paths, stats, root, size, cache)
         entry = cache / key
-        if not entry.is_dir():
-            with FileLock(cache / f"{key}.lock"):
-                if not entry.is_dir():
+        arrays = _load(entry, len(paths), size)
+        if arrays is None:
+            with _lock(cache / f"{key}.lock"):
+                # Another job may have built it while this one waited.
+                arrays = _load(entry, len(paths), size)
+                if arrays is None:
                     _build(entry, paths, f"{root.parent.name}/{root.name}", size)
-        images = np.load(entry / "images.npy", mmap_mode="r")
-        sizes = np.load(entry / "sizes.npy")
+                    arrays = _load(entry, len(paths), size)
+        if arrays is None:
+            raise OSError(errno.EIO, "the entry that was just written cannot be read back")
+        return arrays
     except OSError as error:
         needed = len(paths) * size * size * 3 / 2**20
         raise UserError(
@@ -65,15 +74,13 @@ def cached_images(
             f"{len(paths)} images of {str(root)!r} at {size} px; "
             "choose another folder with --cache_dir or DOMAINBED_SFP_CACHE"
         ) from error
-    return images, sizes
 
 
-def _content_key(paths: Sequence[Path], root: Path, size: int, cache: Path) -> str:
+def _content_key(paths: Sequence[Path], stats: Sequence[os.stat_result], root: Path, size: int, cache: Path) -> str:
     """Hash of names and contents. Reading all files is remembered by their sizes and times, so it is done once."""
-    stats = [path.stat() for path in paths]
     seen = hashlib.sha256()
-    for path, stat in zip(paths, stats):
-        seen.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    for path, status in zip(paths, stats):
+        seen.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     memo = cache / "contents" / seen.hexdigest()[:32]
     if memo.is_file() and len(recalled := memo.read_text()) == 64:
         content = recalled
@@ -83,24 +90,68 @@ def _content_key(paths: Sequence[Path], root: Path, size: int, cache: Path) -> s
             for path, digest in zip(paths, pool.map(_file_digest, paths)):
                 total.update(f"{path.relative_to(root).as_posix()}\0".encode() + digest)
         content = total.hexdigest()
-        memo.parent.mkdir(exist_ok=True)
-        _write_text(memo, content)
+        # Forgetting only costs time: a cache that this user may read but not write still serves its entries.
+        with suppress(OSError):
+            memo.parent.mkdir(exist_ok=True)
+            with _lock(memo.parent / "write.lock"):
+                write_atomically(memo, content)
     return hashlib.sha256(json.dumps([FORMAT, content, size]).encode()).hexdigest()[:32]
 
 
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def _file_digest(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
-def _write_text(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+def _unreadable(path: Path, error: OSError) -> UserError:
+    target = f", a link to {os.readlink(path)!r}," if path.is_symlink() else ""
+    return UserError(
+        f"image {str(path)!r}{target} cannot be read ({error.strerror or error}); replace the file or remove it"
+    )
+
+
+def _lock(path: Path) -> FileLock:
+    """A lock whose file has the mode the umask gives: older filelocks make it 0644, which shuts out a group."""
+    with open(path, "ab") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    return FileLock(path, mode=mode)
+
+
+def _load(entry: Path, count: int, size: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The arrays of an entry, or None where it is absent or not what `_build` writes."""
+    try:
+        images = np.lib.format.open_memmap(entry / "images.npy", mode="r")
+        sizes = np.lib.format.open_memmap(entry / "sizes.npy", mode="r")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except OSError:
+        raise
+    except Exception:  # numpy parses a damaged header until something fails, whatever that is
+        return None
+    if (images.dtype, images.shape) != (np.uint8, (count, size, size, 3)):
+        return None
+    if (sizes.dtype, sizes.shape) != (np.int32, (count, 2)):
+        return None
+    return images, np.array(sizes)
 
 
 def _build(entry: Path, paths: Sequence[Path], title: str, size: int) -> None:
-    """Decodes into a temporary folder beside the entry and renames it when all is written."""
-    target = Path(tempfile.mkdtemp(prefix="building-", dir=entry.parent))
+    """Decodes into a folder beside the entry and renames it when all is written. The caller holds the key's lock.
+
+    The folder's name is fixed, so that what a killed process left is cleared by the next attempt.
+    """
+    target = entry.with_name(f"building-{entry.name}")
+    _remove(target)
+    target.mkdir()
     try:
         images = _allocate(target / "images.npy", (len(paths), size, size, 3))
         sizes = np.zeros((len(paths), 2), dtype=np.int32)
@@ -120,9 +171,25 @@ def _build(entry: Path, paths: Sequence[Path], title: str, size: int) -> None:
                 raise
         images.flush()
         np.save(target / "sizes.npy", sizes)
+        # Otherwise a power failure could leave the new name with empty files.
+        for file in target.iterdir():
+            _sync(file)
+        _remove(entry)  # one that is damaged: a folder cannot be renamed over it
         os.replace(target, entry)
     finally:
         shutil.rmtree(target, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
 
 
 def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
@@ -142,7 +209,7 @@ def _decode(path: Path, size: int) -> tuple[np.ndarray, tuple[int, int]]:
             original = image.size
             pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
-            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise _unreadable(path, error) from error
         raise UserError(f"image {str(path)!r} cannot be decoded ({error}); replace the file or remove it") from error
     return pixels, original

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from domainbed_sfp import records
+from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.training import LOCK, TrainArgs
 
@@ -147,8 +148,12 @@ class SweepDirectory:
     def job_dir(self, job: Job) -> Path:
         """The job's folder; DomainBed's name for it is honoured where its sweep has begun the job."""
         ours = self.path / job.name
-        theirs = self.path / job.domainbed_name(self.data_dir)
-        return theirs if theirs.is_dir() and not ours.is_dir() else ours
+        # DomainBed's sweep has no flags for these, so its folders hold runs with the defaults.
+        is_domainbeds = job.precision == "fp32" and job.checkpoint_freq is None and not job.uda_holdout_fraction
+        if is_domainbeds and not ours.is_dir():
+            theirs = self.path / job.domainbed_name(self.data_dir)
+            return theirs if theirs.is_dir() else ours
+        return ours
 
     def state(self, job: Job) -> State:
         """The job's state, from what is on disk and who holds its lock."""
@@ -172,6 +177,9 @@ class SweepDirectory:
             with FileLock(self.path / "sweep.lock", timeout=60):
                 manifest = self._manifest()
                 protocol = {name: getattr(jobs[0], name) for name in PROTOCOL}
+                for dataset in dict.fromkeys(job.dataset for job in jobs):
+                    if digest := get_dataset_class(dataset).data_digest(self.data_dir):
+                        protocol[f"data of {dataset}"] = digest
                 for name, value in manifest.get("protocol", protocol).items():
                     if protocol.get(name) != value:
                         raise UserError(
@@ -201,19 +209,27 @@ class SweepDirectory:
             raise UserError(f"output_dir {str(self.path)!r} cannot be written: {error.strerror or error}") from error
 
     def delete(self, jobs: Iterable[Job]) -> None:
-        """Removes the folders of jobs."""
+        """Removes the folders of jobs, each under its lock: one that has just been started stays."""
         for job in jobs:
-            shutil.rmtree(self.job_dir(job))
+            try:
+                with FileLock(self.job_dir(job) / LOCK, timeout=0):
+                    shutil.rmtree(self.job_dir(job))
+            except Timeout:
+                continue
 
     def _manifest(self) -> dict[str, Any]:
         file = self.path / records.SWEEP
         if not file.exists():
             return {}
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(manifest["protocol"], dict):
+                raise TypeError("protocol is not an object")
+            manifest["jobs"] = [dict(entry, name=entry["name"]) for entry in manifest["jobs"]]
+            return manifest
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f"{str(file)!r} is not valid JSON ({error}); remove it, the next launch writes it anew"
+                f"{str(file)!r} is not a list of jobs ({error}); remove it, the next launch writes it anew"
             ) from None
 
 

@@ -23,9 +23,7 @@ from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.progress import LOG_INTERVAL, bar
 from domainbed_sfp.sweep.jobs import Job, State, SweepDirectory
-
-# Exit status of `train` for a run that another process is computing (EX_TEMPFAIL).
-EXIT_ALREADY_RUNNING = 75
+from domainbed_sfp.training import AlreadyRunning
 
 POLL_SECONDS = 0.2
 # Asking for another launch's jobs takes their locks for a moment.
@@ -83,6 +81,20 @@ def get_launcher(name: str) -> Callable[[Sequence[Task], SweepDirectory, int], O
     if name not in LAUNCHERS:
         raise unknown_name("command launcher", name, LAUNCHERS)
     return LAUNCHERS[name]
+
+
+def job_environment(slot: int, slots: int, gpus: Sequence[str]) -> dict[str, str]:
+    """The environment of the job in `slot`: its share of the threads, unless the user has set a number, and its GPU."""
+    threads = str(max(1, usable_cores() // slots))
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **os.environ}
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    return environment
+
+
+def usable_cores() -> int:
+    """Cores this process may use; where the system does not tell, all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:
@@ -160,10 +172,7 @@ class _LocalLaunch:
                 self.running.append(self._start(task, free.pop(0)))
 
     def _start(self, task: Task, slot: int) -> _Running:
-        threads = max(1, len(os.sched_getaffinity(0)) // self.slots)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        environment = job_environment(slot, self.slots, self.gpus)
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
         # A session of its own: Ctrl-C reaches this launcher, which then asks each job to save and stop.
         process = subprocess.Popen(
@@ -177,7 +186,7 @@ class _LocalLaunch:
             job, status = ended.task.job, ended.process.returncode
             if self.directory.state(job) is State.DONE:
                 self.outcome.done += 1
-            elif status == EXIT_ALREADY_RUNNING:
+            elif status == AlreadyRunning.exit_status:
                 self.elsewhere.append(ended.task)
             else:
                 reason = self._reason(ended)
@@ -208,10 +217,17 @@ class _LocalLaunch:
                 self.waiting.append(task)
 
     def _request_stop(self, number: int, frame: object) -> None:
+        if self.stop:  # asked a second time: no more patience
+            for running in self.running:
+                running.process.kill()
         self.stop = True
 
     def _stop_all(self) -> None:
-        print(f"stopping {len(self.running)} running jobs, which save where they are", file=sys.stderr, flush=True)
+        print(
+            f"stopping {len(self.running)} running jobs, which save where they are (once more to kill them)",
+            file=sys.stderr,
+            flush=True,
+        )
         for running in self.running:
             running.process.terminate()
         for running in self.running:

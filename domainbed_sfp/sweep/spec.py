@@ -16,6 +16,7 @@ from domainbed_sfp.data import dataset_names, get_dataset_class
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.seeds import seed_hash
 from domainbed_sfp.sweep.jobs import Job
+from domainbed_sfp.training import check_settings, check_test_envs
 
 
 class _SpecLoader(yaml.SafeLoader):
@@ -92,10 +93,13 @@ def _specs_folder() -> Path:
 
 
 def _spec_text(path: str) -> str:
-    if Path(path).is_file():
-        return Path(path).read_text(encoding="utf-8")
-    if path in shipped_specs():
-        return (_specs_folder() / f"{path}.yaml").read_text(encoding="utf-8")
+    # A shipped name is that spec, whatever files lie about; a file is named by its path.
+    file = _specs_folder() / f"{path}.yaml" if path in shipped_specs() else Path(path)
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"sweep spec {path!r} is not a text file: {error}") from None
     raise UserError(f"there is no sweep spec {path!r}: neither a file nor one of {', '.join(shipped_specs())}")
 
 
@@ -103,7 +107,7 @@ def _check_kinds(spec: SweepSpec, path: str) -> None:
     kinds: dict[str, tuple[type, ...]] = {
         "datasets": (list,), "algorithms": (list,), "task": (str,), "n_hparams_from": (int,), "n_hparams": (int,),
         "n_trials": (int,), "steps": (int, type(None)), "checkpoint_freq": (int, type(None)),
-        "holdout_fraction": (float,), "uda_holdout_fraction": (float,), "single_test_envs": (bool,),
+        "holdout_fraction": (float, int), "uda_holdout_fraction": (float, int), "single_test_envs": (bool,),
         "test_envs": (list, type(None)), "hparams": (dict,), "precision": (str,), "skip_model_save": (bool,),
     }  # fmt: skip
     for name, kind in kinds.items():
@@ -111,6 +115,12 @@ def _check_kinds(spec: SweepSpec, path: str) -> None:
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
             expected = " or ".join("nothing" if k is type(None) else k.__name__ for k in kind)
             raise UserError(f"sweep spec {path!r}: {name} is {value!r}, expected {expected}")
+    for dataset in spec.datasets:
+        if not isinstance(dataset, str):
+            raise UserError(f"sweep spec {path!r}: datasets holds {dataset!r}, expected names")
+    for test_envs in spec.test_envs or []:
+        if not isinstance(test_envs, list) or not test_envs or not all(type(env) is int for env in test_envs):
+            raise UserError(f"sweep spec {path!r}: test_envs holds {test_envs!r}, expected lists such as [0] or [0, 1]")
 
 
 def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
@@ -121,11 +131,12 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
     if not spec.datasets or not spec.algorithms:
         missing = "--datasets" if not spec.datasets else "--algorithms"
         raise UserError(f"the sweep names no {missing.strip('-')}; give {missing} or a spec")
-    if spec.n_hparams <= spec.n_hparams_from or spec.n_trials < 1:
+    if spec.test_envs == [] or spec.n_hparams <= spec.n_hparams_from or spec.n_trials < 1:
         raise UserError(
             f"the sweep is empty: n_hparams_from {spec.n_hparams_from}, n_hparams {spec.n_hparams}, "
-            f"n_trials {spec.n_trials}"
+            f"n_trials {spec.n_trials}, test_envs {spec.test_envs}"
         )
+    check_settings(spec)
     rows = [_row(entry, spec.hparams) for entry in spec.algorithms]
     environments = {}
     for dataset in spec.datasets:
@@ -165,15 +176,14 @@ def _row(entry: str | Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[str
     if isinstance(entry, str):
         registry.get(entry)
         return entry, dict(shared)
-    if not isinstance(entry, Mapping) or set(entry) - {"name", "hparams"} or "name" not in entry:
+    is_row = isinstance(entry, Mapping) and set(entry) <= {"name", "hparams"} and isinstance(entry.get("name"), str)
+    if not is_row or not isinstance(entry.get("hparams", {}), dict):
         raise UserError(f"algorithms: expected a name or {{name: NAME, hparams: {{...}}}}, got {entry!r}")
     registry.get(entry["name"])
     return entry["name"], {**shared, **entry.get("hparams", {})}
 
 
 def _all_test_envs(spec: SweepSpec, dataset: str, n: int) -> Iterator[list[int]]:
-    from domainbed_sfp.training import check_test_envs
-
     if spec.test_envs is not None:
         for test_envs in spec.test_envs:
             check_test_envs(dataset, test_envs, [str(i) for i in range(n)])

@@ -1,4 +1,8 @@
-"""Sets of photographs, drawings and sketches in DomainBed's layout: `<root>/<environment>/<class>/<image>`."""
+"""Sets of photographs, drawings and sketches in DomainBed's layout: `<root>/<environment>/<class>/<image>`.
+
+Folders of environments and classes whose names begin with a dot are skipped: they are a tool's, such as
+`.ipynb_checkpoints`.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +72,7 @@ class ImageFolders(Dataset):
     @classmethod
     def environment_folders(cls, root: Path) -> list[Path]:
         """Folders of the environments in DomainBed's order; a UserError if their number is not the data set's."""
-        folders = sorted((entry for entry in root.iterdir() if entry.is_dir()), key=lambda entry: entry.name)
+        folders = _subfolders(root)
         found = ", ".join(folder.name for folder in folders) or "none"
         if cls.ENVIRONMENTS is not None and len(folders) != len(cls.ENVIRONMENTS):
             raise UserError(
@@ -90,10 +94,16 @@ def _crop_side(size: int, largest: int) -> int:
     return max(size, min(largest, 2 * size, CROP_SIDE_LIMIT))
 
 
+def _subfolders(folder: Path) -> list[Path]:
+    """Folders in `folder` by name, less the hidden ones, which would shift the numbers of all that follow."""
+    visible = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return sorted((entry for entry in visible if entry.is_dir()), key=lambda entry: entry.name)
+
+
 def _files_by_class(folder: Path) -> dict[str, list[Path]]:
     """Image files by class folder, in the order of torchvision's ImageFolder."""
     files: dict[str, list[Path]] = {}
-    for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+    for class_folder in _subfolders(folder):
         paths = []
         for directory, _, names in sorted(os.walk(class_folder, followlinks=True)):
             paths += [Path(directory) / name for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]

@@ -1,0 +1,70 @@
+"""Modular risk minimization (Zhang, Ahuja, Xu, Wang, Courville 2021, "Can subnetwork structure be the key to
+out-of-distribution generalization?", ICML 2021, arXiv 2106.02890), with ERM and with invariance objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from domainbed_sfp import registry
+from domainbed_sfp.algorithms import groupdro, irm, vrex
+from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LearnedMaskPruning
+from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.pruning.named_tensors import NamedTensors
+from domainbed_sfp.registry import register
+
+REFERENCE = "Zhang et al. 2021 (ICML), arXiv 2106.02890"
+HPARAMS = {
+    **LEARNED_MASK_HPARAMS,
+    "mask_start": Hparam(0.4, doc="fraction of the run at which weights freeze and masks are learned"),
+    "mask_end": Hparam(0.6, doc="fraction of the run at which the mask is final and retraining begins"),
+}
+
+
+@register("MRM", family="pruning", reference=REFERENCE, hparams=HPARAMS)
+class MRM(LearnedMaskPruning):
+    """Modular risk minimization (algorithm 1): train, learn a mask with frozen weights, retrain from the beginning.
+
+    Stage 1 trains the weights from w0 with the objective; stage 2 learns one logit per weight on the same objective
+    plus alpha * sum(logits); stage 3 rewinds weights and normalization statistics to w0 and trains m * w0 with the
+    objective, whose own state (annealing, group weights) and optimizer begin anew. 40, 20 and 40% of the run.
+
+    Stages and constants as in the modular-subnetwork code that the paper builds on (Csordas et al. 2021, arXiv
+    2010.02066) and in the MRM mode of DCWP's (Park et al. 2023). The convolutions' weights are masked; the classifier
+    stays whole, as in every method here.
+    """
+
+    objective_name = "ERM"
+
+    def __init__(
+        self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
+    ) -> None:
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.beginning = NamedTensors(self.network.state_dict())
+
+    def begin_retraining(self) -> None:
+        self.network.load_state_dict(self.beginning.as_dict())
+        self.optimizer = self.make_optimizer()
+        fresh = registry.get_objective(self.objective_name).cls(self.hparams, self.num_domains)
+        self.objective.load_state_dict(fresh.state_dict())
+
+
+@register("ModIRM", family="pruning", reference=REFERENCE, hparams={**HPARAMS, **irm.HPARAMS})
+class ModIRM(MRM):
+    """Modular risk minimization with IRMv1 in all three stages."""
+
+    objective_name = "IRM"
+
+
+@register("ModREx", family="pruning", reference=REFERENCE, hparams={**HPARAMS, **vrex.HPARAMS})
+class ModREx(MRM):
+    """Modular risk minimization with V-REx in all three stages."""
+
+    objective_name = "VREx"
+
+
+@register("ModGroupDRO", family="pruning", reference=REFERENCE, hparams={**HPARAMS, **groupdro.HPARAMS})
+class ModGroupDRO(MRM):
+    """Modular risk minimization with GroupDRO in all three stages."""
+
+    objective_name = "GroupDRO"

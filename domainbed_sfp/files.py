@@ -1,0 +1,26 @@
+"""Files that are there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Replaces a file in one move: a reader, or a crash, sees the old contents or the new, never a part.
+
+    The temporary file has a fixed name, so that one a killed process left is overwritten by the next attempt; writers
+    of one file must therefore exclude each other. Raises OSError when the folder cannot be written; the old file is
+    untouched then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
