@@ -6,20 +6,27 @@ with what was expected and what happened.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from domainbed_sfp import checkpoints, hparams, registry
+from domainbed_sfp import checkpoints, hparams, records, registry, training
 from domainbed_sfp.algorithms.base import Algorithm
+from domainbed_sfp.data import base
+from domainbed_sfp.data.base import Dataset
 from domainbed_sfp.data.loaders import Minibatch
+from domainbed_sfp.data.sets.digits import FullColoredDigits
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
 INPUT_SHAPE, CLASSES, DOMAINS, BATCH = (3, 8, 8), 4, 3, 16
@@ -111,7 +118,7 @@ def check_exact_resume(name: str) -> None:
     """Saved at any of several steps and continued in a new object, training ends bit-identical."""
     whole = make(name)
     logged = run(whole, 0, STEPS)
-    for stop in (1, STEPS // 3, STEPS - 2):
+    for stop in (STEPS // 3, STEPS - 2):
         broken = make(name)
         run(broken, 0, stop)
         with tempfile.TemporaryDirectory() as folder:
@@ -170,6 +177,34 @@ def check_export(name: str) -> None:
         assert torch.allclose(exported(x), expected, atol=1e-4), "the exported network shares parameters"
 
 
+def check_never_touches_the_test_environment(name: str) -> None:
+    """With the test environment's images and labels replaced by rubbish, training runs on bit-identically."""
+
+    class Poisoned(FullColoredDigits):
+        @classmethod
+        def build(cls, *args: Any, **options: Any) -> Dataset:
+            dataset = super().build(*args, **options)
+            images = dataset[1].images
+            assert isinstance(images, Tensor)
+            images.fill_(torch.nan)
+            dataset[1].labels.fill_(3)
+            return dataset
+
+    def final_record() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            arguments = training.TrainArgs(dataset="FullColoredDigits", algorithm=name, test_envs=[1], steps=12)
+            training.train(replace(arguments, checkpoint_freq=6, output_dir=folder, skip_model_save=True))
+            record = json.loads((Path(folder) / records.RESULTS).read_text().splitlines()[-1])
+        volatile = {*records.VOLATILE_FIELDS, "args"}
+        return {key: value for key, value in record.items() if key not in volatile and not key.startswith("env1_")}
+
+    clean = final_record()
+    with mock.patch.dict(base._datasets, {"FullColoredDigits": Poisoned}):
+        poisoned = final_record()
+    for key, value in clean.items():
+        assert poisoned[key] == value, f"{key} is {poisoned[key]!r} with a poisoned test environment, {value!r} without"
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     check.__name__.removeprefix("check_"): check
     for check in (
@@ -181,6 +216,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
         check_degenerate_batches,
         check_masks,
         check_export,
+        check_never_touches_the_test_environment,
     )
 }
 

@@ -6,6 +6,7 @@ backbone trained with another input scaling converts on its own, so that it also
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import re
 import urllib.error
@@ -22,6 +23,8 @@ from domainbed_sfp.errors import UserError, unknown_name
 
 # Up to this side DomainBed's hand-tuned MNIST network is the automatic choice.
 SMALL_IMAGE_SIDE = 28
+
+BUILT_IN_BACKBONES = ("mnist_cnn", "resnet18", "resnet50", "efficientnet_lite0")
 
 
 # (mean, std) of inputs, a number per channel.
@@ -342,7 +345,9 @@ def _timm_featurizer(
     name = backbone.removeprefix("timm:")
     architecture = name.split(".")[0]
     if architecture not in timm.list_models():
-        raise unknown_name("backbone", name, ["mnist_cnn", "resnet18", "resnet50", *timm.list_models()])
+        # timm knows over a thousand names: only one that is really near helps.
+        near = difflib.get_close_matches(architecture.lower(), timm.list_models(), n=1, cutoff=0.8)
+        raise unknown_name("backbone", architecture, dict.fromkeys([*BUILT_IN_BACKBONES, *near]))
     build: dict[str, Any] = {"num_classes": 0, "in_chans": input_shape[0]}
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:
@@ -360,8 +365,26 @@ def _timm_featurizer(
     scaling: Scaling = (IMAGENET_MEAN, IMAGENET_STD)
     if config is not None and input_shape[0] == 3 and weights != "none":
         scaling = (tuple(config.mean), tuple(config.std))
-    n_outputs: Any = network.num_features
-    return ImageFeaturizer(network, n_outputs, **options, scaling=scaling)
+    return ImageFeaturizer(network, _output_width(network, name, input_shape), **options, scaling=scaling)
+
+
+@torch.no_grad()
+def _output_width(network: nn.Module, name: str, input_shape: tuple[int, ...]) -> int:
+    """The number of features that timm's `name` gives, from one black image: `num_features` is the width in front of
+    the pooling, and some networks widen behind it."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        out = network.eval()(torch.zeros(1, *input_shape))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"timm's {name!r} cannot take images of shape {input_shape}: {reason}") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not isinstance(out, Tensor) or out.dim() != 2:
+        found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"type {type(out).__name__}"
+        raise UserError(f"timm's {name!r} does not give one vector of features an image, but output of {found}")
+    return out.shape[1]
 
 
 def _load_file(network: nn.Module, path: str, name: str, ignore: tuple[str, ...] = ()) -> None:

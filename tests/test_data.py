@@ -240,6 +240,18 @@ def test_a_cache_that_cannot_remember_contents_still_serves_them(tmp_path):
     assert cache.cached_images(paths, root / "a", 16, tmp_path / "c")[0].filename == first.filename
 
 
+@pytest.mark.parametrize("memo", [b"", b"\0" * 64, b"\xff" * 64], ids=["empty", "zeros", "ones"])
+def test_damaged_memos_are_written_anew(tmp_path, memo):
+    root = make_tree(tmp_path / "tree", ["a"])
+    paths = sorted(root.rglob("*.png"))
+    first, _ = cache.cached_images(paths, root / "a", 16, tmp_path / "c")
+    (file,) = (path for path in (tmp_path / "c" / "contents").iterdir() if path.suffix != ".lock")
+    whole = file.read_bytes()
+    file.write_bytes(memo)
+    assert cache.cached_images(paths, root / "a", 16, tmp_path / "c")[0].filename == first.filename
+    assert file.read_bytes() == whole
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
@@ -266,6 +278,7 @@ def test_a_damaged_entry_is_built_anew(tmp_path, file, damage):
     DAMAGES[damage](entry / file)
     again = cache.cached_images(paths, root / "a", 16, tmp_path / "c")
     assert np.array_equal(again[0], images) and np.array_equal(again[1], sizes)
+    assert (again[0].dtype, again[1].dtype) == (np.uint8, np.int32)
     assert folders(tmp_path / "c") == [entry]
 
 

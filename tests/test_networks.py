@@ -183,6 +183,54 @@ def test_timm_names_and_input_scaling():
     assert torch.allclose(scaled, (pixels.float() - 127) / 128, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name, width",
+    [
+        ("mobilenetv3_small_100", 1024),
+        ("ghostnet_100", 1280),
+        ("mobilenetv4_conv_small", 1280),
+        ("efficientvit_b0", 1280),
+        ("resnet10t", 512),
+    ],
+)
+def test_width_of_timm_networks(name, width):
+    pytest.importorskip("timm", reason="timm is not installed")
+    net = featurizer(backbone=name)
+    assert all(module.training for module in net.modules())
+    assert net.n_outputs == width and net.eval()(torch.randn(1, 3, 32, 32)).shape == (1, width)
+
+
+def test_timm_networks_that_give_no_features_are_refused(monkeypatch):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    for network, message in (
+        (nn.Conv2d(3, 4, 3), r"'resnet10t' does not give one vector.*shape \(1, 4, 30, 30\)"),
+        (nn.Conv2d(3, 4, 64), r"'resnet10t' cannot take images of shape \(3, 32, 32\): "),
+    ):
+        monkeypatch.setattr(timm, "create_model", lambda *args, network=network, **kwargs: network)
+        with pytest.raises(UserError, match=message) as caught:
+            featurizer(backbone="resnet10t")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given, hint",
+    [
+        ("nonsense", ""),
+        ("resnet34x.a1_in1k", "; did you mean 'resnet34'?"),
+        ("resnet_50", "; did you mean 'resnet50'?"),
+        ("timm:mobilenetv3_smal_100", "; did you mean 'mobilenetv3_small_100'?"),
+    ],
+)
+def test_unknown_backbones_list_the_built_in_ones(given, hint):
+    pytest.importorskip("timm", reason="timm is not installed")
+    with pytest.raises(UserError) as caught:
+        featurizer(backbone=given)
+    message = str(caught.value)
+    assert f"{hint} (known: mnist_cnn, resnet18, resnet50, efficientnet_lite0" in message
+    assert "did you mean" in message or not hint
+    assert len(message) < 200 and "\n" not in message and message.count(",") <= 4
+
+
 def test_precision_and_memory_format():
     net = featurizer().eval()
     x = torch.randn(2, 3, 32, 32)

@@ -182,6 +182,220 @@ def test_a_network_that_cannot_be_followed_is_refused():
         channel_groups(NoChannels(), nn.Linear(3, 2))
 
 
+class _Net(networks.Featurizer):
+    """Layers by name, and what the features are made of them."""
+
+    def __init__(self, features, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.made = features
+
+    def features(self, x):
+        return self.made(self, x)
+
+
+class _Standardised(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias, padding=self.padding)
+
+
+def _removable(features, head=8, **layers):
+    """The names of the groups of a network, which runs on images of 8 x 8."""
+    net, classifier = _Net(features, **layers), nn.Linear(head, 2)
+    classifier(net(torch.randn(2, 3, 8, 8)))
+    try:
+        return [group.name.removeprefix("featurizer.") for group in channel_groups(net, classifier)]
+    except UserError as error:
+        assert "no channels" in str(error)
+        return []
+
+
+def _conv(inputs=3, outputs=8, kind=nn.Conv2d, **options):
+    return kind(inputs, outputs, 3, padding=1, **options)
+
+
+def _pool(x):
+    return x.mean((2, 3))
+
+
+def test_a_transformed_weight_is_not_prunable():
+    """Zeros in a weight that is standardised on its way are no zeros in the arithmetic."""
+
+    def chain(n, x):
+        return _pool(n.c(n.b(n.a(x))))
+
+    assert _removable(chain, a=_conv(), b=_conv(8), c=_conv(8)) == ["a", "b", "c"]
+    assert _removable(chain, a=_conv(), b=_conv(8, kind=_Standardised), c=_conv(8)) == ["c"]
+    assert _removable(chain, a=_conv(), b=nn.utils.parametrizations.weight_norm(_conv(8)), c=_conv(8)) == ["c"]
+    assert _removable(chain, a=_conv(), b=networks.SameConv2d(8, 8, 3), c=_conv(8)) == ["a", "b", "c"]
+    net = _Net(chain, a=_conv(), b=_conv(8, kind=_Standardised), c=networks.SameConv2d(8, 8, 3))
+    assert list(prunable_weights(net)) == ["a.weight", "c.weight"]
+    with pytest.raises(UserError, match=r"^Sequential has no weights"):
+        prunable_weights(nn.Sequential(_conv(kind=_Standardised), nn.ReLU()))
+
+
+def test_timms_convolutions():
+    pytest.importorskip("timm", reason="timm is not installed")
+    from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
+
+    same, *standardised = [nn.Sequential(kind(3, 4, 3)) for kind in (Conv2dSame, StdConv2d, ScaledStdConv2d)]
+    assert list(prunable_weights(same)) == ["0.weight"]
+    for net in standardised:
+        with pytest.raises(UserError, match="no weights"):
+            prunable_weights(net)
+    featurizer = _featurizer("nf_resnet26")
+    with pytest.raises(UserError, match="no channels"):
+        channel_groups(featurizer, nn.Linear(featurizer.n_outputs, 7))
+
+
+def test_layers_used_twice_stay_whole():
+    assert _removable(lambda n, x: _pool(n.c(n.b(n.b(n.a(x))))), a=_conv(), b=_conv(8), c=_conv(8)) == ["c"]
+    norm = nn.BatchNorm2d(8)
+    assert _removable(lambda n, x: _pool(n.c(n.n(n.b(n.n(n.a(x)))))), a=_conv(), b=_conv(8), c=_conv(8), n=norm) == [
+        "c"
+    ]
+    tied = _conv(8)
+    tied.weight = (first := _conv(8)).weight
+    assert _removable(lambda n, x: _pool(n.c(n.t(n.b(n.a(x))))), a=_conv(), b=first, t=tied, c=_conv(8)) == ["c"]
+    relu = nn.ReLU()  # owns nothing: may be used often
+    assert _removable(lambda n, x: _pool(n.r(n.b(n.r(n.a(x))))), a=_conv(), b=_conv(8), r=relu) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "join",
+    [lambda x, y: x * y, lambda x, y: y * x, lambda x, y: x + y, torch.mul, lambda x, y: x.mul(y)],
+)
+def test_broadcast_operands_stay_whole(join):
+    def gated(n, x):
+        y = n.a(x)
+        return _pool(n.c(join(y, n.gate(y))))
+
+    assert _removable(gated, a=_conv(), gate=_conv(8, 1), c=_conv(8)) == ["c"]
+
+
+def test_products_with_as_many_channels_are_followed():
+    def gated(n, x):
+        y = n.a(x)
+        return _pool(n.c(y * torch.sigmoid(n.gate(y.mean((2, 3), keepdim=True)))))
+
+    assert _removable(gated, a=_conv(), gate=nn.Conv2d(8, 8, 1), c=_conv(8)) == ["a", "c"]
+
+
+@pytest.mark.parametrize("shape, followed", [((8, 1, 1), True), ((1,), True), ((1, 8, 1, 1), True), ((1, 1, 1, 1, 1), False)])  # fmt: skip
+def test_products_with_parameters(shape, followed):
+    """A parameter may scale channels, but not spread a channel over others or move it."""
+    scale = nn.Parameter(torch.ones(shape))
+    ends = _pool if len(shape) < 5 else lambda x: x[0].mean((2, 3))
+    layers = {"a": _conv(), "b": _conv(8), "scale": scale}
+    assert _removable(lambda n, x: ends(n.b(n.a(x)) * n.scale), **layers) == (["a", "b"] if followed else ["a"])
+    one = {"a": _conv(3, 1), "b": _conv(8), "scale": nn.Parameter(torch.ones(8, 1, 1))}
+    assert _removable(lambda n, x: _pool(n.b(n.a(x) * n.scale)), **one) == ["b"]
+
+
+# What follows a convolution of 8 channels on maps of 8 x 8, the features that come out, and whether the channels can be
+# told apart in them.
+ENDS = {
+    "mean": (lambda x: x.mean((2, 3)), 8, True),
+    "mean by name": (lambda x: torch.mean(x, dim=[-1, -2], keepdim=True).flatten(1), 8, True),
+    "mean twice": (lambda x: x.mean(3).mean(2), 8, True),
+    "mean over channels": (lambda x: x.mean((1, 2)), 8, False),
+    "mean over channels, from behind": (lambda x: x.mean((-3, -1)), 8, False),
+    "mean, then over channels": (lambda x: x.mean(3).mean(1), 8, False),
+    "flatten": (lambda x: torch.flatten(x, 1), 512, True),
+    "flatten by name": (lambda x: x.flatten(start_dim=1), 512, True),
+    "flatten the map": (lambda x: x.flatten(2).mean(2), 8, True),
+    "flatten the batch": (lambda x: torch.flatten(x, 0, 1).mean((1, 2))[:2, None].expand(2, 8), 8, False),
+    "view": (lambda x: x.view(x.size(0), -1), 512, True),
+    "reshape": (lambda x: x.reshape(x.shape[0], -1), 512, True),
+    "reshape to a tuple": (lambda x: torch.reshape(x, (x.size()[0], -1)), 512, True),
+    "view of numbers": (lambda x: x.view(2, -1), 512, False),
+    "view that splits channels": (lambda x: x.view(x.size(0), 64, -1).mean(2), 64, False),
+    "view of another size": (lambda x: x.reshape(x.shape[2] // 4, -1), 512, False),
+    "squeeze": (lambda x: F.adaptive_avg_pool2d(x, 1).squeeze(-1).squeeze(-1), 8, True),
+    "squeeze anything": (lambda x: F.adaptive_avg_pool2d(x, 1).squeeze(), 8, False),
+    "squeeze channels": (lambda x: x.squeeze(1).mean((2, 3)), 8, False),
+    "permute the map": (lambda x: x.permute(0, 1, 3, 2).mean((2, 3)), 8, True),
+    "permute channels": (lambda x: x.permute(0, 2, 1, 3).mean((2, 3)), 8, False),
+    "transposed map": (lambda x: x.permute(0, 2, 3, 1).flatten(1), 512, False),
+    "pad the map": (lambda x: F.pad(x, (1, 1, 1, 1)).mean((2, 3)), 8, True),
+    "pad channels": (lambda x: F.pad(x, (0, 0, 0, 0, 8, 0)).mean((2, 3)), 16, False),
+    "softmax": (lambda x: F.softmax(x, 1).mean((2, 3)), 8, False),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_dimensions_that_move(end):
+    features, width, followed = ENDS[end]
+    found = _removable(lambda n, x: features(n.b(n.a(x))), head=width, a=_conv(), b=_conv(8))
+    assert found == (["a", "b"] if followed else ["a"])
+
+
+@pytest.mark.parametrize(
+    "module, width",
+    [
+        (nn.Softmax(1), 8),
+        (nn.LogSoftmax(1), 8),
+        (nn.Softmax2d(), 8),
+        (nn.GLU(1), 4),
+        (nn.Flatten(0, 1), 8),
+        (nn.BatchNorm2d(8, affine=False), 8),
+    ],
+)
+def test_modules_that_keep_channels_whole(module, width):
+    def features(n, x):
+        out = n.m(n.b(n.a(x)))
+        return out.mean((2, 3)) if width == 4 or not isinstance(n.m, nn.Flatten) else out[:2, 0]
+
+    assert _removable(features, head=width, a=_conv(), b=_conv(8), m=module) == ["a"]
+
+
+def test_attention_and_tokens():
+    def attended(n, x):
+        tokens = n.fc2(F.gelu(n.fc1(n.patch(x).flatten(2).transpose(1, 2))))
+        return n.attention(tokens, tokens, tokens)[0].mean(1)
+
+    layers = {"patch": nn.Conv2d(3, 8, 4, 4), "fc1": nn.Linear(8, 16), "fc2": nn.Linear(16, 8)}
+    # Between the two linear layers channels come last, whatever the tensor's other dimensions are.
+    assert _removable(attended, **layers, attention=nn.MultiheadAttention(8, 2, batch_first=True)) == ["fc1"]
+
+
+def test_layers_that_do_not_fit_what_they_read_keep_it_whole():
+    # a linear layer along the rows of a map reads no channels, though the numbers agree
+    assert _removable(lambda n, x: _pool(n.fc(n.a(x))), a=_conv(), fc=nn.Linear(8, 8)) == []
+    # a normalization of flattened maps has a weight for every number, not for every channel
+    norm = nn.BatchNorm1d(512)
+    assert _removable(lambda n, x: n.n(n.b(n.a(x)).flatten(1)), head=512, a=_conv(), b=_conv(8), n=norm) == ["a"]
+    tokens = nn.BatchNorm1d(64)  # tokens in the place of channels
+    assert _removable(
+        lambda n, x: n.fc2(n.n(n.fc1(n.a(x).flatten(2).transpose(1, 2)))).mean(1), a=_conv(), n=tokens,
+        fc1=nn.Linear(8, 64), fc2=nn.Linear(64, 8),
+    ) == []  # fmt: skip
+
+
+def test_outputs_that_are_several_tensors_stay_whole():
+    class Pair(networks.Featurizer):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = _conv(), _conv(8), _conv(8)
+
+        def features(self, x):
+            x = self.b(self.a(x))
+            return _pool(x), _pool(self.c(x))
+
+    assert [group.name for group in channel_groups(Pair(), nn.Linear(8, 2))] == ["featurizer.a"]
+
+
+def test_the_classifiers_first_linear_layer_reads_the_features():
+    net = _Net(lambda n, x: _pool(n.n(n.a(x))), a=_conv(), n=nn.GroupNorm(2, 8))
+    (group,) = channel_groups(net, nn.Sequential(nn.ReLU(), nn.Linear(8, 2)))
+    assert group.vectors == ("featurizer.a.bias", "featurizer.n.weight", "featurizer.n.bias")
+    assert group.readers == ("classifier.1.weight",)
+    for classifier in (nn.Identity(), nn.Linear(12, 2)):  # none, or of something else
+        with pytest.raises(UserError, match="no channels"):
+            channel_groups(net, classifier)
+
+
 def test_costs_by_hand():
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(4 * 16, 2))
     positions = count_positions(net, (3, 4, 4))
@@ -207,6 +421,59 @@ def test_macs_agree_with_torchs_counter(backbone):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         featurizer(torch.zeros(1, 3, 32, 32))
     assert 2 * ours == counter.get_total_flops()  # torch counts a multiply-accumulate as two
+
+
+class _Attention(nn.Module):
+    """A ViT's block on 16 tokens: its linear layers work on every token."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.qkv, self.out = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 24), nn.Linear(8, 8, bias=False)
+        self.up, self.down, self.head = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + self.out((q @ k.transpose(1, 2)).softmax(-1) @ v)
+        return self.head((x + self.down(F.gelu(self.up(x))))[:, 0])
+
+
+class _ConvNeXt(nn.Module):
+    """A ConvNeXt's block: its linear layers work on maps with channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.up, self.down, self.head = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.down(F.gelu(self.up(self.depthwise(x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+        return self.head(x.mean((2, 3)))
+
+
+class _Windows(nn.Module):
+    """Halves of an image as a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.stem(torch.cat(x.chunk(2, 2))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [_Attention, _ConvNeXt, _Windows])
+def test_macs_of_linear_layers_on_maps_and_tokens(kind):
+    net = kind().eval()
+    parameters = dict(net.named_parameters())
+    ours = sum(parameters[name].numel() * used for name, used in count_positions(net, (3, 8, 8)).items())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(1, 3, 8, 8))
+    counted = counter.get_flop_counts()["Global"]
+    # Attention's own products (bmm) multiply no weights.
+    layers = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
+    assert 2 * ours == sum(flops for operation, flops in counted.items() if operation in layers)
 
 
 def test_prunable_weights():

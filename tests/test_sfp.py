@@ -216,8 +216,9 @@ def test_no_contrast_anywhere_is_an_error():
 def test_contract_of_ablations(overrides, monkeypatch):
     plain = contract.make
     monkeypatch.setattr(contract, "make", lambda name, **options: plain(name, overrides=overrides, **options))
-    for check in contract.CHECKS.values():
-        check("SFP")
+    for title, check in contract.CHECKS.items():
+        if title != "never_touches_the_test_environment":  # a whole run, which knows no overrides
+            check("SFP")
 
 
 def test_sfp_finds_the_colour(tmp_path):

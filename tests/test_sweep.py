@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from test_training import assert_one_line_error
+from test_training import assert_one_line_error, make_tree
 
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.sweep.jobs import SweepDirectory
@@ -251,6 +251,19 @@ def test_a_damaged_manifest_is_named(main, tmp_path, spec_file, text):
     (tmp_path / "out" / "sweep.json").write_text(text)
     failed = main("sweep", "launch", spec_file, "--output_dir", "out", check=False)
     assert_one_line_error(failed, "out/sweep.json", "remove it")
+
+
+def test_a_sweep_over_a_folder_is_a_sweep_over_its_images(main, tmp_path):
+    for name, n in (("one", 8), ("two", 9)):
+        make_tree(tmp_path / name, n=n)
+    spec = tmp_path / "folder.yaml"
+    spec.write_text(
+        "{datasets: [Folder], algorithms: [ERM], test_envs: [[0]], n_hparams: 1, n_trials: 1, steps: 2, "
+        "hparams: {image_size: 16, backbone: mnist_cnn, batch_size: 4}}"
+    )
+    main("sweep", "launch", spec, "--data_dir", "one", "--output_dir", "out", "--command_launcher", "dummy")
+    other = main("sweep", "launch", spec, "--data_dir", "two", "--output_dir", "out", check=False)
+    assert_one_line_error(other, "holds another sweep", "data of Folder")
 
 
 def test_numbers_in_a_spec_are_numbers(spec_file):

@@ -320,6 +320,20 @@ def test_a_users_own_folder(main, tmp_path):
     assert read(tmp_path / "run")[-1]["environments"] == ["a", "b", "c"]
 
 
+def test_a_run_on_other_images_is_not_continued(main, tmp_path, monkeypatch):
+    """`Folder` is whatever a user has: a checkpoint made on one folder must not go on with another."""
+    from domainbed_sfp import training
+
+    make_tree(tmp_path / "tree")
+    make_tree(tmp_path / "other", n=9)
+    monkeypatch.setattr(training._Run, "_save_model", lambda self, name: 1 / 0)  # dies with its last checkpoint saved
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        main(*[part for part in FOLDER_RUN if part != "--skip_model_save"])
+    other = ["other" if part == "tree" else part for part in FOLDER_RUN if part != "--skip_model_save"]
+    assert_one_line_error(main(*other, check=False), "on other images", "'other'", "--output_dir")
+
+
 def test_a_corrupt_image_is_named(main, tmp_path):
     make_tree(tmp_path / "tree")
     damaged = tmp_path / "tree" / "b" / "dog" / "3.png"

@@ -21,7 +21,6 @@ _SMALL_SIDE = 28
 # Data sets of such images, for records that do not tell their input's shape.
 _MNIST_LIKE = (*SMALL_IMAGES, "FullColoredMNIST", "ColoredDigits", "RotatedDigits", "FullColoredDigits")
 
-
 # DomainBed's defaults of the hparams among the conditions. A record that does not have them was made with these.
 _USUAL = {"data_augmentation": True, "class_balanced": False, "nonlinear_classifier": False}
 

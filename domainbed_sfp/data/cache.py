@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Sequence
@@ -82,9 +83,8 @@ def _content_key(paths: Sequence[Path], stats: Sequence[os.stat_result], root: P
     for path, status in zip(paths, stats):
         seen.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     memo = cache / "contents" / seen.hexdigest()[:32]
-    if memo.is_file() and len(recalled := memo.read_text()) == 64:
-        content = recalled
-    else:
+    content = _recalled(memo)
+    if content is None:
         total = hashlib.sha256()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for path, digest in zip(paths, pool.map(_file_digest, paths)):
@@ -96,6 +96,15 @@ def _content_key(paths: Sequence[Path], stats: Sequence[os.stat_result], root: P
             with _lock(memo.parent / "write.lock"):
                 write_atomically(memo, content)
     return hashlib.sha256(json.dumps([FORMAT, content, size]).encode()).hexdigest()[:32]
+
+
+def _recalled(memo: Path) -> str | None:
+    """The hash in a memo file, or None where there is no whole one that this user may read."""
+    try:
+        text = memo.read_bytes().decode("ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if re.fullmatch("[0-9a-f]{64}", text) else None
 
 
 def _stat(path: Path) -> os.stat_result:
@@ -115,7 +124,7 @@ def _file_digest(path: Path) -> bytes:
 def _unreadable(path: Path, error: OSError) -> UserError:
     target = f", a link to {os.readlink(path)!r}," if path.is_symlink() else ""
     return UserError(
-        f"image {str(path)!r}{target} cannot be read ({error.strerror or error}); replace the file or remove it"
+        f"image {str(path)!r}{target} cannot be read ({error.strerror or error}); make it readable or remove it"
     )
 
 

@@ -34,7 +34,9 @@ def count_positions(
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
 
             def count(module: nn.Module, inputs: object, output: Tensor, name: str = name) -> None:
-                used = output.shape[-2] * output.shape[-1] if isinstance(module, nn.Conv2d) else 1
+                # Linear layers write along the last dimension, whether behind tokens, rows and columns, or nothing.
+                # All others count, the first too: the batch is one image, or its windows.
+                used = output.numel() // output.shape[-3 if isinstance(module, nn.Conv2d) else -1]
                 positions[f"{name}.weight"] = positions.get(f"{name}.weight", 0) + used
 
             handles.append(layer.register_forward_hook(count))

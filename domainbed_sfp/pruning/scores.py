@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_sfp.pruning.structure import ChannelGroup
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.pruning.structure import ChannelGroup, uses_weight_as_is
 
 # By parameter name (one score a weight) or by channel group (one score a channel).
 Scores = dict[str, Tensor]
@@ -97,9 +98,22 @@ def random_like(shapes: Mapping[str, torch.Size], device: torch.device) -> Score
 
 
 def prunable_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The weights that unstructured pruning may remove: of convolutions and linear layers, by parameter name."""
-    return {
+    """The weights that unstructured pruning may remove: of convolutions and linear layers, by parameter name.
+
+    Layers that transform their weight before they use it are left out (see `uses_weight_as_is`).
+
+    Raises:
+        UserError: if there are none.
+    """
+    weights = {
         f"{name}.weight" if name else "weight": layer.weight
         for name, layer in module.named_modules()
-        if isinstance(layer, (nn.Conv2d, nn.Linear))
+        if uses_weight_as_is(layer)
     }
+    if not weights:
+        network = type(getattr(module, "network", module)).__name__
+        raise UserError(
+            f"{network} has no weights that pruning could remove: no convolution or linear layer uses its weight as it "
+            "is; choose another backbone"
+        )
+    return weights

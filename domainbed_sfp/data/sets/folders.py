@@ -6,6 +6,7 @@ Folders of environments and classes whose names begin with a dot are skipped: th
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -176,6 +177,17 @@ class DomainNet(ImageFolders):
 @dataset("Folder")
 class Folder(ImageFolders):
     """A user's own `<data_dir>/<environment>/<class>/*`; environments are named by their folders."""
+
+    @classmethod
+    def data_digest(cls, data_dir: str | None) -> str | None:
+        """Of the names and sizes of all images: this name stands for whatever a user has."""
+        root, digest = cls.root(data_dir), hashlib.sha256()
+        for folder in cls.environment_folders(root):
+            for paths in _files_by_class(folder).values():
+                for path in paths:
+                    size = path.stat().st_size if path.exists() else -1  # a broken link is told of when it is read
+                    digest.update(f"{path.relative_to(root).as_posix()}\0{size}\n".encode())
+        return digest.hexdigest()[:16]
 
     @classmethod
     def environment_names(cls, data_dir: str | None = None) -> list[str]:
