@@ -100,7 +100,7 @@ def common_hparams(small_images: bool) -> dict[str, Hparam]:
             "weight_decay": (0.0, lambda r: 10 ** r.uniform(-6, -2)),
             "batch_size": (32, lambda r: int(2 ** r.uniform(3, 5.5))),
         }
-    table["lr"] = Hparam(*draws["lr"], doc="Adam's learning rate", valid=POSITIVE)
+    table["lr"] = Hparam(*draws["lr"], doc="Adam's learning rate", valid=NOT_NEGATIVE)
     table["weight_decay"] = Hparam(*draws["weight_decay"], doc="Adam's weight decay", valid=NOT_NEGATIVE)
     table["batch_size"] = Hparam(*draws["batch_size"], doc="samples per environment", valid=AT_LEAST_ONE)
     return table

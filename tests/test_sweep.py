@@ -216,7 +216,7 @@ def test_a_sweep_may_grow_but_not_change_its_protocol(cli, tmp_path, spec_file):
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\ntask: foo", ("--task", "'foo'")),
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nprecision: foo", ("--precision", "'foo'")),
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nholdout_fraction: 5", ("--holdout_fraction", "(0, 1)", "5")),
-        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nhparams: {lr: -1}", ("'lr'", "above 0")),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nhparams: {lr: -1}", ("'lr'", "at least 0")),
         ("datasets: [PACS]\nalgorithms: [ERM]", ("--data_dir",)),
     ],
 )  # fmt: skip

@@ -246,7 +246,7 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
         (("--dataset", "RotatedMNIST", "--data_dir", "nowhere"), ("train-images-idx3-ubyte", "download MNIST")),
         (("--device", "cuda:99"), ("--device", "0 CUDA devices")),
         (("--device", "mps"), ("--device", "auto, cpu")),
-        (("--hparams", '{"lr": -1}'), ("'lr'", "above 0", "-1")),
+        (("--hparams", '{"lr": -1}'), ("'lr'", "at least 0", "-1")),
         (("--hparams", '{"lr": NaN}'), ("'lr'", "a number", "nan")),
         (("--hparams", '{"batch_size": 0}'), ("'batch_size'", "at least 1", "0")),
         (("--hparams", '{"weight_decay": -1}'), ("'weight_decay'", "at least 0")),
