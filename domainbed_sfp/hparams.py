@@ -84,7 +84,9 @@ def common_hparams(small_images: bool) -> dict[str, Hparam]:
         "class_balanced": Hparam(False, doc="draw classes equally often within an environment"),
         "nonlinear_classifier": Hparam(False, lambda r: bool(r.choice([False, False])), "3-layer classifier"),
         "image_size": Hparam(224, doc="side of the square input of image-folder sets, pixels", valid=AT_LEAST_ONE),
-        "backbone": Hparam("auto", doc="auto, mnist_cnn, resnet18, resnet50, efficientnet_lite0 or a timm name"),
+        "backbone": Hparam(
+            "auto", doc="auto, mnist_cnn, mnist_cnn_bn, resnet18, resnet50, efficientnet_lite0, or a timm name"
+        ),
         "weights": Hparam("imagenet", doc="imagenet, none, or a file (.pth or .safetensors)"),
     }
     draws: dict[str, tuple[Any, Sampler]]

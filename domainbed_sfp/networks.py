@@ -24,7 +24,7 @@ from domainbed_sfp.errors import UserError, unknown_name
 # Up to this side DomainBed's hand-tuned MNIST network is the automatic choice.
 SMALL_IMAGE_SIDE = 28
 
-BUILT_IN_BACKBONES = ("mnist_cnn", "resnet18", "resnet50", "efficientnet_lite0")
+BUILT_IN_BACKBONES = ("mnist_cnn", "mnist_cnn_bn", "resnet18", "resnet50", "efficientnet_lite0")
 
 
 # (mean, std) of inputs, a number per channel.
@@ -58,21 +58,23 @@ class Featurizer(nn.Module):
 class MNIST_CNN(Featurizer):
     """DomainBed's network for MNIST-sized images: four 3x3 convolutions with GroupNorm, global pooling.
 
-    Module names are DomainBed's, so that its state dicts load.
+    Module names are DomainBed's, so that its state dicts load. `batch_norm` puts BatchNorm in GroupNorm's place: there a
+    channel can be taken out without moving its neighbours.
     """
 
     n_outputs = 128
 
-    def __init__(self, input_shape: tuple[int, ...]) -> None:
+    def __init__(self, input_shape: tuple[int, ...], batch_norm: bool = False) -> None:
         super().__init__()
+
+        def norm(channels: int) -> nn.Module:
+            return nn.BatchNorm2d(channels) if batch_norm else nn.GroupNorm(8, channels)
+
         self.conv1 = nn.Conv2d(input_shape[0], 64, 3, padding=1)
         self.conv2 = nn.Conv2d(64, 128, 3, stride=2, padding=1)
         self.conv3 = nn.Conv2d(128, 128, 3, padding=1)
         self.conv4 = nn.Conv2d(128, 128, 3, padding=1)
-        self.bn0 = nn.GroupNorm(8, 64)
-        self.bn1 = nn.GroupNorm(8, 128)
-        self.bn2 = nn.GroupNorm(8, 128)
-        self.bn3 = nn.GroupNorm(8, 128)
+        self.bn0, self.bn1, self.bn2, self.bn3 = norm(64), norm(128), norm(128), norm(128)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
 
     def features(self, x: Tensor) -> Tensor:
@@ -226,10 +228,10 @@ def make_featurizer(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) ->
     weights = hparams.get("weights", "imagenet")
     if backbone == "auto":
         backbone = _automatic_backbone(input_shape, hparams)
-    if backbone == "mnist_cnn":
-        featurizer: Featurizer = MNIST_CNN(input_shape)
+    if backbone in ("mnist_cnn", "mnist_cnn_bn"):
+        featurizer: Featurizer = MNIST_CNN(input_shape, batch_norm=backbone == "mnist_cnn_bn")
         if weights not in ("imagenet", "none"):
-            _load_file(featurizer, weights, "mnist_cnn")
+            _load_file(featurizer, weights, backbone)
         return featurizer
     options = {"freeze_bn": hparams["freeze_bn"], "dropout": hparams["resnet_dropout"]}
     if backbone in ("resnet18", "resnet50"):
@@ -338,7 +340,7 @@ def _timm_featurizer(
     if importlib.util.find_spec("timm") is None:
         raise UserError(
             f"backbone {backbone!r} comes from timm, which is not installed: pip install 'domainbed_sfp[timm]'; "
-            "without it choose mnist_cnn, resnet18, resnet50 or efficientnet_lite0"
+            f"without it choose {', '.join(BUILT_IN_BACKBONES)}"
         )
     import timm
 

@@ -99,7 +99,7 @@ def test_damaged_and_missing_mnist_files_are_named(tmp_path):
         digits.read_mnist(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["ColoredDigits", "FullColoredDigits", "RotatedDigits"])
+@pytest.mark.parametrize("name", ["ColoredDigits", "FullColoredDigits", "RotatedDigits", "TexturedDigits"])
 def test_embedded_sets_need_no_files(name):
     dataset = get_dataset_class(name).build(None, {}, 0, None)
     assert sum(len(env) for env in dataset.environments) == 1797
@@ -124,6 +124,32 @@ def test_colours_agree_as_often_as_they_should():
                                                       torch.zeros(20_000, dtype=torch.long), 0.1, torch.Generator().manual_seed(0))  # fmt: skip
     colors = torch.cdist(env[0][:, :, 0, 0], digits.PALETTE).argmin(1)
     assert torch.bincount(colors).float() / 20_000 == pytest.approx(torch.full((10,), 0.1), abs=0.01)
+
+
+def test_stripes_are_told_apart_by_direction_and_frequency():
+    """The strongest wave of each pattern, by Fourier transform, and its independence of the phase."""
+    found = []
+    for texture in range(10):
+        pattern = digits.stripes(torch.full((2,), texture), torch.tensor([0.0, 0.3]), 64)
+        assert pattern.min() >= 0 and pattern.max() <= 1 and not torch.allclose(pattern[0], pattern[1])
+        spectrum = torch.fft.rfft2(pattern - pattern.mean((1, 2), keepdim=True)).abs().flatten(1).argmax(1)
+        assert spectrum[0] == spectrum[1]
+        found.append(int(spectrum[0]))
+    assert len(set(found)) == 10
+
+
+def test_textures_agree_as_often_as_they_should():
+    dataset = get_dataset_class("TexturedDigits").build(None, {}, 0, None)
+    assert dataset.input_shape == (1, 16, 16)
+    patterns = digits.stripes(torch.arange(10).repeat_interleave(32), torch.arange(32).repeat(10) / 32, 16) - 0.5
+    for env, agreement in zip(dataset.environments, [0.98, 0.95, 0.1]):
+        assert env.aligned.float().mean().item() == pytest.approx(agreement, abs=0.03)
+        # Where no ink is, the image is the pattern: the best match over phases is the sample's texture.
+        x = env.images[:, 0]
+        ink = x > 0.46
+        score = torch.einsum("nhw,phw->np", torch.where(ink, 0.0, x - 0.225), patterns).view(len(x), 10, 32).amax(2)
+        agrees = score.argmax(1) == env.labels
+        assert (agrees == env.aligned).float().mean() > 0.9
 
 
 def test_evaluation_images_equal_torchvisions(tmp_path):

@@ -509,7 +509,7 @@ def test_every_accepted_name_stays_below_the_folder(name):
     except archives.ArchiveError:
         return
     if path is not None:
-        assert os.path.normpath(f"/root/{path}").startswith("/root/")
+        assert os.path.normpath(f"/base/{path}").startswith("/base/")
 
 
 def test_damaged_archives_leave_nothing_behind(small_pacs, tmp_path):

@@ -22,7 +22,8 @@ def featurizer(shape=(3, 32, 32), **overrides):
 
 
 @pytest.mark.parametrize(
-    "name, outputs", [("resnet18", 512), ("resnet50", 2048), ("efficientnet_lite0", 1280), ("mnist_cnn", 128)]
+    "name, outputs",
+    [("resnet18", 512), ("resnet50", 2048), ("efficientnet_lite0", 1280), ("mnist_cnn", 128), ("mnist_cnn_bn", 128)],
 )
 def test_shapes(name, outputs):
     net = featurizer(backbone=name).eval()

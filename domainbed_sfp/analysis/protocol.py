@@ -168,6 +168,8 @@ def backbone_of(run: Run) -> str:
     """
     hparams = run.hparams
     backbone = hparams.get("backbone", "auto")
+    if backbone == "mnist_cnn_bn":
+        return "MNIST_CNN (BatchNorm)"
     if backbone == "mnist_cnn" or (backbone == "auto" and _has_small_images(run)):
         return "MNIST_CNN"
     if backbone == "auto":
@@ -192,7 +194,7 @@ def weights_of(run: Run) -> str:
     """What training began from: "imagenet", "none", or the name of a file."""
     weights = PurePath(str(run.hparams.get("weights", "imagenet"))).name
     # There are none of ImageNet for it: unless a file is named, it begins at random.
-    return "none" if weights == "imagenet" and backbone_of(run) == "MNIST_CNN" else weights
+    return "none" if weights == "imagenet" and backbone_of(run).startswith("MNIST_CNN") else weights
 
 
 def _has_small_images(run: Run) -> bool:
