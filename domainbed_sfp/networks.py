@@ -58,8 +58,8 @@ class Featurizer(nn.Module):
 class MNIST_CNN(Featurizer):
     """DomainBed's network for MNIST-sized images: four 3x3 convolutions with GroupNorm, global pooling.
 
-    Module names are DomainBed's, so that its state dicts load. `batch_norm` puts BatchNorm in GroupNorm's place: there a
-    channel can be taken out without moving its neighbours.
+    Module names are DomainBed's, so that its state dicts load. `batch_norm` puts BatchNorm in GroupNorm's place: there
+    a channel can be taken out without moving its neighbours.
     """
 
     n_outputs = 128
