@@ -15,6 +15,7 @@ from filelock import FileLock
 from test_training import assert_one_line_error, make_tree
 
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.sweep import launchers
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs, read_spec, shipped_specs
 
@@ -288,3 +289,21 @@ def test_shipped_specs_are_valid():
     assert counts["paper"] == 3 * 10 * 20 * 3 * len(paper.algorithms)
     with pytest.raises(UserError, match="neither a file"):
         read_spec("nothing")
+
+
+def test_jobs_share_threads_and_gpus(monkeypatch):
+    monkeypatch.setattr(launchers, "usable_cores", lambda: 16)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    seen = [launchers.job_environment(slot, 4, ["3", "7"]) for slot in range(4)]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in seen] == ["3", "7", "3", "7"]
+    assert {environment["OMP_NUM_THREADS"] for environment in seen} == {"4"}
+    assert "CUDA_VISIBLE_DEVICES" not in launchers.job_environment(0, 1, [])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert launchers.job_environment(0, 4, [])["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    assert launchers.visible_gpus() == ["5", "6"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert launchers.visible_gpus() == []
+    with pytest.raises(UserError, match="no GPU is visible"):
+        launchers.launch_multi_gpu([], SweepDirectory("nowhere"), 1)
