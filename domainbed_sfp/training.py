@@ -267,7 +267,8 @@ class _Run:
                 with self.stop.postponed():
                     self._update()
                     self.update_is_done = True
-            if self.step % self.checkpoint_freq == 0 or self.step == self.n_steps - 1:
+            is_recorded = bool(self.records) and self.records[-1]["step"] == self.step
+            if self._is_checkpoint(self.step) and not is_recorded:
                 self._record()
                 last_line = time.monotonic()
             elif time.monotonic() - last_line > (TERMINAL_INTERVAL if sys.stderr.isatty() else LOG_INTERVAL):
@@ -276,7 +277,7 @@ class _Run:
             with self.stop.postponed():
                 self.step += 1
                 self.update_is_done = False
-                if self._checkpoint_is_due():
+                if self._is_checkpoint(self.step - 1):
                     self._save_checkpoint()
 
     def _update(self) -> None:
@@ -355,9 +356,9 @@ class _Run:
         finally:
             loader.close()
 
-    def _checkpoint_is_due(self) -> bool:
-        done = self.step - 1
-        return done % self.checkpoint_freq == 0 or done == self.n_steps - 1
+    def _is_checkpoint(self, step: int) -> bool:
+        """Whether `step` is one after which the model is evaluated and saved."""
+        return step % self.checkpoint_freq == 0 or step == self.n_steps - 1
 
     def _save_checkpoint(self) -> None:
         """Makes the checkpoint, which holds the records too, and then results.jsonl from it: whatever moment a run
@@ -371,7 +372,7 @@ class _Run:
         }
         checkpoints.save_checkpoint(self.output_dir / CHECKPOINT, self.algorithm, state)
         records.write_records(self.output_dir / records.RESULTS, self.records)
-        if self.args.save_model_every_checkpoint and self._checkpoint_is_due():
+        if self.args.save_model_every_checkpoint and not self.update_is_done and self._is_checkpoint(self.step - 1):
             self._save_model(f"model_step{self.step - 1}.pkl")
 
     def _resume(self) -> None:

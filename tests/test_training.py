@@ -136,25 +136,28 @@ def test_sigterm_during_preparation_stops_at_once(tmp_path):
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors, errors
 
 
-def test_interrupted_evaluation_is_made_up_for(cli, tmp_path, monkeypatch):
-    """A stop that comes while a record's accuracies are computed: the update before it counts, and is not done twice."""
+@pytest.mark.parametrize("moment", ["evaluate", "_print_row", "_update", "_save_checkpoint"])
+def test_a_stop_at_any_moment_loses_and_repeats_nothing(tmp_path, monkeypatch, moment):
+    """SIGTERM while a step is computed, evaluated, recorded or saved: the records end as those of an undisturbed run."""
     from domainbed_sfp import training
 
     arguments = {"dataset": "FullColoredDigits", "algorithm": "Magnitude", "test_envs": [2], "checkpoint_freq": 5,
                  "steps": 11, "skip_model_save": True}  # fmt: skip
     training.train(training.TrainArgs(**arguments, output_dir=str(tmp_path / "whole")))
-    evaluate, calls = training.evaluate, []
+    place = training if moment == "evaluate" else training._Run
+    plain, calls = getattr(place, moment), []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args)
+        return plain(*args)
 
-    monkeypatch.setattr(training, "evaluate", interrupted)
-    with pytest.raises(training.Interrupted, match="stopped at step 5 of 11"):
-        training.train(training.TrainArgs(**arguments, output_dir=str(tmp_path / "broken")))
-    assert [record["step"] for record in read(tmp_path / "broken")] == [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, moment, interrupted)
+        with pytest.raises(training.Interrupted, match="of 11; the same command continues"):
+            training.train(training.TrainArgs(**arguments, output_dir=str(tmp_path / "broken")))
+    assert (tmp_path / "broken" / "checkpoint.safetensors").exists()
     training.train(training.TrainArgs(**arguments, output_dir=str(tmp_path / "broken")))
     assert stable(tmp_path / "broken") == stable(tmp_path / "whole")
 
