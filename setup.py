@@ -67,6 +67,7 @@ setup(
         "rich>=13.0",
         "safetensors>=0.4",
         "scikit-learn>=1.3",
+        "scipy>=1.9",
         "torch>=2.4",
         "torchvision>=0.19",
     ],

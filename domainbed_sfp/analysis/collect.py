@@ -1,4 +1,4 @@
-"""The command `collect`: a directory of runs in, tables out."""
+"""The command `collect`: a directory of runs in, tables or comparisons out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ..errors import UserError, unknown_name
 from ..records import load_records, write_atomically
+from .comparison import BEST, compare
+from .comparison_formats import COMPARISON_FORMATS
 from .data_formats import csv_text, json_text
 from .domainbed_format import domainbed_text
 from .html_page import html_text
@@ -57,6 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="add published rows made under the same protocol (default FILE: the package's published.csv)",
     )
     parser.add_argument("--output", metavar="FILE", help="write to FILE instead of the standard output")
+    compared = parser.add_argument_group("statistics, in place of the tables")
+    compared.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="ROW",
+        help="test the first row, named as the tables name it, against the others, or against every row if it is "
+        f"alone; '{BEST}' is the best other pruning row of equal sparsity",
+    )
+    compared.add_argument(
+        "--exclude", nargs="+", metavar="ROW", help=f"rows or algorithms that '{BEST}' and 'every row' leave out"
+    )
     top = parser.add_argument_group("the hparams behind a cell, as DomainBed's list_top_hparams prints them")
     top.add_argument("--top_hparams", action="store_true", help="list hparams by validation accuracy")
     top.add_argument("--dataset", metavar="D")
@@ -66,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints or writes the tables; returns the exit status. Raises UserError for bad input."""
+    _check_top_hparams(args)
+    _check_modes(args)
     text = _text(args)
     if args.output is None:
         sys.stdout.write(text)
@@ -78,21 +93,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(args: argparse.Namespace) -> str:
-    _check_top_hparams(args)
     chosen = _format(args)
     if args.top_hparams:
         runs = load_records(args.input_dir, warn=_warn, directory_order=True)
         return top_hparams_text(runs, args.dataset, args.algorithm, args.test_env)
     if chosen == _DOMAINBED:
         return _compatible_text(args)
-    rules = _rules(args.selection)
+    report = _report(args, _rules(args.selection))
+    if args.compare is None:
+        return _FORMATS[chosen](report)
+    return COMPARISON_FORMATS[chosen](compare(report, args.compare, args.exclude or ()))
+
+
+def _report(args: argparse.Namespace, rules: list[Rule]) -> Report:
     published = None if args.published is None else load_published(find_published(args.published))
     runs = load_records(args.input_dir, warn=_warn)
     account = take_account(runs, args.input_dir, include_incomplete=args.include_incomplete)
     report = build_report(account, rules, published)
     if not report.tables:
         raise UserError(f"--input_dir {args.input_dir} gives no table: {' '.join(report.notes)}")
-    return _FORMATS[chosen](report)
+    return report
 
 
 def _compatible_text(args: argparse.Namespace) -> str:
@@ -137,6 +157,18 @@ def _check_top_hparams(args: argparse.Namespace) -> None:
         raise UserError(f"--top_hparams needs --{lacking}")
     if given and not args.top_hparams:
         raise UserError(f"--{given[0]} goes with --top_hparams")
+
+
+def _check_modes(args: argparse.Namespace) -> None:
+    """Options that would have no effect together are refused."""
+    if args.compare is not None:
+        for other in ("published", "top_hparams"):
+            if getattr(args, other) not in (None, False):
+                raise UserError(f"--{other} does not go with --compare")
+    if args.compare is not None and args.format == _DOMAINBED:
+        raise UserError(f"--compare does not go with --format {_DOMAINBED}, which prints what DomainBed prints")
+    if args.exclude is not None and args.compare is None:
+        raise UserError("--exclude goes with --compare")
 
 
 def _warn(message: str) -> None:

@@ -13,7 +13,7 @@ MISSING = "X"
 ABSENT = "\N{EN DASH}"
 DAGGER = "†"
 
-_RECONSTRUCTION_NOTE = (
+RECONSTRUCTION_NOTE = (
     f"{DAGGER} reconstruction: built from the method's description, where paper and code leave gaps; "
     "its numbers are not the paper's."
 )
@@ -58,6 +58,11 @@ def magnitude(number: float) -> str:
             decimals = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
             return f"{scaled:.{decimals}f}{unit}"
     return f"{number:.0f}"
+
+
+def daggered(label: str, standing: str | None) -> str:
+    """A row's name as readers see it: reconstructions are marked."""
+    return f"{label} {DAGGER}" if standing == RECONSTRUCTION else label
 
 
 def _table_grid(table: Table) -> Grid:
@@ -105,12 +110,12 @@ def _averages_grid(averages: Averages) -> Grid:
     columns = [_cells([row.cells[at] for row in rows], None) for at in range(len(averages.datasets))]
     means = [None if row.mean is None else Cell(row.mean, None, None) for row in rows]
     columns.append(_cells(means, None, error=False))
-    labels = [Shown(_daggered(row.label, row.standing)) for row in rows]
+    labels = [Shown(daggered(row.label, row.standing)) for row in rows]
     notes = ["The protocol and the missing jobs of each data set stand under its own table."]
     if any(row.mean is None for row in rows):
         notes.append(f"{MISSING}: a test environment of the data set has no result.")
     if any(row.standing == RECONSTRUCTION for row in rows):
-        notes.append(_RECONSTRUCTION_NOTE)
+        notes.append(RECONSTRUCTION_NOTE)
     return Grid(
         f"averages-{averages.rule.key}",
         f"Averages over data sets, model selection: {averages.rule.title}",
@@ -146,11 +151,7 @@ def _cells(column: Sequence[Cell | None], rows: Sequence[Row] | None, error: boo
 def _label(row: Row) -> str:
     if row.published is not None:
         return f"{row.label} [published]"
-    return _daggered(row.label, row.standing)
-
-
-def _daggered(label: str, standing: str | None) -> str:
-    return f"{label} {DAGGER}" if standing == RECONSTRUCTION else label
+    return daggered(row.label, row.standing)
 
 
 def _trials(row: Row) -> str:
@@ -192,7 +193,7 @@ def _legend(table: Table) -> list[str]:
             f"{MISSING}: no result, the jobs it needs are missing. No average is taken over fewer environments."
         )
     if any(row.standing == RECONSTRUCTION for row in measured):
-        notes.append(_RECONSTRUCTION_NOTE)
+        notes.append(RECONSTRUCTION_NOTE)
     sources = dict.fromkeys(row.published.source for row in table.rows if row.published is not None)
     if sources:
         notes.append(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .. import __version__
-from .display import grids_of
+from .display import Grid, grids_of
 from .tables import Report
 
 _TEMPLATE = """\
@@ -81,8 +83,8 @@ a { color: inherit; }
 {%- endfor %}
 </ul></section>
 {%- endif %}
-<footer><p>The best of a column is bold, the second underlined.
-Collected by domainbed_sfp {{ version }}.</p></footer>
+<footer><p>{% if marked %}The best of a column is bold, the second underlined.
+{% endif %}Collected by domainbed_sfp {{ version }}.</p></footer>
 </main>
 </body>
 </html>
@@ -91,14 +93,20 @@ Collected by domainbed_sfp {{ version }}.</p></footer>
 
 def html_text(report: Report) -> str:
     """The whole page; it loads nothing from elsewhere."""
+    datasets = ", ".join(dict.fromkeys(table.dataset for table in report.tables))
+    return html_of(f"Domain generalization results: {datasets}", grids_of(report), report.notes)
+
+
+def html_of(title: str, grids: Sequence[Grid], notes: Sequence[str]) -> str:
+    """A page of any grids, and what has to be said about all of them."""
     # Imported here because no other format needs it and a table in the terminal should come at once.
     from jinja2 import Environment
 
-    datasets = ", ".join(dict.fromkeys(table.dataset for table in report.tables))
     template = Environment(autoescape=True).from_string(_TEMPLATE)
     return template.render(
-        title=f"Domain generalization results: {datasets}",
-        grids=grids_of(report),
-        notes=report.notes,
+        title=title,
+        grids=grids,
+        notes=notes,
+        marked=any(shown.emphasis for grid in grids for row in grid.rows for shown in row),
         version=__version__,
     )

@@ -3,6 +3,8 @@ underlined."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .display import BEST, SECOND, Grid, Shown, grids_of
 from .tables import Report
 
@@ -27,8 +29,13 @@ _SPECIAL = {
 
 def latex_text(report: Report) -> str:
     """One `table` a grid; the preamble needs only \\usepackage{booktabs}."""
-    blocks = ["% Needs \\usepackage{booktabs} in the preamble.", *(_table(grid) for grid in grids_of(report))]
-    blocks += [f"% {note}" for note in report.notes]
+    return latex_of(grids_of(report), report.notes)
+
+
+def latex_of(grids: Sequence[Grid], notes: Sequence[str]) -> str:
+    """Any grids, and what has to be said about all of them, as comments."""
+    blocks = ["% Needs \\usepackage{booktabs} in the preamble.", *(_table(grid) for grid in grids)]
+    blocks += [f"% {note}" for note in notes]
     return "\n".join(blocks) + "\n"
 
 

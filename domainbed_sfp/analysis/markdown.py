@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .display import BEST, SECOND, Grid, Shown, grids_of
 from .tables import Report
 
 
 def markdown_text(report: Report) -> str:
     """The best of a column in bold, the second underlined; what has to be said stands under each table."""
-    blocks = [_grid_text(grid) for grid in grids_of(report)]
-    if report.notes:
-        blocks.append("".join(f"- {_escape(note)}\n" for note in report.notes))
+    return markdown_of(grids_of(report), report.notes)
+
+
+def markdown_of(grids: Sequence[Grid], notes: Sequence[str]) -> str:
+    """Any grids, and what has to be said about all of them."""
+    blocks = [_grid_text(grid) for grid in grids]
+    if notes:
+        blocks.append("".join(f"- {_escape(note)}\n" for note in notes))
     return "\n".join(blocks)
 
 

@@ -130,6 +130,26 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
+def average_of(cells: Sequence[Cell | None]) -> Cell | None:
+    """The mean of all cells; its error is over the trials that have every environment."""
+    if any(cell is None for cell in cells):
+        return None
+    whole = [cell for cell in cells if cell is not None]
+    by_trial: dict[int, list[float]] = {}
+    for cell in whole:
+        for trial, choice in cell.choices:
+            by_trial.setdefault(trial, []).append(100 * choice.test)
+    per_trial = [float(np.mean(values)) for values in by_trial.values() if len(values) == len(cells)]
+    error = mean_and_error(per_trial)[1] if per_trial else None
+    return Cell(float(np.mean([cell.accuracy for cell in whole])), error, len(per_trial))
+
+
+def tested_environments(table: Table) -> tuple[int, ...]:
+    """The environments in which some measured row has a result."""
+    measured = [row for row in table.rows if row.published is None]
+    return tuple(env for env in range(len(table.environments)) if any(row.cells[env] for row in measured))
+
+
 def environment_names(dataset: str, runs: Sequence[Run]) -> tuple[str, ...]:
     """As the records name them, else as DomainBed does, else env0, env1, ..."""
     count = max(run.in_acc.shape[1] for run in runs)
@@ -175,7 +195,7 @@ def _row(label: str, method: Method, rule: Rule, runs: dict[Job, Run], environme
         dict(method.settings),
         _standing(run.facts.get("standing") for _, run in mine),
         cells,
-        _average(cells),
+        average_of(cells),
         _worst(cells),
         _costs(choices),
     )
@@ -195,20 +215,6 @@ def _cell(runs: list[tuple[Job, Run]], rule: Rule, env: int) -> Cell | None:
         return None
     mean, error = mean_and_error([100 * choice.test for _, choice in choices])
     return Cell(mean, error, len(choices), tuple(choices))
-
-
-def _average(cells: Sequence[Cell | None]) -> Cell | None:
-    """The mean of all cells; its error is over the trials that have every environment."""
-    if any(cell is None for cell in cells):
-        return None
-    whole = [cell for cell in cells if cell is not None]
-    by_trial: dict[int, list[float]] = {}
-    for cell in whole:
-        for trial, choice in cell.choices:
-            by_trial.setdefault(trial, []).append(100 * choice.test)
-    per_trial = [float(np.mean(values)) for values in by_trial.values() if len(values) == len(cells)]
-    error = mean_and_error(per_trial)[1] if per_trial else None
-    return Cell(float(np.mean([cell.accuracy for cell in whole])), error, len(per_trial))
 
 
 def _worst(cells: Sequence[Cell | None]) -> int | None:

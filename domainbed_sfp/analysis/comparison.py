@@ -1,0 +1,368 @@
+"""One row of the tables against others: pairs over environments and trials, and ranks over data sets.
+
+A pair is two runs of one data set with the same test environment and trial seed, so with the same splits. What is
+compared is what the selection rule chose, as in the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import UserError, unknown_name
+from .display import DAGGER
+from .jobs import number_ranges
+from .selection import Rule
+from .statistics import (
+    ALPHA,
+    Interval,
+    PairedTest,
+    Ranking,
+    blocks_needed,
+    bootstrap_interval,
+    friedman_nemenyi,
+    holm,
+    paired_test,
+    pairs_text,
+    smallest_wilcoxon_p,
+)
+from .tables import Cell, Report, Row, Table, average_of, tested_environments
+
+BEST = "best"
+
+# Sparsities (fractions) that differ by no more are equal: channel pruning cannot meet a target to the last weight.
+SPARSITY_TOLERANCE = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A row over the tested environments: mean, sample standard error and bootstrap interval, in percent.
+
+    `average` is None where an environment lacks a result, `interval` also where one has a single trial.
+    """
+
+    label: str
+    standing: str | None
+    average: Cell | None
+    interval: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The row compared minus `other`, in percentage points. `asked` are the words of the command line for `other`.
+
+    `unpaired` lists the (environment, trials) of which only one row has a result, by the label of the row that lacks
+    it.
+    """
+
+    other: Summary
+    asked: tuple[str, ...]
+    test: PairedTest
+    p_t_holm: float | None
+    p_wilcoxon_holm: float | None
+    unpaired: tuple[tuple[str, str, tuple[int, ...]], ...]
+
+    @property
+    def is_best(self) -> bool:
+        return BEST in self.asked
+
+
+@dataclass(frozen=True, slots=True)
+class TableComparison:
+    """One data set under one rule. `environments` are the tested ones; `table` is where the rows come from."""
+
+    table: Table
+    environments: tuple[str, ...]
+    row: Summary
+    comparisons: tuple[Comparison, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AcrossDatasets:
+    """Averages as pairs over data sets: `tests` holds the name of the other row (or BEST), the tests of `label` minus
+    it and the Wilcoxon p that Holm adjusts. `ranking`, of the rows `ranked`, is None where they are too few."""
+
+    rule: Rule
+    datasets: tuple[str, ...]
+    label: str
+    tests: tuple[tuple[str, PairedTest, float | None], ...]
+    ranked: tuple[str, ...]
+    ranking: Ranking | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonReport:
+    tables: tuple[TableComparison, ...]
+    across: tuple[AcrossDatasets, ...]
+    notes: tuple[str, ...]
+
+
+def compare(report: Report, names: Sequence[str], exclude: Sequence[str] = ()) -> ComparisonReport:
+    """The row names[0] against the rows names[1:], or against every other row where no other is named.
+
+    Rows go by the labels of the tables. BEST stands, per data set, for the best other pruning row of equal sparsity.
+    `exclude` holds labels or algorithms that neither BEST nor "every other row" may pick. Raises UserError for an
+    unknown name, and when no data set allows a comparison.
+    """
+    names = [_plain(name) for name in names]
+    exclude = [_plain(name) for name in exclude]
+    _check_names(report, names, exclude)
+    subject, others = names[0], list(dict.fromkeys(names[1:]))
+    tables: list[TableComparison] = []
+    notes: list[str] = []
+    for table in report.tables:
+        compared = _compare_in(table, subject, others, exclude, notes)
+        if compared is not None:
+            tables.append(compared)
+    if not tables:
+        raise UserError(f"--compare {' '.join(names)}: nothing to compare. {' '.join(dict.fromkeys(notes))}")
+    across = []
+    for rule in dict.fromkeys(table.rule for table in report.tables):
+        of_rule = [compared for compared in tables if compared.table.rule is rule]
+        if len({compared.table.dataset for compared in of_rule}) > 1:
+            across.append(_across(rule, of_rule, others))
+        elif of_rule:
+            notes.append(
+                f"{rule.title}: no test over data sets (Friedman, Nemenyi, Wilcoxon), "
+                f"{of_rule[0].table.dataset} is the only one compared."
+            )
+    return ComparisonReport(tuple(tables), tuple(across), tuple(dict.fromkeys([*notes, *report.notes])))
+
+
+def measured_rows(table: Table) -> list[Row]:
+    """The rows with trials of their own: published ones have none."""
+    return [row for row in table.rows if row.published is None]
+
+
+def rank_rows(
+    tables: Sequence[Table], labels: Sequence[str] | None = None
+) -> tuple[tuple[str, ...], np.ndarray, tuple[str, ...]]:
+    """The rows (of `labels`, else all) with an average over the tested environments of every data set, their averages
+    of shape (data sets, rows), and the labels left out for lacking one."""
+    averages: dict[str, list[float]] = {}
+    for table in tables:
+        tested = tested_environments(table)
+        for row in measured_rows(table):
+            known = averages.setdefault(row.label, [])
+            average = average_of([row.cells[env] for env in tested])
+            if average is not None:
+                known.append(average.accuracy)
+    wanted = list(averages) if labels is None else [label for label in averages if label in labels]
+    ranked = tuple(label for label in wanted if len(averages[label]) == len(tables))
+    left_out = tuple(label for label in wanted if label not in ranked)
+    return ranked, np.array([averages[label] for label in ranked]).reshape(len(ranked), len(tables)).T, left_out
+
+
+def ranking_notes(ranking: Ranking) -> list[str]:
+    """What a reader must know of a critical difference that so few data sets give."""
+    methods = len(ranking.mean_ranks)
+    notes = [
+        f"Ranks over {ranking.blocks} data sets: Friedman chi-square {ranking.chi_square:.2f}, p = {ranking.p:.3g} by "
+        f"its approximation, {ranking.p_permutation:.3g} by permutation (to be preferred for few data sets); "
+        f"Nemenyi critical difference {ranking.critical_difference:.2f} at {ALPHA} (Demsar, JMLR 2006)."
+    ]
+    if ranking.critical_difference > methods - 1:
+        notes.append(
+            f"With {ranking.blocks} data sets no two of {methods} rows can differ by the critical difference; "
+            f"that takes {blocks_needed(methods)}."
+        )
+    return notes
+
+
+def _plain(name: str) -> str:
+    """A row's name without the mark that tables add to reconstructions."""
+    return name.removesuffix(DAGGER).rstrip()
+
+
+def _check_names(report: Report, names: Sequence[str], exclude: Sequence[str]) -> None:
+    rows = [row for table in report.tables for row in measured_rows(table)]
+    labels = list(dict.fromkeys(row.label for row in rows))
+    for position, name in enumerate(names):
+        if name not in labels and not (name == BEST and position):
+            of_algorithm = [label for label in labels if label.startswith(f"{name} (")]
+            if of_algorithm:
+                raise UserError(f"--compare {name!r} is more than one row; give one of: {'; '.join(of_algorithm)}")
+            raise unknown_name("--compare row", name, labels if not position else [*labels, BEST])
+    if names[0] in names[1:]:
+        raise UserError(f"--compare {names[0]!r} names a row and itself; expected another row, or {BEST!r}")
+    algorithms = list(dict.fromkeys(row.algorithm for row in rows))
+    for name in exclude:
+        if name not in labels and name not in algorithms:
+            raise unknown_name("--exclude row", name, dict.fromkeys([*labels, *algorithms]))
+        if name in names:
+            raise UserError(f"{name!r} is in both --compare and --exclude; expected it in one of them")
+
+
+def _compare_in(
+    table: Table, subject: str, others: Sequence[str], exclude: Sequence[str], notes: list[str]
+) -> TableComparison | None:
+    """The comparisons of one table; None, and a note why, where it has none."""
+    where = f"{table.dataset}, {table.rule.title}"
+    rows = {row.label: row for row in measured_rows(table)}
+    if subject not in rows:
+        notes.append(f"{where}: not compared, it has no row {subject}.")
+        return None
+    row = rows[subject]
+    own = []
+    excluded = [label for label, one in rows.items() if label in exclude or one.algorithm in exclude]
+    excluded = [label for label in excluded if label != subject]
+    candidates = [one for label, one in rows.items() if label != subject and label not in excluded]
+    if excluded:
+        own.append(f"Left out by --exclude: {', '.join(excluded)}.")
+    picked: dict[str, list[str]] = {}
+    for name in others or [one.label for one in candidates]:
+        if name == BEST and name not in rows:
+            best, said = _best_of_equal_sparsity(table, row, candidates)
+            if best is None:
+                notes.append(f"{where}: {said}")
+            else:
+                own.append(said)
+                picked.setdefault(best.label, []).append(BEST)
+        elif name in rows:
+            picked.setdefault(name, []).append(name)
+        else:
+            notes.append(f"{where}: no row {name} to compare with.")
+    if not picked:
+        notes.append(f"{where}: not compared, no other row to compare {subject} with.")
+        return None
+    tested = tested_environments(table)
+    pairs = [_pairs(table, row, rows[label], tested) for label in picked]
+    tests = [paired_test(differences) for differences, _ in pairs]
+    p_t_holm, p_wilcoxon_holm = holm([test.p_t for test in tests]), holm([test.p_wilcoxon for test in tests])
+    comparisons = tuple(
+        Comparison(_summary(rows[label], tested), tuple(asked), test, p_t, p_wilcoxon, unpaired)
+        for (label, asked), (_, unpaired), test, p_t, p_wilcoxon in zip(
+            picked.items(), pairs, tests, p_t_holm, p_wilcoxon_holm
+        )
+    )
+    own += _unpaired_notes(subject, comparisons) + _remark_notes(comparisons)
+    environments = tuple(table.environments[env] for env in tested)
+    return TableComparison(table, environments, _summary(row, tested), comparisons, tuple(own))
+
+
+def _best_of_equal_sparsity(table: Table, row: Row, candidates: Sequence[Row]) -> tuple[Row | None, str]:
+    """The best other pruning row, and what has to be said about the choice; None and why there is none."""
+    sparsity = row.costs.get("sparsity", 0.0)
+    if sparsity <= 0:
+        return None, f"no {BEST} row of equal sparsity, {row.label} prunes nothing."
+    tested = tested_environments(table)
+    equal = [
+        one
+        for one in candidates
+        if one.costs.get("sparsity", 0.0) > 0
+        and abs(one.costs["sparsity"] - sparsity) <= SPARSITY_TOLERANCE
+        and _granularities(one) == _granularities(row)
+    ]
+    averages = [(average_of([one.cells[env] for env in tested]), one) for one in equal]
+    whole = [(average.accuracy, one) for average, one in averages if average is not None]
+    of_what = f"sparsity {100 * sparsity:.1f}%" + "".join(f" ({name}s)" for name in sorted(_granularities(row)))
+    if not whole:
+        return None, f"no other pruning row of {of_what} has a result in every tested environment."
+    average, best = max(whole, key=lambda entry: entry[0])
+    said = (
+        f"{BEST}: {best.label}, the highest test accuracy ({average:.1f}) of {len(whole)} other pruning "
+        f"row{'' if len(whole) == 1 else 's'} of {of_what}, within {100 * SPARSITY_TOLERANCE:g} points. "
+        "Choosing it by test accuracy favours it: its average is optimistic, and the difference conservative for "
+        f"{row.label}. The p-values take no account of the choice."
+    )
+    lacking = [one.label for average, one in averages if average is None]
+    if lacking:
+        said += f" Not considered, for want of a result in an environment: {', '.join(lacking)}."
+    return best, said
+
+
+def _granularities(row: Row) -> set[str]:
+    """What its chosen runs prune, "weight" or "channel", where they say so."""
+    runs = [choice.run for cell in row.cells if cell for _, choice in cell.choices]
+    return {run.facts["granularity"] for run in runs if run.facts.get("granularity")}
+
+
+def _accuracies(cell: Cell | None) -> dict[int, float]:
+    """Test accuracy in percent by trial seed."""
+    return {} if cell is None else {trial: 100 * choice.test for trial, choice in cell.choices}
+
+
+def _pairs(
+    table: Table, row: Row, other: Row, tested: Sequence[int]
+) -> tuple[list[float], tuple[tuple[str, str, tuple[int, ...]], ...]]:
+    """The differences of all pairs, and (label that lacks it, environment, trials) of what has no partner."""
+    differences, unpaired = [], []
+    for env in tested:
+        mine, theirs = _accuracies(row.cells[env]), _accuracies(other.cells[env])
+        differences += [mine[trial] - theirs[trial] for trial in sorted(mine.keys() & theirs.keys())]
+        for lacking, trials in ((other.label, mine.keys() - theirs.keys()), (row.label, theirs.keys() - mine.keys())):
+            if trials:
+                unpaired.append((lacking, table.environments[env], tuple(sorted(trials))))
+    return differences, tuple(unpaired)
+
+
+def _summary(row: Row, tested: Sequence[int]) -> Summary:
+    cells = [row.cells[env] for env in tested]
+    strata = [list(_accuracies(cell).values()) for cell in cells]
+    return Summary(row.label, row.standing, average_of(cells), bootstrap_interval(strata))
+
+
+def _unpaired_notes(subject: str, comparisons: Sequence[Comparison]) -> list[str]:
+    notes = []
+    for comparison in comparisons:
+        if comparison.unpaired:
+            count = sum(len(trials) for _, _, trials in comparison.unpaired)
+            listed = "; ".join(
+                f"{environment} trial {number_ranges(trials)} (no result of {lacking})"
+                for lacking, environment, trials in comparison.unpaired
+            )
+            notes.append(f"{subject} and {comparison.other.label}: {pairs_text(count)} not formed: {listed}.")
+    return notes
+
+
+def _remark_notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """What the tests could not do, said once for all rows it is true of."""
+    by_remark: dict[str, list[str]] = {}
+    for comparison in comparisons:
+        for remark in comparison.test.remarks:
+            by_remark.setdefault(remark, []).append(comparison.other.label)
+    return [f"{_all_or_some(labels, comparisons)}: {remark}." for remark, labels in by_remark.items()]
+
+
+def _all_or_some(labels: Sequence[str], comparisons: Sequence[Comparison]) -> str:
+    return "All rows" if 1 < len(labels) == len(comparisons) else ", ".join(labels)
+
+
+def _across(rule: Rule, compared: Sequence[TableComparison], others: Sequence[str]) -> AcrossDatasets:
+    """Averages over the tested environments of each data set as pairs; ranks of all rows that are compared."""
+    subject = compared[0].row.label
+    names = list(others) or list(dict.fromkeys(one.other.label for table in compared for one in table.comparisons))
+    tests, notes = [], []
+    for name in names:
+        differences, lacking = [], []
+        for table in compared:
+            other = next((one.other for one in table.comparisons if name in one.asked), None)
+            if other is None or other.average is None or table.row.average is None:
+                lacking.append(table.table.dataset)
+            else:
+                differences.append(table.row.average.accuracy - other.average.accuracy)
+        tests.append(paired_test(differences))
+        if lacking:
+            notes.append(f"{name}: no pair of averages on {', '.join(lacking)}.")
+    most = max(test.won + test.lost for test in tests)
+    if smallest_wilcoxon_p(most) > ALPHA:
+        notes.append(
+            f"{most} data set{'' if most == 1 else 's'} with a difference: the smallest p of a Wilcoxon test is "
+            f"{smallest_wilcoxon_p(most):.3g}, it cannot reach {ALPHA}."
+        )
+    p_holm = holm([test.p_wilcoxon for test in tests])
+    ranked, scores, left_out = rank_rows([one.table for one in compared], [subject, *names])
+    ranking = None
+    if left_out:
+        notes.append(f"Not ranked, for want of an average on some data set: {', '.join(left_out)}.")
+    if len(ranked) >= 3:
+        ranking = friedman_nemenyi(scores)
+        notes += ranking_notes(ranking)
+    else:
+        notes.append(f"No Friedman test: it ranks three rows or more, here {len(ranked)}.")
+    datasets = tuple(one.table.dataset for one in compared)
+    return AcrossDatasets(rule, datasets, subject, tuple(zip(names, tests, p_holm)), ranked, ranking, tuple(notes))
