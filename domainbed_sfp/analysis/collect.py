@@ -1,4 +1,4 @@
-"""The command `collect`: a directory of runs in, tables or comparisons out."""
+"""The command `collect`: a directory of runs in, tables, comparisons or figures out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from .html_page import html_text
 from .jobs import take_account
 from .latex import latex_text
 from .markdown import markdown_text
+from .plots import PLOTS, SUFFIXES, save_plot
 from .published import find_published, load_published
-from .selection import RULES, Rule
+from .selection import RULES, TRAINING_DOMAIN, Rule
 from .tables import Report, build_report
 from .top_hparams import top_hparams_text
 
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="add published rows made under the same protocol (default FILE: the package's published.csv)",
     )
     parser.add_argument("--output", metavar="FILE", help="write to FILE instead of the standard output")
-    compared = parser.add_argument_group("statistics, in place of the tables")
+    compared = parser.add_argument_group("statistics and figures, in place of the tables")
     compared.add_argument(
         "--compare",
         nargs="+",
@@ -69,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     compared.add_argument(
         "--exclude", nargs="+", metavar="ROW", help=f"rows or algorithms that '{BEST}' and 'every row' leave out"
+    )
+    compared.add_argument(
+        "--plot",
+        metavar="PLOT",
+        help=f"{', '.join(PLOTS)}: draw into --output ({', '.join(SUFFIXES)}), with the numbers as CSV beside it",
     )
     top = parser.add_argument_group("the hparams behind a cell, as DomainBed's list_top_hparams prints them")
     top.add_argument("--top_hparams", action="store_true", help="list hparams by validation accuracy")
@@ -81,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints or writes the tables; returns the exit status. Raises UserError for bad input."""
     _check_top_hparams(args)
     _check_modes(args)
+    if args.plot is not None:
+        return _plot(args)
     text = _text(args)
     if args.output is None:
         sys.stdout.write(text)
@@ -113,6 +121,19 @@ def _report(args: argparse.Namespace, rules: list[Rule]) -> Report:
     if not report.tables:
         raise UserError(f"--input_dir {args.input_dir} gives no table: {' '.join(report.notes)}")
     return report
+
+
+def _plot(args: argparse.Namespace) -> int:
+    if args.plot not in PLOTS:
+        raise unknown_name("--plot", args.plot, PLOTS)
+    if args.output is None:
+        raise UserError(f"--plot {args.plot} needs --output FILE, whose name ends in {' or '.join(SUFFIXES)}")
+    rules = [TRAINING_DOMAIN] if args.selection is None else _rules(args.selection)
+    if len(rules) > 1:
+        raise UserError("--plot draws one selection rule; give --selection one of them, not all")
+    for path in save_plot(args.plot, _report(args, rules), args.output, warn=_warn):
+        print(f"wrote {path}")
+    return 0
 
 
 def _compatible_text(args: argparse.Namespace) -> str:
@@ -161,10 +182,15 @@ def _check_top_hparams(args: argparse.Namespace) -> None:
 
 def _check_modes(args: argparse.Namespace) -> None:
     """Options that would have no effect together are refused."""
-    if args.compare is not None:
-        for other in ("published", "top_hparams"):
-            if getattr(args, other) not in (None, False):
-                raise UserError(f"--{other} does not go with --compare")
+    foreign = {
+        "plot": ("format", "latex", "compare", "published", "top_hparams"),
+        "compare": ("published", "top_hparams"),
+    }
+    for option, others in foreign.items():
+        if getattr(args, option) is not None:
+            for other in others:
+                if getattr(args, other) not in (None, False):
+                    raise UserError(f"--{other} does not go with --{option}")
     if args.compare is not None and args.format == _DOMAINBED:
         raise UserError(f"--compare does not go with --format {_DOMAINBED}, which prints what DomainBed prints")
     if args.exclude is not None and args.compare is None:
