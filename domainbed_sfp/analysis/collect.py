@@ -195,6 +195,8 @@ def _check_modes(args: argparse.Namespace) -> None:
         raise UserError(f"--compare does not go with --format {_DOMAINBED}, which prints what DomainBed prints")
     if args.exclude is not None and args.compare is None:
         raise UserError("--exclude goes with --compare")
+    if args.exclude is not None and len(args.compare) > 1 and BEST not in args.compare[1:]:
+        raise UserError(f"--exclude narrows '{BEST}' or 'every row'; --compare names its rows, {BEST!r} not among them")
 
 
 def _warn(message: str) -> None:

@@ -124,6 +124,7 @@ def _fronts(report: Report) -> tuple[Figure, Sequence[Any], list[str]]:
         else:
             places = _side_by_side(costs, *heights, width=max(costs))
             axis.set_xlim(min(0.0, *places), max(1.05 * max(costs), *places))
+            axis.locator_params(axis="x", nbins=5)
         for point, place in zip(here, places):
             axis.errorbar(place, point.accuracy, yerr=point.std_err, linestyle="none", **looks.of(point.row))
         axis.xaxis.set_major_formatter(lambda value, _: magnitude(value))
