@@ -65,8 +65,8 @@ class Hparam:
 FOREIGN = "no effect here"
 
 
-def common_hparams(small_images: bool) -> dict[str, Hparam]:
-    """The hparams every algorithm has. `small_images`: MNIST-like sets, trained from scratch."""
+def common_hparams(small_images: bool, image_size: int) -> dict[str, Hparam]:
+    """The hparams every algorithm has. `small_images`: MNIST-like sets, trained from scratch; `image_size`: the usual."""
     table = {
         "data_augmentation": Hparam(True, doc="augment training batches (image-folder sets)"),
         "resnet18": Hparam(False, doc="ResNet-18 instead of ResNet-50 (needs resnet50_augmix=false)"),
@@ -83,7 +83,7 @@ def common_hparams(small_images: bool) -> dict[str, Hparam]:
         "vit_dropout": Hparam(0.0, lambda r: r.choice([0.0, 0.1, 0.5]), f"{FOREIGN}; for DomainBed's ViT", True),
         "class_balanced": Hparam(False, doc="draw classes equally often within an environment"),
         "nonlinear_classifier": Hparam(False, lambda r: bool(r.choice([False, False])), "3-layer classifier"),
-        "image_size": Hparam(224, doc="side of the square input of image-folder sets, pixels", valid=AT_LEAST_ONE),
+        "image_size": Hparam(image_size, doc="side of the square input, pixels", valid=AT_LEAST_ONE),
         "backbone": Hparam(
             "auto", doc="auto, mnist_cnn, mnist_cnn_bn, resnet18, resnet50, efficientnet_lite0, or a timm name"
         ),
@@ -125,7 +125,8 @@ def hparam_table(algorithm: str, dataset: str, overrides: Mapping[str, Any] | No
     from domainbed_sfp.data import get_dataset_class
 
     info = registry.get(algorithm)
-    table = common_hparams(get_dataset_class(dataset).SMALL_IMAGES)
+    data = get_dataset_class(dataset)
+    table = common_hparams(data.SMALL_IMAGES, data.IMAGE_SIZE)
     table.update(DATASET_HPARAMS.get(dataset, {}))
     table.update(info.hparams)
     if "objective" in info.hparams:

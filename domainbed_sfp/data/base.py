@@ -57,6 +57,7 @@ class Dataset:
 
     ENVIRONMENTS: names of the environments in table order; None where they are known only from the data.
     N_STEPS, CHECKPOINT_FREQ: a run's length and the steps between its checkpoints, unless a flag says otherwise.
+    IMAGE_SIZE: side of the square input, pixels, unless hparam `image_size` says otherwise.
     SMALL_IMAGES: MNIST-like, trained from scratch: decides the ranges of lr, weight decay and batch size.
     EMBEDDED: needs no files.
     """
@@ -64,6 +65,7 @@ class Dataset:
     ENVIRONMENTS: ClassVar[list[str] | None] = None
     N_STEPS: ClassVar[int] = 5001
     CHECKPOINT_FREQ: ClassVar[int] = 100
+    IMAGE_SIZE: ClassVar[int] = 224
     SMALL_IMAGES: ClassVar[bool] = False
     EMBEDDED: ClassVar[bool] = False
 
@@ -77,7 +79,7 @@ class Dataset:
 
         Args:
             data_dir: DomainBed's root of all data sets; may be None for embedded sets.
-            hparams: `image_size` and `data_augmentation` are used, by sets of photographs.
+            hparams: `image_size` is used, and `data_augmentation` by sets of photographs.
             seed: the run's `--seed`, which in DomainBed also decides how MNIST is dealt out and coloured.
             cache_dir: where decoded photographs are kept; None for the default place.
 

@@ -103,6 +103,13 @@ def texture_ten_classes(
     return (images + (1 - images) * 0.45 * background)[:, None], digits.long(), aligned
 
 
+def resize(images: Tensor, side: int) -> Tensor:
+    """Grey images, uint8 [N, H, W], averaged over the area of each new pixel: uint8 [N, side, side]."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images[:, None].float(), (side, side), mode="area")[:, 0].round().to(torch.uint8)
+
+
 def rotate(images: Tensor, angle: float) -> Tensor:
     """Grey images, uint8 [N, H, W], rotated by `angle` degrees with PIL's bilinear filter: float [N, 1, H, W]."""
     turned = [
@@ -171,6 +178,7 @@ class Digits(Dataset):
     """
 
     SMALL_IMAGES = True
+    IMAGE_SIZE = 28
     SETTINGS: ClassVar[list[float]]
     CLASSES: ClassVar[int] = 10
 
@@ -194,6 +202,7 @@ class Digits(Dataset):
     @classmethod
     def build(cls, data_dir: str | None, hparams: Mapping[str, Any], seed: int, cache_dir: Path | None) -> Dataset:
         images, digits = cls.read(data_dir)
+        images = resize(images, hparams.get("image_size", cls.IMAGE_SIZE))
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(images), generator=generator)
         images, digits = images[order], digits[order]
@@ -256,20 +265,20 @@ class TexturedMNIST(Digits):
 
     ENVIRONMENTS = ["98%", "95%", "10%"]
     SETTINGS = [0.98, 0.95, 0.1]
-    SIDE = 14
+    IMAGE_SIZE = 14
 
     @classmethod
     def make(
         cls, images: Tensor, digits: Tensor, setting: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        sized = F.interpolate(images[:, None].float().div(255), (cls.SIDE, cls.SIDE), mode="area")[:, 0]
-        return texture_ten_classes(sized, digits, setting, generator)
+        return texture_ten_classes(images.float().div(255), digits, setting, generator)
 
 
 class EmbeddedDigits(Digits):
     """Base of the sets made from scikit-learn's digits: short runs on small images."""
 
     EMBEDDED = True
+    IMAGE_SIZE = 8
     N_STEPS = 1001
 
     @staticmethod
@@ -296,4 +305,4 @@ class FullColoredDigits(EmbeddedDigits, FullColoredMNIST):
 class TexturedDigits(EmbeddedDigits, TexturedMNIST):
     """TexturedMNIST's recipe on scikit-learn's digits, enlarged to 16 x 16."""
 
-    SIDE = 16
+    IMAGE_SIZE = 16
