@@ -119,11 +119,25 @@ def test_samples_below_the_domains_mean_are_flagged():
         algorithm.reference, algorithm.diagnostics = FixedLogits(losses), {}
         flags = algorithm._flag([batch(), batch()])
         assert [set(torch.nonzero(f).flatten().tolist()) for f in flags] == [expected, expected]
-        assert algorithm.thresholds.tolist() == pytest.approx([0.75, 0.75], abs=1e-4)
+        assert algorithm.thresholds.flatten().tolist() == pytest.approx([0.75] * 8, abs=1e-4)
         assert algorithm.diagnostics["flagged_env0"] == len(expected) / 8
     truth = {i for i in range(8) if i % 3}
     assert algorithm.diagnostics["flag_precision_env0"] == pytest.approx(len(expected & truth) / len(expected))
     assert algorithm.diagnostics["flag_recall_env0"] == pytest.approx(len(expected & truth) / len(truth))
+
+
+def test_each_class_may_have_a_threshold_of_its_own():
+    losses = [0.1, 0.2, 3.0, 0.1, 0.3, 2.0, 0.1, 0.2]  # of classes 0, 1, 2, 3, 0, 1, 2, 3
+    algorithm = make(flag_threshold="class")
+    algorithm.reference, algorithm.diagnostics = FixedLogits(losses), {}
+    flags = algorithm._flag([batch(), batch()])
+    assert algorithm.thresholds[0].tolist() == pytest.approx([0.2, 1.1, 1.55, 0.15], abs=1e-4)
+    assert [torch.nonzero(f).flatten().tolist() for f in flags] == [[0, 1, 3, 6]] * 2
+    # A class that a batch lacks keeps its threshold; the others move by 3 percent.
+    algorithm.reference = FixedLogits([1.2, 0.2])
+    algorithm._flag([batch(2)])
+    expected = [0.97 * 0.2 + 0.03 * 1.2, 0.97 * 1.1 + 0.03 * 0.2, 1.55, 0.15]
+    assert algorithm.thresholds[0].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_random_flags_are_as_many_and_oracle_flags_are_the_truth():

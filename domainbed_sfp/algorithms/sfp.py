@@ -31,6 +31,7 @@ from domainbed_sfp.pruning.spurious import ConditionalMoments, remove_directions
 from domainbed_sfp.registry import register
 
 FLAG_POLICIES = ("loss", "random", "oracle")
+FLAG_THRESHOLDS = ("environment", "class")
 REMOVALS = ("hard", "soft", "none")
 REMOVAL_LAYERS = ("auto", "first", "last", "all")
 CHANNEL_SCORES = ("class_conditional", "taylor")
@@ -48,6 +49,7 @@ HPARAMS = {
     **PRUNING_HPARAMS,
     "flag_policy": Hparam("loss", doc="loss: below the threshold; random: as many at random; oracle: the truth"),
     "flag_kappa": Hparam(1.0, lambda r: r.choice([0.75, 1.0]), "flagged below kappa times the domain's mean loss"),
+    "flag_threshold": Hparam("environment", doc="mean loss of the environment, or of each class in it (class)"),
     "removal": Hparam("hard", doc="hard: project weights; soft: penalise the projection; none"),
     "removal_layers": Hparam("auto", doc="first, last (quarter), all; auto: first, or last where pretrained"),
     "removal_rank": Hparam(0.6, lambda r: r.choice([0.4, 0.6, 0.8]), "share of the possible directions removed"),
@@ -85,7 +87,7 @@ class SFP(ScheduledPruning):
         self._check_hparams()
         # Kept from the start, so that a checkpoint always finds its place; it takes the weights at `prune_start`.
         self.reference = copy.deepcopy(self.network).requires_grad_(False)
-        self.register_buffer("thresholds", torch.zeros(num_domains))
+        self.register_buffer("thresholds", torch.zeros(num_domains, num_classes))
         self.moments = nn.ModuleDict(
             {_key(group.readers[0]): ConditionalMoments(num_classes, group.channels) for group in self.groups}
         )
@@ -171,10 +173,8 @@ class SFP(ScheduledPruning):
         flags = []
         for domain, (part, batch) in enumerate(zip(logits.split([len(y) for _, y in minibatches]), minibatches)):
             losses = F.cross_entropy(part, batch[1], reduction="none")
-            mean = losses.mean()
-            old = self.thresholds[domain]
-            self.thresholds[domain] = mean if old == 0 else THRESHOLD_DECAY * old + (1 - THRESHOLD_DECAY) * mean
-            flagged = losses < self.hparams["flag_kappa"] * self.thresholds[domain]
+            self._move_thresholds(self.thresholds[domain], losses, batch[1])
+            flagged = losses < self.hparams["flag_kappa"] * self.thresholds[domain][batch[1]]
             truth: Tensor | None = getattr(batch, "aligned", None)
             if self.hparams["flag_policy"] == "random":
                 order = torch.randperm(len(flagged)).to(flagged.device)
@@ -185,12 +185,22 @@ class SFP(ScheduledPruning):
                 flagged = truth.to(flagged.device)
             flags.append(flagged)
             self.diagnostics[f"flagged_env{domain}"] = flagged.float().mean().item()
-            self.diagnostics[f"flag_threshold_env{domain}"] = self.thresholds[domain].item()
+            self.diagnostics[f"flag_threshold_env{domain}"] = self.thresholds[domain].mean().item()
             if truth is not None and flagged.any() and truth.any():
                 hits = (flagged & truth.to(flagged.device)).sum()
                 self.diagnostics[f"flag_precision_env{domain}"] = (hits / flagged.sum()).item()
                 self.diagnostics[f"flag_recall_env{domain}"] = (hits / truth.sum()).item()
         return flags
+
+    def _move_thresholds(self, thresholds: Tensor, losses: Tensor, labels: Tensor) -> None:
+        """Moves a domain's mean losses [K] by those of a batch: of each class in it, or one mean for all classes."""
+        if self.hparams["flag_threshold"] == "environment":
+            means, seen = losses.mean().expand_as(thresholds), torch.ones_like(thresholds, dtype=torch.bool)
+        else:
+            members = F.one_hot(labels, len(thresholds)).to(losses.dtype)
+            means, seen = members.t() @ losses / members.sum(0).clamp_min(1), members.any(0)
+        moved = torch.where(thresholds == 0, means, THRESHOLD_DECAY * thresholds + (1 - THRESHOLD_DECAY) * means)
+        thresholds.copy_(torch.where(seen, moved, thresholds))
 
     def _take_statistics(self, minibatches: Minibatches, flags: list[Tensor], inputs: dict[str, Tensor]) -> Tensor:
         """Updates the moments from what the layers have just seen; returns the soft penalty (0 unless asked for)."""
@@ -302,6 +312,7 @@ class SFP(ScheduledPruning):
     def _check_hparams(self) -> None:
         for name, valid in (
             ("flag_policy", FLAG_POLICIES),
+            ("flag_threshold", FLAG_THRESHOLDS),
             ("removal", REMOVALS),
             ("removal_layers", REMOVAL_LAYERS),
             ("channel_score", CHANNEL_SCORES),
