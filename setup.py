@@ -15,6 +15,8 @@ EXTRAS = {
     "plots": ["matplotlib>=3.7"],
     # Public archives of VLCS, PACS, OfficeHome are on Google Drive.
     "download": ["gdown>=5.2"],
+    # Dead channels taken out, and ONNX files.
+    "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2", "torch>=2.5", "torch-pruning>=1.5"],
     # What an unmodified DomainBed checkout imports.
     "upstream": [
         "backpack-for-pytorch>=1.6",
@@ -30,6 +32,7 @@ EXTRAS["test"] = [
     *EXTRAS["pretrained"],
     *EXTRAS["download"],
     *EXTRAS["plots"],
+    *EXTRAS["export"],
     "hypothesis>=6.90",
     "pytest>=7.4",
     "pytest-timeout>=2.2",

@@ -27,6 +27,7 @@ from domainbed_sfp.data import base
 from domainbed_sfp.data.base import Dataset
 from domainbed_sfp.data.loaders import Minibatch
 from domainbed_sfp.data.sets.digits import FullColoredDigits
+from domainbed_sfp.pruning import accounting, surgery
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
 INPUT_SHAPE, CLASSES, DOMAINS, BATCH = (3, 8, 8), 4, 3, 16
@@ -163,7 +164,8 @@ def check_masks(name: str) -> None:
 
 
 def check_export(name: str) -> None:
-    """The exported network has the logits of predict and shares nothing with the algorithm."""
+    """The exported network has the logits of predict and shares nothing with the algorithm. Where channels are masked
+    and torch-pruning is installed: so has the network without them, and it costs what the accounting says."""
     algorithm = make(name)
     run(algorithm, 0, STEPS)
     algorithm.eval()
@@ -172,6 +174,9 @@ def check_export(name: str) -> None:
     with torch.no_grad():
         expected = algorithm.predict(x)
         assert torch.allclose(exported(x), expected, atol=1e-4), "logits of the exported network differ"
+    if algorithm.masks() and surgery.is_available():
+        _check_surgery(algorithm, x, expected)
+    with torch.no_grad():
         for parameter in algorithm.parameters():
             parameter.zero_()
         assert torch.allclose(exported(x), expected, atol=1e-4), "the exported network shares parameters"
@@ -203,6 +208,26 @@ def check_never_touches_the_test_environment(name: str) -> None:
         poisoned = final_record()
     for key, value in clean.items():
         assert poisoned[key] == value, f"{key} is {poisoned[key]!r} with a poisoned test environment, {value!r} without"
+
+
+def _check_surgery(algorithm: Algorithm, x: Tensor, expected: Tensor) -> None:
+    masks = algorithm.masks()
+    pruned, dead = surgery.remove_channels(algorithm.export(), masks, INPUT_SHAPE)
+    with torch.no_grad():
+        assert torch.allclose(pruned(x), expected, atol=1e-4), "logits differ once dead channels are taken out"
+    positions = accounting.count_positions(algorithm, INPUT_SHAPE, algorithm.predict)
+    claimed = accounting.measure_cost(algorithm.deployed_parameters(), positions, masks)
+    # Masked single weights stay as zeros, which only the accounting leaves out.
+    left = surgery.surviving_masks(masks, dead)
+    found = accounting.measure_cost(
+        dict(pruned.named_parameters()), accounting.count_positions(pruned, INPUT_SHAPE), left
+    )
+    names = ("surviving_parameters", "macs")
+    told = [(getattr(claimed, key), getattr(found, key)) for key in names]
+    assert all(one == other for one, other in told), f"{names}: claimed and found without dead channels {told}"
+    if algorithm.hparams.get("granularity") == "channel":
+        zeros = sum(int((~mask).sum()) for mask in left.values())
+        assert dead and not zeros, f"{zeros} masked weights of dead channels cannot be taken out"
 
 
 CHECKS: dict[str, Callable[[str], None]] = {

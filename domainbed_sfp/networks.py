@@ -10,7 +10,9 @@ import difflib
 import importlib.util
 import re
 import urllib.error
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ SMALL_IMAGE_SIDE = 28
 
 BUILT_IN_BACKBONES = ("mnist_cnn", "mnist_cnn_bn", "resnet18", "resnet50", "efficientnet_lite0")
 
+
+# False while weights are about to come from elsewhere: see `without_weights`.
+_loads_weights: ContextVar[bool] = ContextVar("loads_weights", default=True)
 
 # (mean, std) of inputs, a number per channel.
 Scaling = tuple[tuple[float, ...], tuple[float, ...]]
@@ -224,10 +229,9 @@ def make_featurizer(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) ->
     `backbone` "auto" follows DomainBed: MNIST_CNN for small images, else the ResNet that `resnet18` and
     `resnet50_augmix` select (the latter wins, as there). Raises UserError where a choice cannot be met.
     """
-    backbone = hparams.get("backbone", "auto")
-    weights = hparams.get("weights", "imagenet")
-    if backbone == "auto":
-        backbone = _automatic_backbone(input_shape, hparams)
+    backbone = backbone_name(input_shape, hparams)
+    chosen = hparams.get("weights", "imagenet")
+    weights = chosen if _loads_weights.get() else "none"
     if backbone in ("mnist_cnn", "mnist_cnn_bn"):
         featurizer: Featurizer = MNIST_CNN(input_shape, batch_norm=backbone == "mnist_cnn_bn")
         if weights not in ("imagenet", "none"):
@@ -245,7 +249,24 @@ def make_featurizer(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) ->
         _adapt_input_channels(lite, "conv_stem", input_shape[0])
         scaling = LITE0_SCALING if input_shape[0] == 3 else (IMAGENET_MEAN, IMAGENET_STD)
         return ImageFeaturizer(lite, lite.n_outputs, **options, scaling=scaling)
-    return _timm_featurizer(backbone, weights, input_shape, options)
+    return _timm_featurizer(backbone, weights, input_shape, options, is_pretrained=chosen != "none")
+
+
+def backbone_name(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) -> str:
+    """The backbone that `hparams` choose for inputs of shape (channels, height, width), by name."""
+    backbone = hparams.get("backbone", "auto")
+    return _automatic_backbone(input_shape, hparams) if backbone == "auto" else backbone
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """While it lasts, featurizers are built as their hparams say, but with random weights: those that a checkpoint
+    replaces need not be downloaded."""
+    token = _loads_weights.set(False)
+    try:
+        yield
+    finally:
+        _loads_weights.reset(token)
 
 
 def make_classifier(in_features: int, out_features: int, is_nonlinear: bool = False) -> nn.Module:
@@ -335,7 +356,7 @@ def _load_lite0(network: EfficientNetLite0, weights: str) -> None:
 
 
 def _timm_featurizer(
-    backbone: str, weights: str, input_shape: tuple[int, ...], options: dict[str, Any]
+    backbone: str, weights: str, input_shape: tuple[int, ...], options: dict[str, Any], is_pretrained: bool
 ) -> ImageFeaturizer:
     if importlib.util.find_spec("timm") is None:
         raise UserError(
@@ -365,7 +386,7 @@ def _timm_featurizer(
     if weights not in ("imagenet", "none"):
         _load_file(network, weights, name, ignore=("fc.", "classifier.", "head.fc.", "head."))
     scaling: Scaling = (IMAGENET_MEAN, IMAGENET_STD)
-    if config is not None and input_shape[0] == 3 and weights != "none":
+    if config is not None and input_shape[0] == 3 and is_pretrained:
         scaling = (tuple(config.mean), tuple(config.std))
     return ImageFeaturizer(network, _output_width(network, name, input_shape), **options, scaling=scaling)
 

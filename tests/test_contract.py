@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from domainbed_sfp import contract, registry
+from domainbed_sfp.pruning import surgery
 
 VARIANTS = {
     "Magnitude": [{"granularity": "weight"}, {"pruning_scope": "global", "granularity": "weight"}, {"objective": "VREx"},
@@ -78,6 +79,12 @@ def test_the_contract_can_fail(monkeypatch):
         with pytest.raises(AssertionError):
             contract.CHECKS[name](base)
 
+    class Overclaiming(Magnitude):
+        """Calls channels dead that later layers still read, so that they cannot be taken out."""
+
+        def masks(self):
+            return {name: mask for name, mask in super().masks().items() if name != "classifier.weight"}
+
     class Peeking(ERM):
         """Reads what the loop evaluates on."""
 
@@ -91,6 +98,8 @@ def test_the_contract_can_fail(monkeypatch):
     check(Peeking, "never_touches_the_test_environment", "ERM")
     check(Forgetful, "exact_resume", "ERM")
     check(Unmasked, "masks", "Magnitude")
+    if surgery.is_available():
+        check(Overclaiming, "export", "Magnitude")
 
 
 def test_an_installed_package_adds_an_algorithm(tmp_path):

@@ -70,7 +70,10 @@ class Algorithm(nn.Module):
         return True
 
     def export(self) -> nn.Module:
-        """A plain network with the logits of `predict`, in evaluation mode and detached from this object."""
+        """A plain network with the logits of `predict`, in evaluation mode and detached from this object.
+
+        Where channels are masked it is nn.Sequential(featurizer, classifier): `pruning.surgery` takes them out of that.
+        """
         raise TypeError(f"{type(self).__name__} does not define export()")
 
 
