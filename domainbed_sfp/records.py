@@ -9,6 +9,7 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     final_compression      whether this checkpoint is compressed as far as the run goes; absent means yes
     parameters, surviving_parameters, dense_macs, macs
     bitops                 multiply-accumulates times weight bits times activation bits, of quantized networks
+    exported_bytes         size of the tensors that `export` writes: without dead channels, zeros of single weights kept
     wall_time, images_per_second, precision, environment, commit
     standing               "published", "reconstruction" or "reference"
     environments           the names of the data set's environments
@@ -39,7 +40,9 @@ SWEEP = "sweep.json"
 VOLATILE_FIELDS = frozenset({"step_time", "wall_time", "images_per_second", "mem_gb"})
 
 # What a checkpoint costs, per record; NaN in `Run.costs` where a record does not say.
-COST_FIELDS = ("sparsity", "parameters", "surviving_parameters", "dense_macs", "macs", "bitops")
+COST_FIELDS = (
+    "sparsity", "parameters", "surviving_parameters", "dense_macs", "macs", "exported_bytes", "bitops",
+)  # fmt: skip
 
 # Said by the last record for the whole run.
 FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments", "input_shape")

@@ -30,7 +30,7 @@ from domainbed_sfp.data import Dataset, get_dataset_class
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import Split, split_environment
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import accounting, surgery
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -321,6 +321,7 @@ class _Run:
         cost = accounting.measure_cost(algorithm.deployed_parameters(), self.positions, algorithm.masks())
         record.update(asdict(cost))
         record.update(
+            exported_bytes=surgery.exported_bytes(algorithm.export(), algorithm.masks()),
             sparsity=algorithm.sparsity(),
             final_compression=algorithm.at_final_compression(),
             standing=self.info.standing,
