@@ -46,6 +46,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_sweep(commands)
     _add_collect(commands)
+    _add_export(commands)
+    _add_latency(commands)
     _add_upstream(commands)
     return parser
 
@@ -214,6 +216,42 @@ def _add_collect(commands: argparse._SubParsersAction) -> None:
 
     parser = _add(commands, "collect", "make tables of the records of a sweep, ours or DomainBed's", collect.run)
     collect.add_arguments(parser)
+
+
+# export, latency ----------------------------------------------------------------------------------------------------
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "export", "write a run's network to a file, without its dead channels", _export)
+    parser.add_argument("run_dir", metavar="RUN", help="output folder of a finished run")
+    parser.add_argument("--output", required=True, metavar="FILE")
+    parser.add_argument("--format", default="safetensors", help="safetensors or onnx")
+    parser.add_argument("--data_dir", help="compare logits on real images too (embedded sets are compared without)")
+    _add_cache_dir(parser)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from domainbed_sfp import export
+
+    print(export.export(args.run_dir, args.output, args.format, args.data_dir, args.cache_dir))
+    return 0
+
+
+def _add_latency(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "latency", "time a run's dense and exported network on this machine", _latency)
+    parser.add_argument("run_dir", metavar="RUN", help="output folder of a finished run")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--repeats", type=int, default=50, help="timed batches of each network")
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--output", metavar="FILE.json", help="write the numbers, with hardware and versions")
+
+
+def _latency(args: argparse.Namespace) -> int:
+    from domainbed_sfp import latency
+
+    latency.measure(args.run_dir, args.batch_sizes, args.repeats, args.threads, args.device, args.output)
+    return 0
 
 
 # upstream -----------------------------------------------------------------------------------------------------------

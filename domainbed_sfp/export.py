@@ -1,0 +1,215 @@
+"""From a finished run to a file to deploy: dead channels gone, and logits compared before anything is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as tensors_of
+from torch import Tensor, nn
+
+from domainbed_sfp import __version__, networks
+from domainbed_sfp.data import get_dataset_class
+from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from domainbed_sfp.errors import UserError, unknown_name
+from domainbed_sfp.exported import HEADER, Description, ExportedNetwork, rebuild, to_bytes
+from domainbed_sfp.files import write_atomically
+from domainbed_sfp.pruning import accounting, surgery
+from domainbed_sfp.runs import TrainedRun, load_run
+
+FORMATS = ("safetensors", "onnx")
+
+# How far logits of the exported network may be from the masked network's; of the larger of 1 and the largest logit.
+TOLERANCE = 1e-4
+RANDOM_IMAGES = 8
+REAL_IMAGES = 32  # of every environment
+
+
+@dataclass(frozen=True)
+class Compact:
+    """A run's network, masked as it was trained and with its dead channels gone.
+
+    cost: of the masked network, whose surviving parameters and MACs are those of `network` where whole channels are
+    masked. stored_zeros: masked weights that are in the tensors of `network` still.
+    """
+
+    run: TrainedRun
+    masked: nn.Module
+    network: ExportedNetwork
+    description: Description
+    cost: accounting.Cost
+    removed: int
+    stored_zeros: int
+
+
+def compact(run: TrainedRun) -> Compact:
+    """Takes the dead channels out of a run's network.
+
+    Raises UserError where masks are of another network, or torch-pruning is needed and cannot do it.
+    """
+    algorithm, shape = run.algorithm, run.algorithm.input_shape
+    masked, masks = algorithm.export().requires_grad_(False), algorithm.masks()
+    network, dead = surgery.remove_channels(masked, masks, shape)
+    network.requires_grad_(False)
+    positions = accounting.count_positions(algorithm, shape, algorithm.predict)
+    cost = accounting.measure_cost(algorithm.deployed_parameters(), positions, masks)
+    zeros = sum(int((~mask).sum()) for mask in surgery.surviving_masks(masks, dead).values())
+    description = Description(
+        backbone=networks.backbone_name(shape, run.hparams),
+        input_shape=shape,
+        num_classes=algorithm.num_classes,
+        nonlinear_classifier=bool(run.hparams.get("nonlinear_classifier", False)),
+        normalization=_normalization(run),
+        group_norms=surgery.surviving_groups(network),
+        origin={
+            "algorithm": run.args["algorithm"],
+            "dataset": run.args["dataset"],
+            "test_envs": run.args["test_envs"],
+            "sparsity": algorithm.sparsity(),
+            "parameters": cost.surviving_parameters,
+            "macs": cost.macs,
+            "domainbed_sfp": __version__,
+            "torch": str(torch.__version__),
+        },
+    )
+    removed = sum(int(entry.dead.sum()) for entry in dead)
+    return Compact(run, masked, network, description, cost, removed, zeros)
+
+
+def export(
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    file_format: str = "safetensors",
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+) -> str:
+    """Writes the network of the run in `folder` to the file `output`, and returns a line that tells about it.
+
+    Before that, the contents of the file are turned into a network again and compared with the masked network on random
+    images, and on real ones where the data set needs no files or `data_dir` says where they are.
+
+    Raises:
+        UserError: for a run that is not finished or has no model, an unknown format, a file that cannot be written, an
+            extra that is missing, or logits that differ. Nothing is written then.
+    """
+    if file_format not in FORMATS:
+        raise unknown_name("--format", file_format, FORMATS)
+    output = Path(output)
+    if output.is_dir():
+        raise UserError(f"--output {str(output)!r} is a folder; expected the name of a file")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {str(output)!r}: there is no folder {str(output.parent)!r}")
+    if file_format == "onnx":
+        _require_onnx()
+    made = compact(load_run(folder))
+    if file_format == "onnx":
+        data = _onnx_bytes(made)
+        predict = _onnx_predictor(data)
+    else:
+        data = to_bytes(made.network, made.description)
+        # As a loader will do it, the description too through its text.
+        predict = rebuild(Description.from_json(made.description.to_json()), tensors_of(data))
+    random = torch.randn(RANDOM_IMAGES, *made.description.input_shape, generator=torch.Generator().manual_seed(0))
+    difference = compare(made.masked, predict, random, "random")
+    real = real_images(made.run, data_dir, cache_dir)
+    if real is not None:
+        difference = max(difference, compare(made.masked, predict, real, "real"))
+    try:
+        write_atomically(output, data)
+    except OSError as error:
+        raise UserError(f"--output {str(output)!r} cannot be written: {error.strerror or error}") from error
+    compared = f"{RANDOM_IMAGES} random and {'no' if real is None else len(real)} real images"
+    within = f"logits within {difference:.1e} of the masked network's on {compared}"
+    return f"{output}: {_told(made)}; {len(data):,} bytes; {within}"
+
+
+@torch.no_grad()
+def compare(masked: nn.Module, predict: Callable[[Tensor], Tensor], images: Tensor, kind: str) -> float:
+    """The largest difference between two networks' logits on images [N, C, H, W].
+
+    Raises UserError where it is more than TOLERANCE (of the largest logit, where that is above 1), or not a number.
+    """
+    expected = masked(images)
+    difference = float((predict(images) - expected).abs().max())
+    allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
+    if not difference <= allowed or not math.isfinite(allowed):
+        raise UserError(
+            f"the exported network would have other logits than the masked one: they differ by {difference:.2e} on "
+            f"{kind} images, {allowed:.1e} is allowed; nothing is written"
+        )
+    return difference
+
+
+def real_images(run: TrainedRun, data_dir: str | None, cache_dir: str | None) -> Tensor | None:
+    """The first images of every environment of a run's data set, [N, C, H, W]; None where it needs files and
+    `data_dir` is not given. Raises UserError where the data are not there or have another shape."""
+    dataset_class = get_dataset_class(run.args["dataset"])
+    if data_dir is None and not dataset_class.EMBEDDED:
+        return None
+    dataset = dataset_class.build(data_dir, run.hparams, run.args["seed"], Path(cache_dir) if cache_dir else None)
+    if dataset.input_shape != run.algorithm.input_shape:
+        raise UserError(f"images have shape {dataset.input_shape}, the run's had {run.algorithm.input_shape}")
+    cpu = torch.device("cpu")
+    return torch.cat([next(dataset.evaluation_batches(i, cpu, REAL_IMAGES))[0] for i in range(len(dataset))])
+
+
+def _normalization(run: TrainedRun) -> dict[str, tuple[float, ...]] | None:
+    if get_dataset_class(run.args["dataset"]).SMALL_IMAGES or run.algorithm.input_shape[0] != 3:
+        return None
+    return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+def _told(made: Compact) -> str:
+    cost = made.cost
+    sizes = (
+        f"{cost.parameters:,} -> {cost.surviving_parameters:,} parameters, {cost.dense_macs:,} -> {cost.macs:,} MACs"
+    )
+    if made.stored_zeros:
+        return (
+            f"{made.description.backbone}, {made.removed} channels taken out; {made.stored_zeros:,} masked single "
+            f"weights are stored as zeros, which saves neither bytes nor time (without them {sizes})"
+        )
+    return f"{made.description.backbone}, {made.removed} channels taken out: {sizes}"
+
+
+def _require_onnx() -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format onnx needs {', '.join(missing)}: pip install 'domainbed_sfp[export]'")
+
+
+def _onnx_bytes(made: Compact) -> bytes:
+    """The network as an ONNX model of any batch size, `images` to `logits`, with the description in its metadata."""
+    example = torch.zeros(2, *made.description.input_shape)
+    try:
+        program = torch.onnx.export(
+            made.network.eval(),
+            (example,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+        assert program is not None
+        model = program.model_proto
+        entry = model.metadata_props.add()
+        entry.key, entry.value = HEADER, made.description.to_json()
+        return model.SerializeToString()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{made.description.backbone!r} cannot be written as ONNX ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _onnx_predictor(data: bytes) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.contiguous().numpy()})[0])

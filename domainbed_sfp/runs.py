@@ -1,0 +1,99 @@
+"""Finished runs on disk: from an output folder back to the algorithm that was trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from domainbed_sfp import networks, records, registry
+from domainbed_sfp.algorithms.base import Algorithm
+from domainbed_sfp.data import get_dataset_class
+from domainbed_sfp.errors import UserError
+
+MODEL = "model.pkl"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run at its end. algorithm: in evaluation mode, on the CPU, in fp32. record: the last one."""
+
+    folder: Path
+    algorithm: Algorithm
+    args: Mapping[str, Any]
+    hparams: Mapping[str, Any]
+    record: Mapping[str, Any]
+
+
+def load_run(folder: str | os.PathLike[str]) -> TrainedRun:
+    """The trained algorithm of a finished run, from its model.pkl.
+
+    Raises UserError where the folder is no run, or the run is not finished, not at its final compression, was trained
+    with `--skip_model_save`, or its model.pkl is of another network or cannot be read.
+    """
+    folder = Path(folder)
+    record = _last_record(folder)
+    model = folder / MODEL
+    if not model.exists():
+        raise UserError(
+            f"run {str(folder)!r} has no {MODEL}: it was trained with --skip_model_save, or the file was removed; "
+            "train it again without that flag"
+        )
+    try:
+        saved = torch.load(model, map_location="cpu", weights_only=True)
+        shape, classes, domains, hparams, args, state = (
+            saved[name]
+            for name in (
+                "model_input_shape", "model_num_classes", "model_num_domains", "model_hparams", "args", "model_dict"
+            )
+        )  # fmt: skip
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{str(model)!r} cannot be read as a trained model ({type(error).__name__}: {reason})"
+        ) from error
+    info = registry.get(args["algorithm"])
+    steps = args.get("steps") or get_dataset_class(args["dataset"]).N_STEPS
+    with networks.without_weights():
+        algorithm: Algorithm = info.cls(tuple(shape), classes, domains, hparams)
+    algorithm.total_steps = steps
+    try:
+        algorithm.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{str(model)!r} is of another network than its hparams say: {reason}") from error
+    return TrainedRun(folder, algorithm.eval(), args, hparams, record)
+
+
+def _last_record(folder: Path) -> dict[str, Any]:
+    """The last record of a run that is finished. Raises UserError where it is not."""
+    results = folder / records.RESULTS
+    if not results.is_file():
+        raise UserError(f"{str(folder)!r} is no run: {_what_is_there(folder)}")
+    found = list(records.read_records(results, lambda message: None))
+    if not (folder / records.DONE).exists():
+        step = f"its last record is of step {found[-1]['step']}" if found else "it has no record yet"
+        raise UserError(f"run {str(folder)!r} is not finished ({step}); the command that began it continues it")
+    if not found:
+        raise UserError(f"{str(results)!r} holds no record")
+    if not found[-1].get("final_compression", True):
+        raise UserError(
+            f"run {str(folder)!r} ended before its final compression (sparsity {found[-1].get('sparsity', 0):.2f} at "
+            f"step {found[-1]['step']}); train it for more steps"
+        )
+    return found[-1]
+
+
+def _what_is_there(folder: Path) -> str:
+    if not folder.exists():
+        return "there is no such folder"
+    if not folder.is_dir():
+        return "expected the output folder of a run, and it is a file"
+    below = sorted(path.parent.name for path in folder.glob(f"*/{records.RESULTS}"))
+    if below:
+        return f"it holds {len(below)} runs; choose one of them, such as {str(folder / below[0])!r}"
+    return f"expected the output folder of a run, with {records.RESULTS}, {records.DONE} and {MODEL}"
