@@ -66,6 +66,12 @@ def load_run(folder: str | os.PathLike[str]) -> TrainedRun:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{str(model)!r} is of another network than its hparams say: {reason}") from error
+    # DomainBed's own loop does not record it.
+    if not record.get("final_compression", algorithm.at_final_compression()):
+        raise UserError(
+            f"run {str(folder)!r} ended before its final compression (sparsity {algorithm.sparsity():.2f} at step "
+            f"{record['step']}); train it for more steps"
+        )
     return TrainedRun(folder, algorithm.eval(), args, hparams, record)
 
 
@@ -80,11 +86,6 @@ def _last_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"run {str(folder)!r} is not finished ({step}); the command that began it continues it")
     if not found:
         raise UserError(f"{str(results)!r} holds no record")
-    if not found[-1].get("final_compression", True):
-        raise UserError(
-            f"run {str(folder)!r} ended before its final compression (sparsity {found[-1].get('sparsity', 0):.2f} at "
-            f"step {found[-1]['step']}); train it for more steps"
-        )
     return found[-1]
 
 

@@ -347,7 +347,7 @@ def _without(name: str):
 
 def _not_final(folder: Path) -> None:
     lines = (folder / "results.jsonl").read_text().splitlines()
-    last = {**json.loads(lines[-1]), "final_compression": False, "sparsity": 0.25}
+    last = {**json.loads(lines[-1]), "final_compression": False}
     (folder / "results.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
 
 
@@ -371,7 +371,7 @@ def _mask_of_another(state: dict) -> dict:
         (_without("done"), "is not finished (its last record is of step 8)"),
         (_without("model.pkl"), "no model.pkl: it was trained with --skip_model_save"),
         (_without("results.jsonl"), "expected the output folder of a run, with results.jsonl, done and model.pkl"),
-        (_not_final, "ended before its final compression (sparsity 0.25 at step 8)"),
+        (_not_final, "ended before its final compression (sparsity 0.50 at step 8)"),
         (lambda folder: (folder / "model.pkl").write_bytes(b"x"), "cannot be read as a trained model"),
         (_edit_model(model_dict=_mask_of_another), "is of another network than its hparams say"),
         (_edit_model(model_hparams=lambda h: {**h, "backbone": "mnist_cnn_bn"}), "is of another network"),
