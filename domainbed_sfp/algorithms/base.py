@@ -115,9 +115,13 @@ class ObjectiveAlgorithm(Algorithm):
             self.featurizer.n_outputs, num_classes, self.hparams["nonlinear_classifier"]
         )
         self.network = nn.Sequential(self.featurizer, self.classifier)
+        self.change_network()
         self.optimizer = self.make_optimizer()
         info = registry.get_objective(self.objective_name or self.hparams["objective"])
         self.objective: Objective = info.cls(self.hparams, num_domains)
+
+    def change_network(self) -> None:
+        """Called once featurizer and classifier are made, before the optimizer is: a method may add layers here."""
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """A new Adam over the network's parameters, as DomainBed's ERM makes it."""

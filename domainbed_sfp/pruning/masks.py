@@ -92,10 +92,14 @@ def _with_best_at_the_top(scores: Tensor) -> Tensor:
     return raised.view(scores.shape)
 
 
+def removed_units(units: int, sparsity: float) -> int:
+    """How many of `units` the fraction `sparsity` takes out. Below 1 a unit stays where rounding would leave none."""
+    removed = round(sparsity * units)
+    return min(removed, units - 1) if sparsity < 1 else removed
+
+
 def _keep(scores: Tensor, sparsity: float) -> Tensor:
-    removed = round(sparsity * scores.numel())
-    # One unit always stays where a layer of few units would round to none.
-    removed = min(removed, scores.numel() - 1) if sparsity < 1 else removed
+    removed = removed_units(scores.numel(), sparsity)
     keep = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     if removed:
         keep[scores.argsort(stable=True)[:removed]] = False

@@ -45,6 +45,14 @@ def check_fraction(name: str, value: float) -> None:
         raise UserError(f"hparam {name!r}: expected a fraction of the run in [0, 1], got {value}")
 
 
+def check_span(start: float, end: float) -> None:
+    """Raises UserError unless hparams `prune_start` and `prune_end` are fractions of the run, in this order."""
+    check_fraction("prune_start", start)
+    check_fraction("prune_end", end)
+    if end < start:
+        raise UserError(f"the pruning schedule ends before it begins: prune_start {start}, prune_end {end}")
+
+
 @dataclass(frozen=True)
 class CubicSchedule:
     """Dense until t0, s(t) = s_f (1 - (1 - (t - t0) / (t1 - t0))^3) until t1, then s_f (Zhu & Gupta 2017).
@@ -64,12 +72,7 @@ class CubicSchedule:
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
-        check_fraction("prune_start", self.start)
-        check_fraction("prune_end", self.end)
-        if self.end < self.start:
-            raise UserError(
-                f"the pruning schedule ends before it begins: prune_start {self.start}, prune_end {self.end}"
-            )
+        check_span(self.start, self.end)
 
     @classmethod
     def from_hparams(cls, hparams: Mapping[str, Any]) -> CubicSchedule:
@@ -156,3 +159,40 @@ class RoundSchedule:
     def at(self, step: int, total_steps: int) -> float:
         done = sum(step >= pruning for pruning in self.steps(total_steps))
         return 1 - (1 - self.sparsity) ** (done / self.rounds) if done < self.rounds else self.sparsity
+
+
+@dataclass(frozen=True)
+class StairSchedule:
+    """`rounds` prunings at equal distances from t0 to t1, each of which removes the fraction s_f / rounds.
+
+    Args:
+        sparsity: s_f, the fraction removed in the end, in [0, 1).
+        rounds: number of prunings; a single one is at t0.
+        start, end: t0 and t1 as fractions of the run.
+    """
+
+    sparsity: float
+    rounds: int
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        check_span(self.start, self.end)
+        if self.rounds < 1:
+            raise UserError(f"hparam 'prune_rounds': expected at least 1, got {self.rounds}")
+
+    def steps(self, total_steps: int) -> list[int]:
+        """The step of each pruning, within the run."""
+        gap = (self.end - self.start) / max(1, self.rounds - 1)
+        return [min(round((self.start + gap * i) * total_steps), total_steps - 1) for i in range(self.rounds)]
+
+    def first_step(self, total_steps: int) -> int:
+        return self.steps(total_steps)[0]
+
+    def last_step(self, total_steps: int) -> int:
+        return self.steps(total_steps)[-1]
+
+    def at(self, step: int, total_steps: int) -> float:
+        done = sum(step >= pruning for pruning in self.steps(total_steps))
+        return self.sparsity * done / self.rounds if done < self.rounds else self.sparsity

@@ -157,13 +157,7 @@ def channel_groups(featurizer: nn.Module, classifier: nn.Module, method: str = "
     Raises:
         UserError: if the network cannot be traced, or holds no channel that may be removed.
     """
-    try:
-        graph = _LayerTracer(method).trace(featurizer)
-    except Exception as error:
-        raise UserError(
-            f"granularity 'channel' needs a network that torch.fx can trace, and {type(featurizer).__name__} is not "
-            f"({type(error).__name__}: {error}); choose granularity 'weight' or another backbone"
-        ) from error
+    graph = _trace(featurizer, method)
     follower = _Follower(featurizer, graph)
     for node in graph.nodes:
         follower.visit(node)
@@ -176,6 +170,21 @@ def channel_groups(featurizer: nn.Module, classifier: nn.Module, method: str = "
     if not groups:
         raise UserError(f"{type(featurizer).__name__} has no channels that pruning could remove")
     return groups
+
+
+def layers_in_order(featurizer: nn.Module, method: str = "features") -> list[str]:
+    """The names of the layers of `featurizer`, in the order of their calls. UserError if it cannot be traced."""
+    return [str(node.target) for node in _trace(featurizer, method).nodes if node.op == "call_module"]
+
+
+def _trace(featurizer: nn.Module, method: str) -> fx.Graph:
+    try:
+        return _LayerTracer(method).trace(featurizer)
+    except Exception as error:
+        raise UserError(
+            f"granularity 'channel' needs a network that torch.fx can trace, and {type(featurizer).__name__} is not "
+            f"({type(error).__name__}: {error}); choose granularity 'weight' or another backbone"
+        ) from error
 
 
 class _Follower:

@@ -1,0 +1,165 @@
+"""Rankings of a layer's channels: votes, losses that teach them, and how far two of them agree.
+
+Scores are logits [N, C], a sample a row and a channel a column, the higher the better. A ranking is a permutation [C]
+of channel numbers, best first. All losses are means over samples, divided by what equal scores cost, so that they
+begin at 1 and compare across layers of any width; a layer of a single channel has nothing to rank and costs 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domainbed_sfp.errors import unknown_name
+
+VOTING_RULES = ("majority", "borda", "mean")
+
+# Pairwise losses look at this many pairs of channels at most: all pairs of 128 channels, a random draw in wider layers.
+MAX_PAIRS = 128 * 127 // 2
+
+
+def list_mle(scores: Tensor, ranking: Tensor) -> Tensor:
+    """ListMLE (Xia et al. 2008): -log of the ranking's probability under Plackett and Luce's model, over log(C!).
+
+    Channels are drawn one after the other without replacement, with probabilities proportional to exp(score).
+    """
+    if len(ranking) < 2:
+        return scores.new_zeros(())
+    ordered = scores[:, ranking]
+    remaining = ordered.flip(1).logcumsumexp(1).flip(1)
+    return (remaining - ordered).sum(1).mean() / math.lgamma(len(ranking) + 1)
+
+
+def ranknet(scores: Tensor, ranking: Tensor) -> Tensor:
+    """RankNet (Burges et al. 2005): mean of log(1 + exp(worse - better)) over pairs of channels, over log 2."""
+    if len(ranking) < 2:
+        return scores.new_zeros(())
+    return F.softplus(-_leads(scores, ranking)).mean() / math.log(2)
+
+
+def hinge(scores: Tensor, ranking: Tensor) -> Tensor:
+    """Mean of max(0, 1 - (better - worse)) over pairs of channels.
+
+    Over all pairs and not over neighbours only: in a wide layer, margins of 1 between neighbours ask for scores as
+    far apart as the layer is wide, and swapping distant channels costs next to nothing.
+    """
+    if len(ranking) < 2:
+        return scores.new_zeros(())
+    return F.relu(1 - _leads(scores, ranking)).mean()
+
+
+RANK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"listmle": list_mle, "ranknet": ranknet, "hinge": hinge}
+
+
+def _leads(scores: Tensor, ranking: Tensor) -> Tensor:
+    """By how much the better of two channels is ahead: [N, pairs]."""
+    count = len(ranking)
+    if count * (count - 1) // 2 <= MAX_PAIRS:
+        better, worse = torch.triu_indices(count, count, 1, device=scores.device)
+    else:
+        # Uniform over pairs, so that the mean is estimated without bias; drawn on the CPU for every device alike.
+        first, second = torch.randint(count, (MAX_PAIRS,)), torch.randint(count - 1, (MAX_PAIRS,))
+        second = second + (second >= first)
+        better = torch.minimum(first, second).to(scores.device)
+        worse = torch.maximum(first, second).to(scores.device)
+    return scores[:, ranking[better]] - scores[:, ranking[worse]]
+
+
+def ballots(scores: Tensor, rule: str, kept: int) -> Tensor:
+    """What every sample gives to every channel: [N, C], float64.
+
+    majority: 1 to each of its `kept` best; borda: C - 1 to the best, one less to each next; mean: its attention
+    2 sigmoid(score). Of equal scores the channel that comes first is the better. Raises UserError for another rule.
+    """
+    given = torch.zeros_like(scores, dtype=torch.float64)
+    local = scores.argsort(dim=1, descending=True, stable=True)
+    if rule == "majority":
+        return given.scatter_(1, local[:, :kept], 1.0)
+    if rule == "borda":
+        points = torch.arange(scores.shape[1] - 1, -1, -1, dtype=torch.float64, device=scores.device)
+        return given.scatter_(1, local, points.expand_as(given))
+    if rule == "mean":
+        return 2 * torch.sigmoid(scores.double())
+    raise unknown_name("voting", rule, VOTING_RULES)
+
+
+class RankingVote(nn.Module):
+    """A vote of samples on the ranking of a layer's channels, in which every environment has the same weight.
+
+    Counts, like the ranking that results, are buffers: a vote may be taken over several steps and interrupted.
+
+    Args:
+        environments: how many there are.
+        channels: C.
+        rule: one of VOTING_RULES.
+        kept: how many channels a majority vote names.
+    """
+
+    given: Tensor
+    attention: Tensor
+    voters: Tensor
+    ranking: Tensor
+
+    def __init__(self, environments: int, channels: int, rule: str, kept: int) -> None:
+        super().__init__()
+        if rule not in VOTING_RULES:
+            raise unknown_name("voting", rule, VOTING_RULES)
+        self.rule = rule
+        self.kept = kept
+        self.register_buffer("given", torch.zeros(environments, channels, dtype=torch.float64))
+        self.register_buffer("attention", torch.zeros(environments, channels, dtype=torch.float64))
+        self.register_buffer("voters", torch.zeros(environments, dtype=torch.float64))
+        self.register_buffer("ranking", torch.arange(channels))
+
+    @torch.no_grad()
+    def count(self, environment: int, scores: Tensor) -> None:
+        """Takes the votes of an environment's samples from their scores [N, C]."""
+        self.given[environment] += ballots(scores, self.rule, self.kept).sum(0)
+        self.attention[environment] += 2 * torch.sigmoid(scores.double()).sum(0)
+        self.voters[environment] += len(scores)
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Makes `ranking` the outcome: by votes, ties by mean attention, then by position."""
+        voters = self.voters.clamp_min(1)[:, None]
+        votes, attention = (self.given / voters).mean(0), (self.attention / voters).mean(0)
+        order = attention.argsort(descending=True, stable=True)
+        self.ranking.copy_(order[votes[order].argsort(descending=True, stable=True)])
+
+
+@torch.no_grad()
+def kendall_tau(scores: Tensor, ranking: Tensor) -> Tensor:
+    """Kendall's tau between each sample's order of the channels and `ranking`: [N], from -1 to 1.
+
+    (pairs in the same order - pairs in the opposite one) / all pairs; a pair of equal scores is neither (tau-a).
+    `ranking` may leave channels out: then it is about the others. NaN for fewer than two channels.
+
+    By merge sort, all samples at once: while sorted runs are merged, each element counts how many of the run that
+    stands before it in the ranking are above it and how many below.
+    """
+    samples, count = len(scores), len(ranking)
+    width = 1 << max(count - 1, 1).bit_length()
+    # Padded behind the last one with scores below all others: a padded column agrees with the ranking.
+    runs = F.pad(scores[:, ranking].float(), (0, width - count), value=-torch.inf)
+    agreement = torch.full((samples,), -count * (width - count), device=scores.device)
+    size = 1
+    while size < width:
+        pairs = runs.view(samples, -1, 2, size)
+        before, after = pairs[:, :, 0].contiguous(), pairs[:, :, 1].contiguous()
+        not_above = torch.searchsorted(before, after, right=True)
+        below = torch.searchsorted(before, after)
+        agreement += (size - not_above - below).sum((1, 2))
+        size *= 2
+        runs = runs.view(samples, -1, size).sort(dim=2).values
+    return agreement / (count * (count - 1) / 2) if count > 1 else torch.full((samples,), torch.nan)
+
+
+@torch.no_grad()
+def top_k_overlap(scores: Tensor, ranking: Tensor, k: int) -> Tensor:
+    """The fraction of the k best channels of `ranking` that are among a sample's own k best: [N]."""
+    local = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return torch.isin(local, ranking[:k]).float().mean(1)

