@@ -22,10 +22,11 @@ Sampler = Callable[[np.random.RandomState], Any]
 
 @dataclass(frozen=True)
 class Range:
-    """The values an hparam may have: in words, and as a test."""
+    """The values an hparam may have: in words, and as a test; `choices` where they are names."""
 
     words: str
     holds: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
 
 
 POSITIVE = Range("a number above 0", lambda value: value > 0)
@@ -36,7 +37,7 @@ FRACTION = Range("a fraction in [0, 1)", lambda value: 0 <= value < 1)
 
 def one_of(*choices: str) -> Range:
     """The range of an hparam that is one of some words."""
-    return Range("one of " + ", ".join(choices), lambda value: value in choices)
+    return Range("one of " + ", ".join(choices), lambda value: value in choices, choices)
 
 
 @dataclass(frozen=True)
@@ -198,5 +199,7 @@ def _checked(algorithm: str, name: str, value: Any, hparam: Hparam) -> Any:
     if not matches:
         raise UserError(f"hparam {name!r} of {algorithm}: expected {expected}, got {value!r}")
     if hparam.valid is not None and not hparam.valid.holds(value):
+        if hparam.valid.choices:
+            raise unknown_name(f"{name} of {algorithm}", value, hparam.valid.choices)
         raise UserError(f"hparam {name!r} of {algorithm}: expected {hparam.valid.words}, got {value!r}")
     return value
