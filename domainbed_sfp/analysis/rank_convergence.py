@@ -1,0 +1,159 @@
+"""How far samples' channel rankings agree with the global one, over the steps of GlobalPru's runs: CSV and a plot.
+
+A row is what a record says of an environment: means of the measurements since the record before, over samples and
+layers. The first row of a run is from about the vote, before the rank loss sets in; the last from before channels go.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import io
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, unknown_name
+from ..files import write_atomically
+from ..records import RESULTS, Warn, read_records
+
+TAU, OVERLAP = "rank_tau_env", "rank_overlap_env"
+
+# The hparams by which runs in one plot differ.
+SETTINGS = ("rank_loss", "rank_weight", "voting", "sparsity")
+COLUMNS = (
+    "run", "dataset", "test_envs", "hparams_seed", "trial_seed", *SETTINGS, "step", "environment", "tau", "overlap",
+)  # fmt: skip
+PLOT_FORMATS = ("png", "pdf", "svg")
+
+Row = dict[str, Any]
+
+
+def agreement_rows(input_dir: str | Path, warn: Warn) -> list[Row]:
+    """A row of COLUMNS for every environment of every record with agreement, in the order of runs and records.
+
+    Training environments have the names that the record gives them, or `env{i}` where it gives none (DomainBed's own).
+    Raises UserError where `input_dir` is no directory of runs, or none of its records tells an agreement.
+    """
+    root = Path(input_dir)
+    if not root.is_dir():
+        raise UserError(f"--input_dir {root}: expected a directory of runs")
+    files = sorted(root.glob(f"*/{RESULTS}")) or sorted(root.glob(RESULTS))
+    if not files:
+        raise UserError(f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}")
+    rows = [row for file in files for record in read_records(file, warn) for row in _rows(file.parent.name, record)]
+    if not rows:
+        raise UserError(
+            f"--input_dir {root}: no record of its {len(files)} runs tells how far rankings agree; GlobalPru's do, "
+            "between the vote and the first pruning (hparams vote_at, prune_start; --checkpoint_freq)"
+        )
+    return rows
+
+
+def _rows(run: str, record: Mapping[str, Any]) -> Iterator[Row]:
+    args, hparams = record["args"], record["hparams"]
+    test_envs = args["test_envs"]
+    total = sum(f"env{i}_in_acc" in record for i in range(len(record)))
+    names = record.get("environments") or [f"env{i}" for i in range(total)]
+    training = [name for index, name in enumerate(names) if index not in test_envs]
+    for index, environment in enumerate(training):
+        if f"{TAU}{index}" in record:
+            yield {
+                "run": run,
+                "dataset": args["dataset"],
+                "test_envs": " ".join(str(names[env]) for env in test_envs),
+                "hparams_seed": args["hparams_seed"],
+                "trial_seed": args["trial_seed"],
+                **{name: hparams.get(name) for name in SETTINGS},
+                "step": record["step"],
+                "environment": environment,
+                "tau": record[f"{TAU}{index}"],
+                "overlap": record.get(f"{OVERLAP}{index}"),
+            }
+
+
+def csv_text(rows: Iterable[Row]) -> str:
+    """The rows as CSV with a head."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def mean_over_trials(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[tuple[int, float]]]:
+    """[(step, mean tau)] by (dataset, test environments, *SETTINGS, environment)."""
+    collected: dict[tuple[Any, ...], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        key = (row["dataset"], row["test_envs"], *(row[name] for name in SETTINGS), row["environment"])
+        collected[key][row["step"]].append(row["tau"])
+    return {
+        key: [(step, sum(taus) / len(taus)) for step, taus in sorted(steps.items())] for key, steps in collected.items()
+    }
+
+
+def plot(rows: Sequence[Row], image_format: str) -> bytes:
+    """A picture: a panel for each data set and choice of test environments, tau against steps; a colour for each
+    training environment, a line style for each setting, means over trials. UserError without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib, which is not installed: pip install 'domainbed_sfp[plots]'")
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    lines = mean_over_trials(rows)
+    panels = list(dict.fromkeys(key[:2] for key in lines))
+    settings = list(dict.fromkeys(key[2:-1] for key in lines))
+    # Only what differs between the runs tells them apart.
+    shown = [i for i in range(len(SETTINGS)) if len({setting[i] for setting in settings}) > 1]
+    styles: list[Any] = ["-", "--", ":", "-."]
+    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for panel, axis in zip(panels, axes):
+        environments = list(dict.fromkeys(key[-1] for key in lines if key[:2] == panel))
+        for key, points in lines.items():
+            if key[:2] == panel:
+                style = styles[settings.index(key[2:-1]) % len(styles)]
+                colour = f"C{environments.index(key[-1])}"
+                axis.plot(*zip(*points), linestyle=style, color=colour, marker=".")
+        handles = [Line2D([], [], color=f"C{i}", label=name) for i, name in enumerate(environments)]
+        if len(settings) > 1:
+            for index, setting in enumerate(settings):
+                label = ", ".join(f"{SETTINGS[i]} {setting[i]}" for i in shown)
+                handles.append(Line2D([], [], color="grey", linestyle=styles[index % len(styles)], label=label))
+        axis.set(title=f"{panel[0]}, test {panel[1]}", xlabel="step", ylabel="Kendall's tau")
+        axis.legend(handles=handles, fontsize="small")
+    image = io.BytesIO()
+    figure.savefig(image, format=image_format, dpi=150)
+    return image.getvalue()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input_dir", required=True, metavar="DIR", help="the sweep: a directory of runs")
+    parser.add_argument("--output", metavar="FILE", help="write the CSV to FILE instead of the standard output")
+    parser.add_argument("--plot", metavar="FILE", help=f"also draw tau against steps; {', '.join(PLOT_FORMATS)}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the CSV and, if asked, the plot; returns the exit status. Raises UserError for bad input."""
+    suffix = Path(args.plot).suffix.lstrip(".").lower() if args.plot else ""
+    if args.plot and suffix not in PLOT_FORMATS:
+        raise unknown_name(f"--plot {args.plot}: format", suffix, PLOT_FORMATS)
+    rows = agreement_rows(args.input_dir, lambda message: print(f"warning: {message}", file=sys.stderr))
+    image = plot(rows, suffix) if args.plot else None
+    if args.output is None:
+        sys.stdout.write(csv_text(rows))
+    else:
+        _write("--output", args.output, csv_text(rows))
+    if image is not None:
+        _write("--plot", args.plot, image)
+    return 0
+
+
+def _write(option: str, path: str, data: str | bytes) -> None:
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror}") from error
