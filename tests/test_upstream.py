@@ -457,6 +457,18 @@ def test_their_train_really_prunes(their_sweep: Path) -> None:
     assert last["step"] == 11
 
 
+def test_their_train_runs_gates_and_votes(bridge, tmp_path: Path) -> None:
+    """GlobalPru adds layers to the network and hooks to its forward pass; their loop copies and saves it."""
+    bridge("train", "--algorithm", "GlobalPru", "--dataset", "Debug28", "--data_dir", "none", "--test_envs", 0, "--steps",
+           12, "--checkpoint_freq", 4, "--output_dir", "run", "--hparams", '{"batch_size": 4}', cwd=tmp_path)  # fmt: skip
+    records = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert "rank_tau_env1" in records[1] and "rank_loss" in records[2] and "rank_loss" not in records[0]
+    weights = torch.load(tmp_path / "run" / "model.pkl", weights_only=True)["model_dict"]
+    dead = weights["featurizer.conv2.weight"].flatten(1).eq(0).all(1)
+    assert dead.float().mean() == 0.5 and not weights["featurizer.bn1.gate.expand.weight"][dead].any()
+    assert not weights["featurizer.bn1.gate.reduce.weight"][:, dead].any()
+
+
 def test_their_erm_is_theirs(their_sweep: Path) -> None:
     (run,) = runs_of(their_sweep, "ERM")
     record = json.loads((run / "results.jsonl").read_text().splitlines()[-1])
