@@ -190,6 +190,7 @@ def test_tau_by_brute_force(channels):
         expected.append(sum(pairs) / len(pairs))
     assert ranking.kendall_tau(scores, order).tolist() == pytest.approx(expected, abs=1e-6)
     assert ranking.kendall_tau(-order.argsort()[None].float(), order).item() == 1
+    assert ranking.kendall_tau(scores, order[:1]).isnan().all()  # of one channel there is no order
 
 
 def test_tau_is_scipys_where_nothing_ties():
@@ -316,6 +317,26 @@ def test_a_zero_mask_is_the_network_without_the_channels(backbone):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(x[:1])
     assert counter.get_total_flops() == 2 * cost.macs
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
+def test_gates_are_plain_layers_to_other_tools(backbone):
+    """torch.fx traces a network with gates, and torch-pruning takes the same channels out of it as we do."""
+    pruning = pytest.importorskip("torch_pruning")
+    algorithm = make("PACS", (3, 64, 64), backbone=backbone, weights="none").eval()
+    scramble(algorithm)
+    prune(algorithm)
+    network, x = algorithm.export().requires_grad_(), torch.randn(2, 3, 64, 64)
+    expected = network(x).detach()
+    if backbone == "resnet18":  # SAME padding depends on the input's size, which a trace does not know
+        assert torch.equal(torch.fx.symbolic_trace(network)(x), expected)
+    graph = pruning.DependencyGraph().build_dependency(network, example_inputs=x)
+    for group in algorithm.groups:
+        convolution = network[0].get_submodule(group.filters[0].removeprefix("featurizer.").removesuffix(".weight"))
+        dead = (~algorithm.unit_masks[group.name]).nonzero().flatten().tolist()
+        graph.get_pruning_group(convolution, pruning.prune_conv_out_channels, idxs=dead).prune()
+    assert (network(x) - expected).abs().max() < 1e-5
+    assert sum(parameter.numel() for parameter in network.parameters()) == cost_of(algorithm).surviving_parameters
 
 
 def cost_of(algorithm):

@@ -142,7 +142,9 @@ def kendall_tau(scores: Tensor, ranking: Tensor) -> Tensor:
     stands before it in the ranking are above it and how many below.
     """
     samples, count = len(scores), len(ranking)
-    width = 1 << max(count - 1, 1).bit_length()
+    if count < 2:
+        return torch.full((samples,), torch.nan, device=scores.device)
+    width = 1 << (count - 1).bit_length()
     # Padded behind the last one with scores below all others: a padded column agrees with the ranking.
     runs = F.pad(scores[:, ranking].float(), (0, width - count), value=-torch.inf)
     agreement = torch.full((samples,), -count * (width - count), device=scores.device)
@@ -155,7 +157,7 @@ def kendall_tau(scores: Tensor, ranking: Tensor) -> Tensor:
         agreement += (size - not_above - below).sum((1, 2))
         size *= 2
         runs = runs.view(samples, -1, size).sort(dim=2).values
-    return agreement / (count * (count - 1) / 2) if count > 1 else torch.full((samples,), torch.nan)
+    return agreement / (count * (count - 1) / 2)
 
 
 @torch.no_grad()
