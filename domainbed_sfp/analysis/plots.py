@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".pdf")
 
 # Without their yellow, which is too light for thin lines on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-_LINES = ("-", "--", ":", "-.")
+LINES = ("-", "--", ":", "-.")
 
 _COLUMN_INCHES = 3.5
 _PAGE_INCHES = 7.0
@@ -69,6 +70,24 @@ def save_plot(kind: str, report: Report, output: str, *, warn: Callable[[str], N
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise unknown_name("suffix of --output", path.suffix or path.name, SUFFIXES)
+    with figure_style():
+        figure, points, said = PLOTS[kind](report)
+        drawn = image_bytes(figure, suffix)
+    for one in said:
+        warn(one)
+    numbers = path.with_suffix(".csv")
+    for file, data in ((path, drawn), (numbers, csv_of(points))):
+        try:
+            write_atomically(file, data)
+        except OSError as error:
+            raise UserError(f"--output {file}: {error.strerror}") from error
+    return [path, numbers]
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Our style while it lasts, whatever the user's is, so that a figure is the same everywhere. UserError without
+    matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
@@ -76,22 +95,18 @@ def save_plot(kind: str, report: Report, output: str, *, warn: Callable[[str], N
             "--plot draws with matplotlib, which is not installed: pip install 'domainbed_sfp[plots]'"
         ) from error
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # not the user's style: a figure is the same everywhere
+        matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
-        figure, points, said = PLOTS[kind](report)
-        drawn = io.BytesIO()
-        # The date would make two drawings of the same records differ.
-        metadata = {".png": None, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[suffix]
-        figure.savefig(drawn, format=suffix[1:], dpi=300, metadata=metadata, bbox_inches="tight", pad_inches=0.04)
-    for one in said:
-        warn(one)
-    numbers = path.with_suffix(".csv")
-    for file, data in ((path, drawn.getvalue()), (numbers, csv_of(points))):
-        try:
-            write_atomically(file, data)
-        except OSError as error:
-            raise UserError(f"--output {file}: {error.strerror}") from error
-    return [path, numbers]
+        yield
+
+
+def image_bytes(figure: Figure, suffix: str) -> bytes:
+    """The file of a figure, for a suffix of SUFFIXES."""
+    drawn = io.BytesIO()
+    # The date would make two drawings of the same records differ.
+    metadata = {".png": None, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[suffix]
+    figure.savefig(drawn, format=suffix[1:], dpi=300, metadata=metadata, bbox_inches="tight", pad_inches=0.04)
+    return drawn.getvalue()
 
 
 # fronts -------------------------------------------------------------------------------------------------------------
@@ -249,7 +264,7 @@ def _draw_ranks(
     for number, clique in enumerate(ranking.cliques):
         y = -0.09 * (number + 1)
         first, last = ranking.mean_ranks[clique[0]], ranking.mean_ranks[clique[-1]]
-        axis.plot([at(first) - 0.04, at(last) + 0.04], [y, y], color=_COLOURS[0], linewidth=2.4, solid_capstyle="butt")
+        axis.plot([at(first) - 0.04, at(last) + 0.04], [y, y], color=COLOURS[0], linewidth=2.4, solid_capstyle="butt")
     half = math.ceil(count / 2)
     for index, (point, label) in enumerate(zip(points, labels)):
         on_left = index < half
@@ -285,8 +300,8 @@ class _Looks:
     def of(self, name: str) -> dict[str, Any]:
         """Arguments of errorbar and of a legend's handle."""
         index = self.position(name)
-        turn = index // len(_COLOURS)
-        colour = _COLOURS[index % len(_COLOURS)]
+        turn = index // len(COLOURS)
+        colour = COLOURS[index % len(COLOURS)]
         return {
             "color": colour,
             # The turn shifts the markers: a colour that comes back has another one.
@@ -298,7 +313,7 @@ class _Looks:
         }
 
     def line_style(self, name: str) -> Any:
-        return _LINES[self.position(name) // len(_COLOURS) % len(_LINES)]
+        return LINES[self.position(name) // len(COLOURS) % len(LINES)]
 
     def legend(self, lines: bool) -> tuple[list[Any], list[str]]:
         from matplotlib.lines import Line2D

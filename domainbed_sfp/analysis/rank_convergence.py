@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import io
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, unknown_name
 from ..files import write_atomically
 from ..records import RESULTS, Warn, read_records
+from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TAU, OVERLAP = "rank_tau_env", "rank_overlap_env"
 
@@ -27,7 +30,6 @@ SETTINGS = ("rank_loss", "rank_weight", "voting", "sparsity")
 COLUMNS = (
     "run", "dataset", "test_envs", "hparams_seed", "trial_seed", *SETTINGS, "step", "environment", "tau", "overlap",
 )  # fmt: skip
-PLOT_FORMATS = ("png", "pdf", "svg")
 
 Row = dict[str, Any]
 
@@ -95,11 +97,14 @@ def mean_over_trials(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[tuple[in
     }
 
 
-def plot(rows: Sequence[Row], image_format: str) -> bytes:
+def plot(rows: Sequence[Row], suffix: str) -> bytes:
     """A picture: a panel for each data set and choice of test environments, tau against steps; a colour for each
     training environment, a line style for each setting, means over trials. UserError without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib, which is not installed: pip install 'domainbed_sfp[plots]'")
+    with figure_style():
+        return image_bytes(_draw(rows), suffix)
+
+
+def _draw(rows: Sequence[Row]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -108,7 +113,7 @@ def plot(rows: Sequence[Row], image_format: str) -> bytes:
     settings = list(dict.fromkeys(key[2:-1] for key in lines))
     # Only what differs between the runs tells them apart.
     shown = [i for i in range(len(SETTINGS)) if len({setting[i] for setting in settings}) > 1]
-    styles: list[Any] = ["-", "--", ":", "-."]
+    styles: Sequence[Any] = LINES
     figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for panel, axis in zip(panels, axes):
@@ -116,31 +121,29 @@ def plot(rows: Sequence[Row], image_format: str) -> bytes:
         for key, points in lines.items():
             if key[:2] == panel:
                 style = styles[settings.index(key[2:-1]) % len(styles)]
-                colour = f"C{environments.index(key[-1])}"
+                colour = COLOURS[environments.index(key[-1]) % len(COLOURS)]
                 axis.plot(*zip(*points), linestyle=style, color=colour, marker=".")
-        handles = [Line2D([], [], color=f"C{i}", label=name) for i, name in enumerate(environments)]
+        handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(environments)]
         if len(settings) > 1:
             for index, setting in enumerate(settings):
                 label = ", ".join(f"{SETTINGS[i]} {setting[i]}" for i in shown)
                 handles.append(Line2D([], [], color="grey", linestyle=styles[index % len(styles)], label=label))
         axis.set(title=f"{panel[0]}, test {panel[1]}", xlabel="step", ylabel="Kendall's tau")
-        axis.legend(handles=handles, fontsize="small")
-    image = io.BytesIO()
-    figure.savefig(image, format=image_format, dpi=150)
-    return image.getvalue()
+        axis.legend(handles=handles)
+    return figure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input_dir", required=True, metavar="DIR", help="the sweep: a directory of runs")
     parser.add_argument("--output", metavar="FILE", help="write the CSV to FILE instead of the standard output")
-    parser.add_argument("--plot", metavar="FILE", help=f"also draw tau against steps; {', '.join(PLOT_FORMATS)}")
+    parser.add_argument("--plot", metavar="FILE", help=f"also draw tau against steps; {', '.join(SUFFIXES)}")
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the CSV and, if asked, the plot; returns the exit status. Raises UserError for bad input."""
-    suffix = Path(args.plot).suffix.lstrip(".").lower() if args.plot else ""
-    if args.plot and suffix not in PLOT_FORMATS:
-        raise unknown_name(f"--plot {args.plot}: format", suffix, PLOT_FORMATS)
+    suffix = Path(args.plot).suffix.lower() if args.plot else ""
+    if args.plot and suffix not in SUFFIXES:
+        raise unknown_name("suffix of --plot", suffix or args.plot, SUFFIXES)
     rows = agreement_rows(args.input_dir, lambda message: print(f"warning: {message}", file=sys.stderr))
     image = plot(rows, suffix) if args.plot else None
     if args.output is None:
