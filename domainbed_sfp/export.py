@@ -14,6 +14,7 @@ from safetensors.torch import load as tensors_of
 from torch import Tensor, nn
 
 from domainbed_sfp import __version__, networks
+from domainbed_sfp.channel_gates import gate_widths
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from domainbed_sfp.errors import UserError, unknown_name
@@ -66,6 +67,7 @@ def compact(run: TrainedRun) -> Compact:
         nonlinear_classifier=bool(run.hparams.get("nonlinear_classifier", False)),
         normalization=_normalization(run),
         group_norms=surgery.surviving_groups(network),
+        gates=gate_widths(network),
         origin={
             "algorithm": run.args["algorithm"],
             "dataset": run.args["dataset"],

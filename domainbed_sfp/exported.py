@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from domainbed_sfp import networks
+from domainbed_sfp.channel_gates import put_gate
 from domainbed_sfp.errors import UserError
 
 HEADER = "domainbed_sfp_export"
@@ -98,6 +99,7 @@ class Description:
     normalization: mean and std, per channel, with which pixels in [0, 1] are to be normalised; None where they enter
         as they are (the MNIST-like sets).
     group_norms: by name of a GroupNorm that lost channels, how many are left in each of its groups.
+    gates: by name of a layer with a gate behind it, the gate's hidden width (see `channel_gates.put_gate`).
     origin: where the network comes from: algorithm, data set, versions, costs. Not needed to rebuild it.
     """
 
@@ -107,6 +109,7 @@ class Description:
     nonlinear_classifier: bool = False
     normalization: Mapping[str, Sequence[float]] | None = None
     group_norms: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    gates: Mapping[str, int] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -121,10 +124,11 @@ class Description:
         known = {entry.name for entry in fields(cls)}
         found = cls(**{name: value for name, value in values.items() if name in known})
         sizes = [*found.input_shape, found.num_classes]
+        hidden = list(found.gates.values())
         left = [count for counts in found.group_norms.values() for count in counts]
         if not isinstance(found.backbone, str) or len(sizes) != 4:
             raise ValueError("expected the name of a backbone, and an input shape of three numbers")
-        if not all(type(size) is int and size >= 0 for size in (*sizes, *left)) or 0 in sizes:
+        if not all(type(size) is int and size >= 0 for size in (*sizes, *hidden, *left)) or 0 in (*sizes, *hidden):
             raise ValueError("expected whole numbers of channels, pixels and classes")
         return cls(**{**vars(found), "input_shape": tuple(found.input_shape)})
 
@@ -171,7 +175,9 @@ def rebuild(description: Description, tensors: Mapping[str, Tensor]) -> Exported
         classifier = networks.make_classifier(
             featurizer.n_outputs, description.num_classes, description.nonlinear_classifier
         )
-    network = ExportedNetwork(featurizer, classifier)
+        network = ExportedNetwork(featurizer, classifier)
+        for name, width in description.gates.items():
+            put_gate(network, name, width)
     for name, survivors in description.group_norms.items():
         replace_group_norm(network, name, survivors)
     tensors = dict(tensors)

@@ -67,7 +67,7 @@ FOREIGN = "no effect here"
 
 
 def common_hparams(small_images: bool, image_size: int) -> dict[str, Hparam]:
-    """The hparams every algorithm has. `small_images`: MNIST-like sets, trained from scratch; `image_size`: the usual."""
+    """The hparams every algorithm has. `small_images`: MNIST-like, trained from scratch; `image_size`: the usual."""
     table = {
         "data_augmentation": Hparam(True, doc="augment training batches (image-folder sets)"),
         "resnet18": Hparam(False, doc="ResNet-18 instead of ResNet-50 (needs resnet50_augmix=false)"),

