@@ -38,7 +38,7 @@ EXTRAS["test"] = [
     "pytest-timeout>=2.2",
     "pytest-xdist>=3.3",
 ]
-EXTRAS["dev"] = [*EXTRAS["test"], *EXTRAS["timm"], "mypy>=1.8", "ruff>=0.5", "types-PyYAML"]
+EXTRAS["dev"] = [*EXTRAS["test"], *EXTRAS["timm"], "mypy>=1.8", "ruff>=0.5", "types-PyYAML", "types-jsonschema"]
 
 setup(
     name="domainbed_sfp",
@@ -65,6 +65,7 @@ setup(
     install_requires=[
         "filelock>=3.12",
         "jinja2>=3.1",
+        "jsonschema>=4.17",
         "numpy>=1.24",
         "orjson>=3.9",
         "pandas>=2.0",

@@ -1,0 +1,1 @@
+"""From a sweep to a line of the leaderboard: bundle, validation, rerun, entries."""
