@@ -50,6 +50,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_latency(commands)
     _add_rankings(commands)
     _add_upstream(commands)
+    _add_new(commands)
+    _add_check(commands)
+    _add_submit(commands)
+    _add_leaderboard(commands)
     return parser
 
 
@@ -281,6 +285,76 @@ def _upstream(args: argparse.Namespace) -> int:
     from domainbed_sfp import upstream
 
     return upstream.run(args.domainbed_root, args.script, args.arguments, slots=args.jobs)
+
+
+# new, check, submit, leaderboard -------------------------------------------------------------------------------------
+
+
+def _add_new(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "new", "write an installable package with an algorithm of your own", _new)
+    parser.add_argument("name", help="of the package, such as my_method; its algorithm is then MyMethod")
+    parser.add_argument("--output_dir", default=".", help="where the package's folder is made; default: here")
+
+
+def _new(args: argparse.Namespace) -> int:
+    from domainbed_sfp import scaffold
+
+    return scaffold.run(args.name, args.output_dir)
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "check", "put an algorithm through the contract suite; 1 where a check fails", _check)
+    parser.add_argument("algorithm")
+    parser.add_argument("--json", action="store_true", help="the report for programs")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from domainbed_sfp import checking
+
+    return checking.run(args.algorithm, args.json)
+
+
+def _add_submit(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "submit", "make a bundle for the leaderboard of one row of a finished sweep", _submit)
+    parser.add_argument("--input_dir", required=True, metavar="DIR", help="the sweep: a directory of runs")
+    parser.add_argument(
+        "--algorithm", required=True, metavar="NAME", help="the row as the tables call it, such as 'SFP (sparsity=0.7)'"
+    )
+    parser.add_argument("--output", required=True, metavar="BUNDLE", help="the new folder of the bundle")
+    parser.add_argument("--name", help="what the leaderboard shall call it; default: the row's name")
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from domainbed_sfp.leaderboard import submit
+
+    return submit.run(args)
+
+
+def _add_leaderboard(commands: argparse._SubParsersAction) -> None:
+    text = "validate a bundle, or add it to the entries"
+    actions = commands.add_parser("leaderboard", help=text, description=text).add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    text = "recompute a bundle's numbers from its records; 1 where something is wrong"
+    validate = _add(actions, "validate", text, _leaderboard)
+    validate.add_argument("--json", action="store_true", help="the outcome for programs")
+    add = _add(actions, "add", "validate a bundle and write its entries", _leaderboard)
+    add.add_argument("--results_dir", default="results/entries", help="default: %(default)s")
+    for parser in (validate, add):
+        parser.add_argument("bundle", help="the folder that `submit` made")
+        parser.add_argument("--rerun", type=int, metavar="N", help="also train N of its runs again, chosen at random")
+        parser.add_argument("--rerun_seed", type=int, help="of that choice; default: a new one, which is printed")
+        parser.add_argument(
+            "--tolerance", type=float, help="points of accuracy a rerun may differ by on another machine (default 3)"
+        )
+        parser.add_argument("--data_dir", help="of the data sets, for --rerun")
+        _add_cache_dir(parser)
+
+
+def _leaderboard(args: argparse.Namespace) -> int:
+    from domainbed_sfp.leaderboard import commands
+
+    return {"validate": commands.validate, "add": commands.add}[args.action](args)
 
 
 def _add_slots(parser: argparse.ArgumentParser) -> None:

@@ -131,6 +131,16 @@ def check_exact_resume(name: str) -> None:
         _assert_same(resumed, whole, f"continued from step {stop}")
 
 
+def check_deterministic(name: str) -> None:
+    """Made and trained twice from one seed, with other use of the generators in between, it ends bit-identical."""
+    first = make(name)
+    logged = run(first, 0, STEPS)
+    seed_everything(12_345)
+    second = make(name)
+    assert run(second, 0, STEPS) == logged, "with the same seed, the logged numbers differ from one run to the next"
+    _assert_same(second, first, "in a second run with the same seed")
+
+
 def check_degenerate_batches(name: str) -> None:
     """One class only, one sample only, constant images: everything stays finite."""
     x, y = torch.zeros(BATCH, *INPUT_SHAPE), torch.zeros(BATCH, dtype=torch.long)
@@ -145,8 +155,8 @@ def check_degenerate_batches(name: str) -> None:
 
 
 def check_masks(name: str) -> None:
-    """Masks are bool, shaped as their parameters; dead weights are zero; the run ends at its final compression and,
-    for an algorithm that has the hparam, at the sparsity asked for."""
+    """Masks are bool, shaped as their parameters; dead weights are zero; the sparsity claimed is what they remove; the
+    run ends at its final compression and, for an algorithm that has the hparam, at the sparsity asked for."""
     algorithm = make(name)
     run(algorithm, 0, STEPS)
     parameters = dict(algorithm.named_parameters())
@@ -157,6 +167,11 @@ def check_masks(name: str) -> None:
         )
         assert not parameters[key][~mask].any(), f"{key} has dead weights that are not zero"
         assert mask.any(), f"{key} is wiped out"
+    claimed, removed = algorithm.sparsity(), accounting.sparsities_of(algorithm, algorithm.masks()) or {"weight": 0.0}
+    counts = ", ".join(f"{value:.4f} of each {unit}" for unit, value in removed.items())
+    assert any(abs(claimed - value) < 1e-6 for value in removed.values()), (
+        f"sparsity() claims {claimed:.4f}, the masks remove {counts}"
+    )
     assert algorithm.at_final_compression(), "the run ends before its final compression"
     target = algorithm.hparams.get("sparsity")
     if target is not None:
@@ -164,8 +179,9 @@ def check_masks(name: str) -> None:
 
 
 def check_export(name: str) -> None:
-    """The exported network has the logits of predict and shares nothing with the algorithm. Where channels are masked
-    and torch-pruning is installed: so has the network without them, and it costs what the accounting says."""
+    """The exported network has the logits of predict, which are those of the masked weights, and shares nothing with
+    the algorithm. Where channels are masked and torch-pruning is installed: so has the network without them, and it
+    costs what the accounting says."""
     algorithm = make(name)
     run(algorithm, 0, STEPS)
     algorithm.eval()
@@ -177,6 +193,9 @@ def check_export(name: str) -> None:
     if algorithm.masks() and surgery.is_available():
         _check_surgery(algorithm, x, expected)
     with torch.no_grad():
+        for key, mask in algorithm.masks().items():
+            algorithm.get_parameter(key).mul_(mask)
+        assert torch.allclose(exported(x), algorithm.predict(x), atol=1e-4), "logits of the masked weights differ"
         for parameter in algorithm.parameters():
             parameter.zero_()
         assert torch.allclose(exported(x), expected, atol=1e-4), "the exported network shares parameters"
@@ -238,11 +257,57 @@ CHECKS: dict[str, Callable[[str], None]] = {
         check_hparams_are_json,
         check_deepcopy,
         check_exact_resume,
+        check_deterministic,
         check_degenerate_batches,
         check_masks,
         check_export,
         check_never_touches_the_test_environment,
     )
+}
+
+# What usually lies behind a failure and mends it, by the names of CHECKS.
+MENDS: dict[str, str] = {
+    "updates_lower_the_loss": (
+        "update() must train on the batches it gets (zero_grad, backward, step) and return a dict of finite "
+        "numbers with 'loss' among them; if it trains too timidly, mind the default of hparam 'lr' and of "
+        "schedules, which must take their fractions from self.total_steps"
+    ),
+    "predict_gives_logits": (
+        "predict() returns logits [N, num_classes], works for a single image and writes nothing: keep counters and "
+        "statistics out of it, and BatchNorm in the mode that train() and eval() set"
+    ),
+    "hparams_are_json": (
+        "defaults and samples must be plain numbers, words or booleans, no numpy scalars or tuples: wrap a draw in "
+        "int(...), float(...) or bool(...)"
+    ),
+    "deepcopy": (
+        "keep no reference to modules or optimizers outside the object (globals, class attributes, closures); what "
+        "hooks need goes through self"
+    ),
+    "exact_resume": (
+        "all that changes while training must be a parameter, a buffer, an optimizer that is an attribute, or part "
+        "of get_extra_state() and set_extra_state(): step counters and moving averages above all"
+    ),
+    "deterministic": (
+        "draw from torch's, numpy's or python's global generators, which are seeded before every step, never from "
+        "one of your own seeded by the clock or the system; do not rely on the order of a set"
+    ),
+    "degenerate_batches": (
+        "guard divisions and logarithms (clamp the denominator), and statistics of one sample: std and var of it "
+        "are NaN with unbiased=True"
+    ),
+    "masks": (
+        "masks() returns bool tensors named and shaped as parameters; zero the dead weights after every optimizer "
+        "step (Adam's moments move them); sparsity() counts from the same masks; at_final_compression() is True "
+        "once they no longer change, before the last step"
+    ),
+    "export": (
+        "export() returns a deep copy of the network that predict runs, in evaluation mode, with the masks applied"
+    ),
+    "never_touches_the_test_environment": (
+        "learn from the minibatches of update() and the batches of prepare_evaluation() alone: predict() sees the "
+        "test environment and must leave no trace"
+    ),
 }
 
 

@@ -7,6 +7,7 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     sparsity               fraction of the prunable weights removed
     granularity            "weight" or "channel"
     final_compression      whether this checkpoint is compressed as far as the run goes; absent means yes
+    masks                  digest of the final masks, the name of their file in the run's folder masks/
     parameters, surviving_parameters, dense_macs, macs
     bitops                 multiply-accumulates times weight bits times activation bits, of quantized networks
     exported_bytes         size of the tensors that `export` writes: without dead channels, zeros of single weights kept
@@ -14,6 +15,7 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     standing               "published", "reconstruction" or "reference"
     environments           the names of the data set's environments
     input_shape            (channels, height, width) of the network's input
+    data_digest            of the images, for a data set that its name does not determine; else null
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ COST_FIELDS = (
 )  # fmt: skip
 
 # Said by the last record for the whole run.
-FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments", "input_shape")
+FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments", "input_shape", "data_digest")
 
 Warn = Callable[[str], None]
 
@@ -158,6 +160,19 @@ def load_records(input_dir: str | os.PathLike[str], *, warn: Warn, directory_ord
     if not runs:
         raise UserError(f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}")
     return runs
+
+
+def run_of(directory: str, parsed: Sequence[dict[str, Any]]) -> Run:
+    """The complete run whose records are `parsed`, which share their `args`.
+
+    Raises KeyError, TypeError or ValueError where a field lacks or is of another kind.
+    """
+    environments = _count_environments(parsed[0])
+    _check_args(parsed[0]["args"], environments)
+    columns = _Columns(parsed[0]["args"], environments)
+    for record in parsed:
+        columns.add(record)
+    return columns.run(directory, complete=True, failure=None)
 
 
 def load_sweep(input_dir: str | os.PathLike[str]) -> dict[str, Any] | None:

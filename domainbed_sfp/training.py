@@ -30,7 +30,7 @@ from domainbed_sfp.data import Dataset, get_dataset_class
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import Split, split_environment
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.pruning import accounting, surgery
+from domainbed_sfp.pruning import accounting, mask_files, surgery
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -95,7 +95,8 @@ class Interrupted(Exception):
 def train(args: TrainArgs) -> None:
     """Computes a run, or what is left of it, into `args.output_dir`.
 
-    Writes DomainBed's files: results.jsonl, out.txt, err.txt, model.pkl (unless `skip_model_save`) and, last, done.
+    Writes DomainBed's files: results.jsonl, out.txt, err.txt, model.pkl (unless `skip_model_save`) and, last, done; and
+    the final masks, where weights are removed, into masks/.
 
     Raises:
         UserError: for arguments or data that cannot be used, a directory that holds another run, or a loss that is
@@ -318,10 +319,11 @@ class _Run:
         seed_everything(seed_hash(args.seed, "evaluation", self.step))
         algorithm.prepare_evaluation(self._recalibration_batches())
         record.update(evaluate(algorithm, self.dataset, self.splits, self.device))
-        cost = accounting.measure_cost(algorithm.deployed_parameters(), self.positions, algorithm.masks())
+        masks = algorithm.masks()
+        cost = accounting.measure_cost(algorithm.deployed_parameters(), self.positions, masks)
         record.update(asdict(cost))
         record.update(
-            exported_bytes=surgery.exported_bytes(algorithm.export(), algorithm.masks()),
+            exported_bytes=surgery.exported_bytes(algorithm.export(), masks),
             sparsity=algorithm.sparsity(),
             final_compression=algorithm.at_final_compression(),
             standing=self.info.standing,
@@ -339,6 +341,8 @@ class _Run:
         )
         if "granularity" in self.hparams:
             record["granularity"] = self.hparams["granularity"]
+        if masks and record["final_compression"]:
+            record["masks"] = mask_files.keep(self.output_dir / mask_files.FOLDER, masks)
         with self.stop.postponed():
             self.records.append(record)
             self.metrics.clear()

@@ -31,6 +31,9 @@ class Algorithm(nn.Module):
     # DomainBed's default holds where nobody does.
     total_steps: int = 5001
 
+    # True for a method that learns from unlabelled images of the test environment: the leaderboard ranks it apart.
+    transductive: bool = False
+
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:

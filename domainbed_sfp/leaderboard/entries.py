@@ -248,16 +248,16 @@ def _refuse_another(before: Entry, entry: Entry, path: Path) -> None:
             )
 
 
-def _object(properties: Mapping[str, Any], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+def object_of(properties: Mapping[str, Any], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     required = [name for name in properties if name not in optional]
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
-def _list(items: Any, **options: Any) -> dict[str, Any]:
+def list_of(items: Any, **options: Any) -> dict[str, Any]:
     return {"type": "array", "items": items, **options}
 
 
-def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+def or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {**schema, "type": [schema["type"], "null"]}
 
 
@@ -270,11 +270,13 @@ FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
 SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 RUN_NAME = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_.-]*$", "maxLength": 120}
 ENVIRONMENT_NAME = {"type": "string", "minLength": 1, "maxLength": 120}
-SEEDS = _list(SEED, minItems=1, maxItems=1000, uniqueItems=True)
-TEST_ENVS = _list(_list(SEED, minItems=1, maxItems=2, uniqueItems=True), minItems=1, maxItems=1000, uniqueItems=True)
+SEEDS = list_of(SEED, minItems=1, maxItems=1000, uniqueItems=True)
+TEST_ENVS = list_of(
+    list_of(SEED, minItems=1, maxItems=2, uniqueItems=True), minItems=1, maxItems=1000, uniqueItems=True
+)
 SETTINGS = {"type": "object", "maxProperties": 200, "additionalProperties": {"type": ["number", "string", "boolean"]}}
 
-TRIAL_SCHEMA = _object(
+TRIAL_SCHEMA = object_of(
     {
         "trial_seed": SEED,
         "accuracy": PERCENT,
@@ -284,19 +286,19 @@ TRIAL_SCHEMA = _object(
         "run": RUN_NAME,
     }
 )
-CELL_SCHEMA = _object(
+CELL_SCHEMA = object_of(
     {
         "environment": ENVIRONMENT_NAME,
         "accuracy": PERCENT,
-        "std_err": _or_null(PERCENT),
-        "trials": _list(TRIAL_SCHEMA, minItems=1),
+        "std_err": or_null(PERCENT),
+        "trials": list_of(TRIAL_SCHEMA, minItems=1),
     }
 )
-RESULT_SCHEMA = _object(
+RESULT_SCHEMA = object_of(
     {
-        "cells": _list(_or_null(CELL_SCHEMA), minItems=1),
-        "average": _or_null(_object({"accuracy": PERCENT, "std_err": _or_null(PERCENT)})),
-        "worst": _or_null(_object({"environment": ENVIRONMENT_NAME, "accuracy": PERCENT})),
+        "cells": list_of(or_null(CELL_SCHEMA), minItems=1),
+        "average": or_null(object_of({"accuracy": PERCENT, "std_err": or_null(PERCENT)})),
+        "worst": or_null(object_of({"environment": ENVIRONMENT_NAME, "accuracy": PERCENT})),
         "costs": {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}},
     }
 )
@@ -306,28 +308,28 @@ RESULTS_SCHEMA = {
     "additionalProperties": False,
     "minProperties": 1,
 }
-PROTOCOL_SCHEMA = _object(
+PROTOCOL_SCHEMA = object_of(
     {
-        "environments": _list(ENVIRONMENT_NAME, minItems=2, maxItems=1000),
+        "environments": list_of(ENVIRONMENT_NAME, minItems=2, maxItems=1000),
         "test_envs": TEST_ENVS,
         "steps": {"type": "integer", "minimum": 1, "maximum": 2**31},
         "checkpoint_freq": {"type": "integer", "minimum": 1, "maximum": 2**31},
         "backbone": TEXT,
         "weights": TEXT,
-        "image_size": _or_null(COUNT),
+        "image_size": or_null(COUNT),
         "holdout_fraction": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
         "precision": {"enum": ["fp32", "bf16"]},
         "task": {"enum": ["domain_generalization", "domain_adaptation"]},
         "hparams_seeds": SEEDS,
         "trial_seeds": SEEDS,
-        "data_digest": _or_null(TEXT),
+        "data_digest": or_null(TEXT),
     }
 )
-RERUN_SCHEMA = _object(
+RERUN_SCHEMA = object_of(
     {
         "seed": SEED,
-        "cells": _list(
-            _object(
+        "cells": list_of(
+            object_of(
                 {
                     "run": RUN_NAME,
                     "agreement": {"enum": ["identical", "within tolerance"]},
@@ -340,9 +342,9 @@ RERUN_SCHEMA = _object(
     }
 )
 PACKAGE = {"type": "string", "pattern": r"^domainbed_sfp [0-9A-Za-z.+-]+$", "maxLength": 60}
-COMMIT = _or_null({"type": "string", "pattern": r"^[0-9a-f]{7,40}(\+changes)?$"})
+COMMIT = or_null({"type": "string", "pattern": r"^[0-9a-f]{7,40}(\+changes)?$"})
 
-SCHEMA = _object(
+SCHEMA = object_of(
     {
         "format": {"const": FORMAT},
         "name": NAME,
@@ -356,12 +358,12 @@ SCHEMA = _object(
         "reference": TEXT,
         "protocol": PROTOCOL_SCHEMA,
         "results": RESULTS_SCHEMA,
-        "rerun": _or_null(RERUN_SCHEMA),
+        "rerun": or_null(RERUN_SCHEMA),
         "bundle": SHA256,
         "date": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}$"},
         "package": PACKAGE,
         "commit": COMMIT,
-        "notes": _list(TEXT, maxItems=50),
-        "superseded_by": _or_null(SHA256),
+        "notes": list_of(TEXT, maxItems=50),
+        "superseded_by": or_null(SHA256),
     }
 )

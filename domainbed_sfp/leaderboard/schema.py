@@ -24,9 +24,10 @@ class Problem:
     found: str
 
     def line(self) -> str:
-        """The problem for people."""
+        """The problem for people, on one line and without what would steer a terminal: names come from strangers."""
         where = f"{self.file}: {self.field}" if self.field else self.file
-        return f"{where}: expected {self.expected}, found {self.found}"
+        text = f"{where}: expected {self.expected}, found {self.found}"
+        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def shown(value: Any) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,36 @@ def measure_cost(parameters: Mapping[str, Tensor], positions: Mapping[str, int],
         dense_macs=sum(parameters[name].numel() * used for name, used in positions.items()),
         macs=sum(alive[name] * used for name, used in positions.items()),
     )
+
+
+def sparsities(masks: Mapping[str, Tensor], groups: Iterable[ChannelGroup]) -> dict[str, float]:
+    """The fraction that masks remove, in each unit it can be counted in.
+
+    weight: of the masked parameters' elements. filter: of the first dimension of masked weights of two dimensions or
+    more. channel: of the channels of `groups`; a channel is dead where its whole filter is.
+    """
+    counted: dict[str, tuple[int, int]] = {
+        "weight": (sum(int(mask.sum()) for mask in masks.values()), sum(mask.numel() for mask in masks.values()))
+    }
+    rows = [mask.flatten(1).any(1) for mask in masks.values() if mask.ndim > 1]
+    counted["filter"] = (sum(int(row.sum()) for row in rows), sum(len(row) for row in rows))
+    alive = total = 0
+    for group in groups:
+        filters = masks.get(group.filters[0])
+        alive += group.channels if filters is None else int(filters.flatten(1).any(1).sum())
+        total += group.channels
+    counted["channel"] = (alive, total)
+    return {unit: 1 - alive / total for unit, (alive, total) in counted.items() if total}
+
+
+def sparsities_of(algorithm: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, float]:
+    """What `masks` remove from an algorithm's network, by unit (see `sparsities`): in its own, where the hparam
+    `granularity` says which, else in all that can be counted."""
+    groups: list[ChannelGroup] = list(getattr(algorithm, "groups", []))
+    featurizer, classifier = getattr(algorithm, "featurizer", None), getattr(algorithm, "classifier", None)
+    if not groups and featurizer is not None and classifier is not None:
+        with suppress(UserError):  # a network without channels that may be removed
+            groups = channel_groups(featurizer, classifier)
+    found = sparsities(masks, groups)
+    unit = getattr(algorithm, "hparams", {}).get("granularity")
+    return {unit: found[unit]} if unit in found else found

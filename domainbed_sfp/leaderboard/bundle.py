@@ -1,0 +1,242 @@
+"""What a submission consists of, and how one from a stranger is read.
+
+    submission.json             what is submitted: method, protocol per data set, and the numbers that it claims
+    records/<run>.jsonl         every record of every run of the grid, without the paths of its author's machine
+    masks/<digest>.safetensors  the masks of the checkpoints that the selection rules choose, one bit a weight
+    SHA256SUMS                  of all other files, as `sha256sum` writes it
+
+Nothing in a bundle is run, imported or unpickled: texts are parsed as JSON, masks as safetensors, both in bounds, and
+no name inside a file decides what is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from domainbed_sfp.leaderboard import entries
+from domainbed_sfp.leaderboard.entries import list_of, object_of, or_null
+from domainbed_sfp.leaderboard.schema import Problem
+from domainbed_sfp.training import TrainArgs
+
+FORMAT = 1
+SUBMISSION = "submission.json"
+SUMS = "SHA256SUMS"
+RECORDS = "records"
+MASKS = "masks"
+
+# What a name may be, and how many bytes such a file may have.
+FILES: Mapping[str, int] = {
+    r"submission\.json": 2**24,
+    r"SHA256SUMS": 2**24,
+    r"records/[A-Za-z0-9][A-Za-z0-9_.-]*\.jsonl": 2**26,
+    r"masks/[0-9a-f]{64}\.safetensors": 2**28,
+}
+LAYOUT = f"{SUBMISSION}, {SUMS}, {RECORDS}/<run>.jsonl or {MASKS}/<digest>.safetensors"
+LARGEST_BUNDLE = 2**33
+MOST_FILES = 100_000
+
+_FINGERPRINT = {
+    "type": "object",
+    "maxProperties": 40,
+    "additionalProperties": {"type": ["string", "integer"], "maxLength": 200},
+}
+_FLAG = {"type": "boolean"}
+
+SUBMISSION_SCHEMA = object_of(
+    {
+        "format": {"const": FORMAT},
+        "name": entries.NAME,
+        "algorithm": entries.NAME,
+        "settings": entries.SETTINGS,
+        "transductive": _FLAG,
+        "standing": {"enum": list(entries.STANDINGS)},
+        "reference": entries.TEXT,
+        "datasets": {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 100,
+            "propertyNames": entries.RUN_NAME,
+            "additionalProperties": object_of({"protocol": entries.PROTOCOL_SCHEMA, "results": entries.RESULTS_SCHEMA}),
+        },
+        "environments": list_of(_FINGERPRINT, maxItems=1000),
+        "package": entries.PACKAGE,
+        "commit": entries.COMMIT,
+    }
+)
+
+_HPARAMS = {"type": "object", "maxProperties": 500, "additionalProperties": {"type": ["number", "string", "boolean"]}}
+_NUMBER_OR_NULL = {"type": ["number", "null"]}
+
+# Arguments of runs are known by name; one that is newer than this table may be any plain value.
+_KNOWN_ARGS: dict[str, Any] = {
+    "algorithm": entries.NAME,
+    "checkpoint_freq": or_null({"type": "integer", "minimum": 1}),
+    "data_dir": {"type": "null"},
+    "dataset": entries.RUN_NAME,
+    "device": {"type": "string", "pattern": r"^(auto|cpu|cuda(:\d+)?)$"},
+    "holdout_fraction": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+    "hparams": or_null({"type": "string", "maxLength": 20_000}),
+    "hparams_seed": entries.SEED,
+    "output_dir": {"type": "null"},
+    "precision": {"enum": ["fp32", "bf16", "auto"]},
+    "save_model_every_checkpoint": _FLAG,
+    "seed": entries.SEED,
+    "skip_model_save": _FLAG,
+    "steps": or_null({"type": "integer", "minimum": 1}),
+    "task": {"enum": ["domain_generalization", "domain_adaptation"]},
+    "test_envs": list_of(entries.SEED, minItems=1, maxItems=2, uniqueItems=True),
+    "trial_seed": entries.SEED,
+    "uda_holdout_fraction": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+}
+_NEWER_ARGS: dict[str, Any] = {
+    name: {"type": ["number", "string", "boolean", "null"], "maxLength": 500}
+    for name in TrainArgs.__dataclass_fields__
+    if name not in _KNOWN_ARGS and name != "cache_dir"
+}
+ARGS_SCHEMA = object_of({**_KNOWN_ARGS, **_NEWER_ARGS}, optional=tuple(_NEWER_ARGS))
+
+# Whatever else a method logs is a number.
+RECORD_SCHEMA: dict[str, Any] = {
+    **object_of(
+        {
+            "args": ARGS_SCHEMA,
+            "commit": entries.COMMIT,
+            "data_digest": or_null(entries.TEXT),
+            "dense_macs": entries.COUNT,
+            "environment": _FINGERPRINT,
+            "environments": list_of(entries.ENVIRONMENT_NAME, minItems=2, maxItems=1000),
+            "epoch": {"type": "number", "minimum": 0},
+            "final_compression": _FLAG,
+            "granularity": entries.TEXT,
+            "hparams": _HPARAMS,
+            "input_shape": list_of({"type": "integer", "minimum": 1, "maximum": 1024}, minItems=3, maxItems=3),
+            "macs": entries.COUNT,
+            "masks": entries.SHA256,
+            "parameters": entries.COUNT,
+            "precision": {"enum": ["fp32", "bf16"]},
+            "sparsity": entries.FRACTION,
+            "standing": {"enum": list(entries.STANDINGS)},
+            "step": entries.COUNT,
+            "surviving_parameters": entries.COUNT,
+        },
+        optional=("granularity", "masks"),
+    ),
+    "patternProperties": {r"^env\d+_(in|out|uda)_acc$": entries.FRACTION},
+    "additionalProperties": _NUMBER_OR_NULL,
+}
+
+
+@dataclass
+class Tree:
+    """The files of a bundle by their names in it, with their SHA-256, and what must not be there."""
+
+    root: Path
+    sums: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def names(self, folder: str) -> list[str]:
+        """The files below `folder`, sorted."""
+        return sorted(name for name in self.sums if name.startswith(folder + "/"))
+
+    def read(self, name: str) -> bytes:
+        """The contents of a file that `sums` names. Raises OSError if it has changed into something else since."""
+        return _read(self.root / name, _limit(name) or 0)
+
+
+def read_tree(root: Path) -> Tree:
+    """Looks through a bundle's folder without following a link; every file is hashed once.
+
+    Raises OSError where the folder itself cannot be read.
+    """
+    tree = Tree(root)
+    total = 0
+    for count, (name, entry) in enumerate(_walk(root, "")):
+        if count == MOST_FILES:
+            tree.problems.append(Problem(str(root), "", f"at most {MOST_FILES:,} files", "more"))
+            break
+        limit, status = _limit(name), entry.stat(follow_symlinks=False)
+        if entry.is_symlink():
+            tree.problems.append(Problem(name, "", "a plain file", "a symbolic link"))
+        elif stat.S_ISDIR(status.st_mode):
+            tree.problems.append(Problem(name, "", LAYOUT, "a folder"))
+        elif not stat.S_ISREG(status.st_mode):
+            tree.problems.append(Problem(name, "", "a plain file", "a device, pipe or socket"))
+        elif limit is None:
+            tree.problems.append(Problem(name, "", LAYOUT, "a file that does not belong there"))
+        elif status.st_mode & 0o111:
+            tree.problems.append(Problem(name, "", "a file that cannot be executed", oct(status.st_mode & 0o777)))
+        elif status.st_size > limit or total + status.st_size > LARGEST_BUNDLE:
+            allowed = min(limit, LARGEST_BUNDLE - total)
+            tree.problems.append(Problem(name, "", f"at most {allowed:,} bytes", f"{status.st_size:,}"))
+        else:
+            total += status.st_size
+            try:
+                tree.sums[name] = hashlib.sha256(_read(Path(entry.path), limit)).hexdigest()
+            except OSError as error:
+                tree.problems.append(Problem(name, "", "a file that can be read", str(error.strerror or error)))
+    return tree
+
+
+def sums_text(sums: Mapping[str, str]) -> str:
+    """SHA256SUMS of files by name."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()) if name != SUMS)
+
+
+def check_sums(tree: Tree) -> Iterator[Problem]:
+    """Where SHA256SUMS and the files disagree."""
+    if SUMS not in tree.sums:
+        yield Problem(SUMS, "", "the sums of all files", "nothing")
+        return
+    listed: dict[str, str] = {}
+    for number, line in enumerate(tree.read(SUMS).decode("utf-8", "replace").splitlines(), start=1):
+        match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
+        if match is None:
+            yield Problem(SUMS, f"line {number}", "64 hexadecimal digits, two spaces and a name", repr(line[:120]))
+        elif _limit(match[2]) is None or match[2] == SUMS:
+            yield Problem(SUMS, f"line {number}", f"the name of a file of the bundle ({LAYOUT})", repr(match[2][:120]))
+        elif match[2] in listed:
+            yield Problem(SUMS, f"line {number}", "each file only once", f"{match[2]} again")
+        else:
+            listed[match[2]] = match[1]
+    for name, digest in listed.items():
+        if name not in tree.sums:
+            yield Problem(name, "", "a file, because SHA256SUMS names it", "none")
+        elif tree.sums[name] != digest:
+            yield Problem(name, "SHA-256", f"{digest} (SHA256SUMS)", tree.sums[name])
+    for name in sorted(set(tree.sums) - set(listed) - {SUMS}):
+        yield Problem(name, "SHA-256", "a line in SHA256SUMS", "none")
+
+
+def _limit(name: str) -> int | None:
+    """How many bytes a file of this name may have; None where no such file belongs into a bundle."""
+    return next((limit for pattern, limit in FILES.items() if re.fullmatch(pattern, name)), None)
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Everything in a folder, by its name in the bundle; only the folders of the layout are entered."""
+    with os.scandir(folder) as found:
+        for entry in sorted(found, key=lambda entry: entry.name):
+            name = prefix + entry.name
+            if name in (RECORDS, MASKS) and entry.is_dir(follow_symlinks=False):
+                yield from _walk(folder / entry.name, name + "/")
+            else:
+                yield name, entry
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """A plain file's contents, at most `limit` bytes, even if it was exchanged for a link or a pipe a moment ago."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path} is not a plain file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(f"{path} has more than {limit:,} bytes")
+    return data

@@ -1,0 +1,102 @@
+"""The actions of `domainbed-sfp leaderboard`."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from datetime import datetime, timezone
+from typing import Any
+
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.leaderboard import entries, rerun, validation
+from domainbed_sfp.leaderboard.validation import Validation
+
+
+def validate(args: argparse.Namespace) -> int:
+    """Prints what is wrong with a bundle, or what it shows; 1 where something is wrong."""
+    outcome, again = _examine(args)
+    if args.json:
+        sys.stdout.write(validation.json_of(outcome))
+    else:
+        sys.stdout.write(validation.text_of(outcome))
+        if again is not None:
+            _tell(again)
+    return 0 if outcome.tier else 1
+
+
+def add(args: argparse.Namespace) -> int:
+    """Writes the entries of a bundle that is right; 1 where it is not."""
+    outcome, again = _examine(args)
+    if outcome.tier is None:
+        sys.stdout.write(validation.text_of(outcome))
+        return 1
+    for entry in entries_of(outcome, again):
+        print(f"{entries.write(args.results_dir, entry)}: {entry.name} on {entry.dataset}, {entry.track}, {entry.tier}")
+    return 0
+
+
+def entries_of(outcome: Validation, again: dict[str, Any] | None = None) -> list[entries.Entry]:
+    """An entry for each data set of a bundle without problems."""
+    document, tier = outcome.submission, outcome.tier
+    if document is None or tier is None:
+        raise UserError(f"{outcome.root} is rejected; `leaderboard validate` says why")
+    found = []
+    for dataset, one in document["datasets"].items():
+        reasons = outcome.reasons_for_open(dataset)
+        notes = [f"Open track: {reason}." for reason in reasons] + [
+            f"Not checked: {what}." for what in outcome.unchecked
+        ]
+        found.append(
+            entries.Entry(
+                name=document["name"],
+                dataset=dataset,
+                algorithm=document["algorithm"],
+                settings=document["settings"],
+                tier="rerun-verified" if again is not None and tier == "records-verified" else tier,
+                track="open" if reasons else "closed",
+                transductive=document["transductive"],
+                standing=document["standing"],
+                reference=document["reference"],
+                protocol=one["protocol"],
+                results={key: entries.result_from_json(result) for key, result in one["results"].items()},
+                rerun=again,
+                bundle=outcome.sums,
+                date=datetime.now(timezone.utc).date().isoformat(),
+                package=document["package"],
+                commit=document["commit"],
+                notes=tuple(note[:500] for note in notes),
+            )
+        )
+    return found
+
+
+def _examine(args: argparse.Namespace) -> tuple[Validation, dict[str, Any] | None]:
+    """Validates, and computes anew what `--rerun` asks for; what disagrees is among the problems then."""
+    outcome = validation.validate(args.bundle)
+    if args.rerun is None:
+        return outcome, None
+    if outcome.tier is None:
+        print("--rerun waits until the records are right", file=sys.stderr)
+        return outcome, None
+    seed = secrets.randbelow(2**31) if args.rerun_seed is None else args.rerun_seed
+    chosen = rerun.choose(outcome.runs, args.rerun, seed)
+    print(
+        f"Computing {len(chosen)} of {len(outcome.runs)} runs anew (--rerun_seed {seed}): {rerun.here()}",
+        file=sys.stderr,
+    )
+    tolerance = rerun.TOLERANCE if args.tolerance is None else args.tolerance
+    agreed = []
+    for run in chosen:
+        print(f"    {run.name}: {run.run.dataset} {run.run.algorithm} {run.job[1:]}", file=sys.stderr, flush=True)
+        one, problems = rerun.recompute(run, args.data_dir, args.cache_dir, tolerance)
+        outcome.problems += problems
+        if one is not None:
+            agreed.append(one)
+    return outcome, None if outcome.problems else rerun.document_of(seed, tolerance, agreed)
+
+
+def _tell(again: dict[str, Any]) -> None:
+    for one in again["cells"]:
+        print(f"computed anew: {one['run']} {one['agreement']} (difference {one['difference']:.2f} points)")
+    print(f"tier rerun-verified (tolerance between machines {again['tolerance']:g} points, seed {again['seed']}).")

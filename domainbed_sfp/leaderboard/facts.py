@@ -1,0 +1,54 @@
+"""What is known of a data set without its files: enough to tell numbers that it cannot give."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from domainbed_sfp.data import get_dataset_class
+from domainbed_sfp.data.sets.digits import Digits
+from domainbed_sfp.data.verify import MNIST_FILES, image_tree
+
+# Training set and test set of MNIST.
+MNIST_DIGITS = sum(file.dimensions[0] for name, file in MNIST_FILES.items() if "images" in name)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """environments: names in their order. sizes: samples of each, None where they are not published. classes: their
+    number. input_shape: (channels, height, width); None for photographs, whose side is an hparam."""
+
+    environments: tuple[str, ...]
+    sizes: tuple[int | None, ...]
+    classes: int
+    input_shape: tuple[int, int, int] | None
+
+
+@functools.cache
+def facts_of(dataset: str) -> Facts | None:
+    """The facts of a registered data set, None where it is a user's own. Raises UserError for an unknown name."""
+    cls = get_dataset_class(dataset)
+    if issubclass(cls, Digits):
+        names = tuple(cls.environment_names())
+        total = len(cls.read(None)[0]) if cls.EMBEDDED else MNIST_DIGITS
+        images, labels = torch.zeros(1, *((8, 8) if cls.EMBEDDED else (28, 28)), dtype=torch.uint8), torch.zeros(1)
+        made, _, _ = cls.make(images, labels.long(), cls.SETTINGS[0], torch.Generator())
+        _, channels, height, width = made.shape
+        # Digits are dealt out in turn.
+        sizes = tuple(len(range(index, total, len(names))) for index in range(len(names)))
+        return Facts(names, sizes, cls.CLASSES, (channels, height, width))
+    tree = image_tree(dataset)
+    if tree is not None:
+        names = tuple(sorted(tree.domain_images))
+        return Facts(names, tuple(tree.domain_images[name] for name in names), len(tree.classes), None)
+    return None
+
+
+def split_sizes(size: int, is_test: bool, holdout_fraction: float, uda_holdout_fraction: float) -> dict[str, int]:
+    """Samples of the splits of an environment, by the name they have in a record; see `data.splits`."""
+    out = int(size * holdout_fraction)
+    in_ = size - out
+    uda = int(in_ * uda_holdout_fraction) if is_test else 0
+    return {"in": in_ - uda, "out": out, "uda": uda}

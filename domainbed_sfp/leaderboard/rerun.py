@@ -1,0 +1,109 @@
+"""Some runs of a bundle computed anew, and compared with what it says of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from domainbed_sfp import environment, records, training
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.leaderboard.bundle import RECORDS
+from domainbed_sfp.leaderboard.schema import Problem, shown
+from domainbed_sfp.leaderboard.summary import SubmittedRun
+
+# Points of accuracy by which a run on another machine may differ, in any split of its last record. Sums in another
+# order part two trainings after some steps; what remains alike is what they learn, up to the noise of a few samples.
+TOLERANCE = 3.0
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """A run computed anew. difference: the largest of an accuracy, in points; over all records where machine and code
+    are the same, else over the last one."""
+
+    run: str
+    agreement: str
+    difference: float
+
+
+def choose(runs: Sequence[SubmittedRun], count: int, seed: int) -> list[SubmittedRun]:
+    """`count` runs at random, by `seed` alone."""
+    if not 1 <= count <= len(runs):
+        raise UserError(f"--rerun: expected a number of runs from 1 to {len(runs)}, which the bundle has, got {count}")
+    ordered = sorted(runs, key=lambda run: run.name)
+    return random.Random(seed).sample(ordered, count)
+
+
+def recompute(
+    run: SubmittedRun, data_dir: str | None, cache_dir: str | None, tolerance: float
+) -> tuple[Recomputed | None, list[Problem]]:
+    """Trains a run again and compares: bit by bit where machine, versions and commit are those of the records, else the
+    accuracies of the last record, within `tolerance` points. None and the problems where they disagree."""
+    args = {name: value for name, value in run.run.args.items() if name in training.TrainArgs.__dataclass_fields__}
+    with tempfile.TemporaryDirectory() as folder:
+        args.update(data_dir=data_dir, output_dir=folder, cache_dir=cache_dir, device="auto")
+        args.update(skip_model_save=True, save_model_every_checkpoint=False)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            training.train(training.TrainArgs(**args))
+        lines = (Path(folder) / records.RESULTS).read_text(encoding="utf-8").splitlines()
+        again = [json.loads(line) for line in lines]
+    return compare(run, again, tolerance)
+
+
+def compare(
+    run: SubmittedRun, again: Sequence[Mapping[str, Any]], tolerance: float
+) -> tuple[Recomputed | None, list[Problem]]:
+    """Two computations of one run; see `recompute`."""
+    file = f"{RECORDS}/{run.name}.jsonl"
+    first, last = run.records[0], run.records[-1]
+    same_place = first["environment"] == again[0]["environment"] and first["commit"] == again[0]["commit"]
+    if [record["step"] for record in run.records] != [record["step"] for record in again]:
+        steps = shown([record["step"] for record in again])
+        return None, [Problem(file, "step", f"{steps}, as computed anew", shown([r["step"] for r in run.records]))]
+    if same_place:
+        volatile = {*records.VOLATILE_FIELDS, "args"}
+        problems = [
+            Problem(file, f"line {number}.{name}", f"{shown(new[name])}, as computed anew on the same machine type",
+                    shown(old.get(name)))
+            for number, (old, new) in enumerate(zip(run.records, again), start=1)
+            for name in sorted(new)
+            if name not in volatile and old.get(name) != _plain(new[name])
+        ]  # fmt: skip
+        return (None, problems) if problems else (Recomputed(run.name, "identical", 0.0), [])
+    accuracies = [name for name in sorted(again[-1]) if name.startswith("env") and name.endswith("_acc")]
+    differences = {name: 100 * abs(last[name] - again[-1][name]) for name in accuracies}
+    problems = [
+        Problem(
+            file,
+            f"line {len(again)}.{name}",
+            f"{again[-1][name]!r}, as computed anew on another machine or commit, within {tolerance:g} points",
+            shown(last[name]),
+        )
+        for name, difference in differences.items()
+        if difference > tolerance
+    ]
+    if problems:
+        return None, problems
+    return Recomputed(run.name, "within tolerance", max(differences.values())), []
+
+
+def document_of(seed: int, tolerance: float, recomputed: Sequence[Recomputed]) -> dict[str, Any]:
+    """The `rerun` of an entry."""
+    return {"seed": seed, "tolerance": tolerance, "cells": [asdict(one) for one in recomputed]}
+
+
+def here() -> str:
+    """The machine that computes anew, in a line."""
+    found = environment.fingerprint(training.choose_device("auto"))
+    return ", ".join(f"{name} {value}" for name, value in found.items())
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and value != value else value

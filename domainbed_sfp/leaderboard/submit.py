@@ -1,0 +1,182 @@
+"""The command `submit`: from a finished sweep to a bundle of one of its rows."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from domainbed_sfp import records
+from domainbed_sfp.analysis.jobs import Account, Method, explain_missing, label_methods, take_account
+from domainbed_sfp.analysis.tables import environment_names
+from domainbed_sfp.errors import UserError, unknown_name
+from domainbed_sfp.files import write_atomically
+from domainbed_sfp.leaderboard import bundle, summary, validation
+from domainbed_sfp.leaderboard.schema import problems_of
+from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.pruning import mask_files
+
+# Problems told at once.
+SHOWN = 20
+
+
+def run(args: argparse.Namespace) -> int:
+    """Makes the bundle, validates it as a judge would, and says what it holds."""
+    outcome = submit(args.input_dir, args.algorithm, args.output, args.name)
+    sys.stdout.write(validation.text_of(outcome))
+    return 0
+
+
+def submit(input_dir: str, row: str, output: str, name: str | None = None) -> validation.Validation:
+    """Gathers a row's records and masks into the folder `output`, which appears whole or not at all.
+
+    Raises UserError where the sweep is not complete, has no such row, or would not pass validation; and where `output`
+    exists.
+    """
+    target = Path(output)
+    if target.exists() or target.is_symlink():
+        raise UserError(f"--output {output!r} exists; choose another, or remove it")
+    account = take_account(records.load_records(input_dir, warn=_warn), input_dir, include_incomplete=False)
+    label, directories = _row(account, row, input_dir)
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        (part / bundle.RECORDS).mkdir(parents=True)
+        runs = [_take_records(Path(input_dir) / directory, part) for directory in directories]
+        _take_masks(Path(input_dir), runs, part)
+        document = summary.document_of(name or label, runs)
+        _check_name(document)
+        write_atomically(part / bundle.SUBMISSION, json.dumps(document, indent=1, sort_keys=True) + "\n")
+        sums = {
+            file.relative_to(part).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(part.rglob("*"))
+            if file.is_file()
+        }
+        write_atomically(part / bundle.SUMS, bundle.sums_text(sums))
+        for file in part.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)
+        outcome = validation.validate(part)
+        if outcome.problems:
+            lines = [problem.line() for problem in outcome.problems[:SHOWN]]
+            more = f" | and {len(outcome.problems) - SHOWN} more" if len(outcome.problems) > SHOWN else ""
+            raise UserError(f"--input_dir {input_dir}: {label} would be rejected: {' | '.join(lines)}{more}")
+        os.replace(part, target)
+        outcome.root = target
+        return outcome
+    except OSError as error:
+        raise UserError(f"--output {output!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _row(account: Account, wanted: str, input_dir: str) -> tuple[str, list[str]]:
+    """The row's name and the folders of its runs. `wanted` is a label of the tables, or an algorithm with one row."""
+    datasets = sorted({job.dataset for job in [*account.runs, *account.missing]})
+    chosen: dict[str, tuple[Method, str]] = {}
+    known: dict[str, None] = {}
+    for dataset in datasets:
+        jobs = [job for job in [*account.runs, *account.missing] if job.dataset == dataset]
+        labels = label_methods(job.method for job in jobs)
+        known.update(dict.fromkeys(labels.values()))
+        found = [(method, label) for method, label in labels.items() if label == wanted]
+        found = found or [(method, label) for method, label in labels.items() if method.algorithm == wanted]
+        if len(found) > 1:
+            raise UserError(
+                f"--algorithm {wanted!r} has several rows in {input_dir}: choose one of "
+                + ", ".join(repr(label) for _, label in found)
+            )
+        if found:
+            chosen[dataset] = found[0]
+    if not chosen:
+        raise unknown_name("--algorithm (a row of the sweep)", wanted, known)
+    label = next(iter(chosen.values()))[1]
+    missing = {
+        job: reason
+        for job, reason in account.missing.items()
+        if job.dataset in chosen and job.method == chosen[job.dataset][0]
+    }
+    runs = {job: run for job, run in account.runs.items() if chosen.get(job.dataset, (None,))[0] == job.method}
+    told = []
+    for dataset in chosen:
+        names = environment_names(dataset, list(runs.values())) if runs else ()
+        told += explain_missing(
+            {job: reason for job, reason in missing.items() if job.dataset == dataset},
+            dict([chosen[dataset]]),
+            names,
+            limit=SHOWN,
+        )
+    if told:
+        raise UserError(
+            f"--input_dir {input_dir} is not complete: {' '.join(told)} `sweep launch` computes what is left"
+        )
+    return label, sorted(run.directory for run in runs.values())
+
+
+def _take_records(folder: Path, part: Path) -> SubmittedRun:
+    """A run's records into the bundle, without the paths of this machine."""
+    parsed = []
+    for number, record in enumerate(records.read_records(folder / records.RESULTS, _warn), start=1):
+        plain = _finite(record)
+        for name in ("data_dir", "output_dir"):
+            plain["args"][name] = None
+        where = str(folder / records.RESULTS)
+        for problem in problems_of(where, plain, bundle.RECORD_SCHEMA, f"line {number}"):
+            raise UserError(
+                f"{problem.line()}; a bundle needs runs of `domainbed-sfp train` or `sweep`, of this version"
+            )
+        parsed.append(plain)
+    lines = [json.dumps(record, sort_keys=True, allow_nan=False) + "\n" for record in parsed]
+    write_atomically(part / bundle.RECORDS / f"{folder.name}.jsonl", "".join(lines))
+    return SubmittedRun(folder.name, parsed, records.run_of(folder.name, parsed))
+
+
+def _take_masks(input_dir: Path, runs: list[SubmittedRun], part: Path) -> None:
+    """The masks of every checkpoint that a selection rule chooses."""
+    by_name = {run.name: run for run in runs}
+    for dataset in sorted({run.run.dataset for run in runs}):
+        results = summary.results_of([run.run for run in runs if run.run.dataset == dataset])
+        for choice in (choice for _, choices in results.values() for choice in choices):
+            step = choice.run.steps[choice.checkpoint]
+            record = next(one for one in by_name[choice.run.directory].records if one["step"] == step)
+            if "masks" not in record:
+                if record["sparsity"] > 0:
+                    raise UserError(
+                        f"{input_dir / choice.run.directory / records.RESULTS}: the record of step {step} has sparsity "
+                        f"{record['sparsity']:g} but no masks; runs of earlier versions did not keep them: train anew"
+                    )
+                continue
+            source = input_dir / choice.run.directory / mask_files.FOLDER / (record["masks"] + mask_files.SUFFIX)
+            target = part / bundle.MASKS / source.name
+            target.parent.mkdir(exist_ok=True)
+            try:
+                shutil.copyfile(source, target)
+            except FileNotFoundError:
+                raise UserError(f"{source} is missing: the masks of step {step}, which its record names") from None
+
+
+def _check_name(document: Mapping[str, Any]) -> None:
+    for problem in problems_of("submission", document, bundle.SUBMISSION_SCHEMA):
+        raise UserError(
+            f"{problem.line()}; --name gives the leaderboard's name" if problem.field == "name" else problem.line()
+        )
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,154 @@
+"""What records say: protocol, results and all else of a submission, computed alike by its author and its judge."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from domainbed_sfp import registry
+from domainbed_sfp.analysis.jobs import Account, Job, Method, steps_of
+from domainbed_sfp.analysis.protocol import conditions_of
+from domainbed_sfp.analysis.selection import RULES, Choice
+from domainbed_sfp.analysis.tables import Row, build_report
+from domainbed_sfp.data import get_dataset_class
+from domainbed_sfp.hparams import parse_overrides
+from domainbed_sfp.leaderboard.bundle import FORMAT
+from domainbed_sfp.leaderboard.entries import EntryCell, Result, Trial, result_as_json
+from domainbed_sfp.records import Run
+
+
+@dataclass(frozen=True)
+class SubmittedRun:
+    """A run of a bundle: its file's name without the suffix, its records as parsed and as columns."""
+
+    name: str
+    records: Sequence[Mapping[str, Any]]
+    run: Run
+
+    @property
+    def job(self) -> tuple[str, tuple[int, ...], int, int]:
+        """(data set, test environments, hparams seed, trial seed): unique in a bundle."""
+        run = self.run
+        return run.dataset, run.test_envs, run.hparams_seed, run.trial_seed
+
+
+def document_of(name: str, runs: Sequence[SubmittedRun], claimed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The submission.json of runs of one method.
+
+    What only the registry knows is taken from `claimed` where the algorithm is not registered here; without it, that is
+    a UserError.
+    """
+    first = runs[0]
+    if claimed is not None and first.run.algorithm not in registry.names():
+        described = {name: claimed[name] for name in ("transductive", "standing", "reference")}
+    else:
+        info = registry.get(first.run.algorithm)
+        described = {
+            "transductive": is_transductive(info, first.run.args["task"]),
+            "standing": info.standing,
+            "reference": info.reference,
+        }
+    datasets = sorted({submitted.run.dataset for submitted in runs})
+    made = {json.dumps(record["environment"], sort_keys=True) for one in runs for record in one.records}
+    packages = Counter(record["environment"]["domainbed_sfp"] for one in runs for record in one.records)
+    commits = Counter(record["commit"] for one in runs for record in one.records)
+    return {
+        "format": FORMAT,
+        "name": name,
+        "algorithm": first.run.algorithm,
+        "settings": parse_overrides(first.run.args["hparams"]),
+        **described,
+        "datasets": {
+            dataset: {
+                "protocol": protocol_of([one.run for one in runs if one.run.dataset == dataset]),
+                "results": {
+                    key: result_as_json(result)
+                    for key, (result, _) in results_of([one.run for one in runs if one.run.dataset == dataset]).items()
+                },
+            }
+            for dataset in datasets
+        },
+        "environments": [json.loads(text) for text in sorted(made)],
+        "package": f"domainbed_sfp {packages.most_common(1)[0][0]}",
+        "commit": commits.most_common(1)[0][0],
+    }
+
+
+def is_transductive(info: registry.AlgorithmInfo, task: str) -> bool:
+    """Whether a method, or the task it was run in, shows it unlabelled images of the test environment."""
+    return bool(getattr(info.cls, "transductive", False)) or task == "domain_adaptation"
+
+
+def conditions(run: Run) -> dict[str, Any]:
+    """The part of the protocol that all runs of a data set share."""
+    found = conditions_of(run)
+    return {
+        "environments": list(run.facts["environments"]),
+        "steps": run.args["steps"] or get_dataset_class(run.dataset).N_STEPS,
+        "checkpoint_freq": run.args["checkpoint_freq"] or get_dataset_class(run.dataset).CHECKPOINT_FREQ,
+        "backbone": found.backbone,
+        "weights": found.weights,
+        "image_size": found.image_size,
+        "holdout_fraction": found.holdout_fraction,
+        "precision": found.precision,
+        "task": found.task,
+        "data_digest": run.facts["data_digest"],
+    }
+
+
+def protocol_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """The protocol of a data set's runs: the conditions of the first, and the grid that all span."""
+    return {
+        **conditions(runs[0]),
+        "test_envs": [
+            list(envs) for envs in sorted({run.test_envs for run in runs}, key=lambda envs: (len(envs), envs))
+        ],
+        "hparams_seeds": sorted({run.hparams_seed for run in runs}),
+        "trial_seeds": sorted({run.trial_seed for run in runs}),
+    }
+
+
+def results_of(runs: Sequence[Run]) -> dict[str, tuple[Result, list[Choice]]]:
+    """The result of a data set's runs under every selection rule that they allow, with the checkpoints chosen."""
+    account = Account()
+    for run in runs:
+        final = run.final.nonzero()[0].tolist()
+        settings = {"steps": str(steps_of(run))}
+        method = Method(run.algorithm, tuple(settings.items()))
+        if final:
+            account.runs[Job(run.dataset, method, run.test_envs, run.hparams_seed, run.trial_seed)] = run.at(final)
+    found = {}
+    for table in build_report(account, RULES).tables:
+        (row,) = table.rows
+        if any(row.cells):
+            choices = [choice for cell in row.cells if cell for _, choice in cell.choices]
+            found[table.rule.key] = _result(row, table.environments), choices
+    return found
+
+
+def _result(row: Row, environments: Sequence[str]) -> Result:
+    cells: list[EntryCell | None] = []
+    for environment, cell in zip(environments, row.cells):
+        if cell is None:
+            cells.append(None)
+            continue
+        trials = tuple(
+            Trial(
+                trial,
+                100 * choice.test,
+                100 * choice.validation,
+                choice.run.hparams_seed,
+                choice.run.steps[choice.checkpoint],
+                choice.run.directory,
+            )
+            for trial, choice in cell.choices
+        )
+        cells.append(EntryCell(environment, cell.accuracy, cell.std_err, trials))
+    average = None if row.average is None else (row.average.accuracy, row.average.std_err)
+    worst = None
+    if row.worst is not None and (lowest := cells[row.worst]) is not None:
+        worst = (lowest.environment, lowest.accuracy)
+    return Result(tuple(cells), average, worst, dict(row.costs))

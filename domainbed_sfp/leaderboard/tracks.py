@@ -1,0 +1,48 @@
+"""The tracks: what a submission must keep to be compared as equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from domainbed_sfp.data import get_dataset_class
+from domainbed_sfp.records import Run
+
+# Words of `analysis.protocol.backbone_of`. DomainBed's networks: of its tables of 2020, its default of today, and that
+# of small images, whose variant with BatchNorm is this project's.
+PHOTOGRAPHS = ("resnet50 (tv V1, frozen BN)", "resnet50 (tv V1)", "resnet50 (augmix)", "resnet50 (augmix, frozen BN)")
+SMALL_IMAGES = ("MNIST_CNN", "MNIST_CNN (BatchNorm)")
+SIDE = 224
+HOLDOUT_FRACTION = 0.2
+
+# How training samples reach the network.
+SAMPLING = {"data_augmentation": True, "class_balanced": False}
+
+
+def reasons_for_open(dataset: str, protocol: Mapping[str, Any], runs: Sequence[Run]) -> Iterator[str]:
+    """Why a submission is not of the closed track; nothing where it is.
+
+    Closed: the data set's own number of steps and DomainBed's held-out fraction; DomainBed's backbone for it with its
+    usual weights; photographs at 224 px; plain sampling with DomainBed's augmentation; every environment tested.
+    """
+    cls = get_dataset_class(dataset)
+    backbones, weights = (SMALL_IMAGES, "none") if cls.SMALL_IMAGES else (PHOTOGRAPHS, "imagenet")
+    if protocol["steps"] != cls.N_STEPS:
+        yield f"{protocol['steps']:,} steps, closed takes {cls.N_STEPS:,}"
+    if protocol["backbone"] not in backbones:
+        yield f"backbone {protocol['backbone']}, closed takes {' or '.join(backbones)}"
+    if protocol["weights"] != weights:
+        yield f"weights {protocol['weights']}, closed takes {weights}"
+    if not cls.SMALL_IMAGES and protocol["image_size"] != SIDE:
+        yield f"{protocol['image_size']} px images, closed takes {SIDE}"
+    if protocol["holdout_fraction"] != HOLDOUT_FRACTION:
+        yield f"held-out fraction {protocol['holdout_fraction']}, closed takes {HOLDOUT_FRACTION}"
+    if protocol["task"] != "domain_generalization":
+        yield f"task {protocol['task']}"
+    for name, usual in SAMPLING.items():
+        found = {run.hparams.get(name, usual) for run in runs}
+        if found != {usual}:
+            yield f"{name} {sorted(found)}, closed takes {usual}"
+    missing = [env for env in range(len(protocol["environments"])) if [env] not in protocol["test_envs"]]
+    if missing:
+        yield f"{', '.join(protocol['environments'][env] for env in missing)} not tested"

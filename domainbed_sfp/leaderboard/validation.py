@@ -1,0 +1,579 @@
+"""Whether a bundle's numbers follow from its records, and its records from the protocol.
+
+Everything is recomputed: sums, grid, seeds, hparams drawn, steps, what accuracies the splits allow, masks, selection,
+means and errors. Each deviation becomes a `Problem`; one does not hide the next. What records alone cannot show is
+whether they were computed as they say: `rerun` is for that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from domainbed_sfp import hparams, registry
+from domainbed_sfp.analysis.selection import ORACLE
+from domainbed_sfp.data import get_dataset_class
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.leaderboard import bundle, summary, tracks
+from domainbed_sfp.leaderboard.bundle import MASKS, RECORDS, SUBMISSION, Tree
+from domainbed_sfp.leaderboard.facts import facts_of, split_sizes
+from domainbed_sfp.leaderboard.schema import Problem, parse, problems_of, shown
+from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.pruning import accounting, mask_files
+from domainbed_sfp.records import run_of
+from domainbed_sfp.seeds import seed_hash
+
+# Fractions are written with all their digits; this much a sum in another order may differ.
+ROUNDING = 1e-9
+# The claimed sparsity is a ratio of counts that the masks give as well.
+SPARSITY_ROUNDING = 1e-6
+
+# Fields that all records of a run share.
+SHARED = ("args", "hparams", "environments", "input_shape", "data_digest", "standing", "precision", "granularity")
+# Wrong in one of these, a record can be in no table.
+ESSENTIAL = (
+    "args",
+    "hparams",
+    "environment",
+    "environments",
+    "input_shape",
+    "step",
+    "final_compression",
+    "data_digest",
+)
+
+
+@dataclass
+class Validation:
+    """The outcome. problems: what must be mended. unchecked: what could not be checked here. submission: the document
+    as recomputed from the records, None where they are not fit for it; sums: SHA-256 of SHA256SUMS."""
+
+    root: Path
+    problems: list[Problem] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    submission: dict[str, Any] | None = None
+    runs: list[SubmittedRun] = field(default_factory=list)
+    sums: str = ""
+
+    @property
+    def tier(self) -> str | None:
+        """None for a bundle with problems; else "self-reported" where a number could not be checked, or
+        "records-verified"."""
+        if self.problems or self.submission is None:
+            return None
+        return "self-reported" if self.unchecked else "records-verified"
+
+    def reasons_for_open(self, dataset: str) -> list[str]:
+        """Why the submission is not of the closed track on a data set; empty where it is."""
+        if self.submission is None:
+            raise ValueError("a bundle that cannot be read has no track")
+        runs = [one.run for one in self.runs if one.run.dataset == dataset]
+        return list(tracks.reasons_for_open(dataset, self.submission["datasets"][dataset]["protocol"], runs))
+
+
+def validate(folder: str | Path) -> Validation:
+    """Checks a bundle. Raises UserError where there is no folder to check."""
+    root = Path(folder)
+    if root.is_symlink() or not root.is_dir():
+        raise UserError(f"bundle {str(folder)!r}: expected a folder, made by `domainbed-sfp submit`")
+    try:
+        tree = bundle.read_tree(root)
+        return _Check(root, tree).complete()
+    except OSError as error:
+        raise UserError(f"bundle {str(folder)!r} cannot be read: {error.strerror or error}") from error
+
+
+class _Check:
+    """One bundle while it is being checked."""
+
+    def __init__(self, root: Path, tree: Tree) -> None:
+        self.tree = tree
+        self.outcome = Validation(root, list(tree.problems), sums=tree.sums.get(bundle.SUMS, ""))
+        # Runs whose fields have the right form, and all that are there at all.
+        self.is_whole = True
+
+    def complete(self) -> Validation:
+        outcome = self.outcome
+        self._add(bundle.check_sums(self.tree))
+        claimed = self._claimed()
+        for name in self.tree.names(RECORDS):
+            run = self._read_run(name)
+            if run is None:
+                self.is_whole = False
+            else:
+                outcome.runs.append(run)
+        if not self.tree.names(RECORDS):
+            self._problem(RECORDS, "", "a file of records for each run", "none")
+        fit = [run for run in outcome.runs if self._check_run(run)]
+        self._check_grid(claimed, fit)
+        # Numbers are recomputed from a grid in which every run can be read and belongs to one method.
+        is_one = len({(run.run.algorithm, run.run.args["hparams"]) for run in outcome.runs}) == 1
+        is_unique = len({run.job for run in outcome.runs}) == len(outcome.runs)
+        if outcome.runs and self.is_whole and is_one and is_unique and len(fit) == len(outcome.runs):
+            self._recompute(claimed)
+        outcome.problems = list(dict.fromkeys(outcome.problems))
+        return outcome
+
+    def _add(self, problems: Iterable[Problem]) -> None:
+        self.outcome.problems += problems
+
+    def _problem(self, file: str, where: str, expected: str, found: str) -> None:
+        self.outcome.problems.append(Problem(file, where, expected, found))
+
+    def _cannot(self, what: str) -> None:
+        if what not in self.outcome.unchecked:
+            self.outcome.unchecked.append(what)
+
+    # what is claimed ----------------------------------------------------------------------------------------------
+
+    def _claimed(self) -> dict[str, Any] | None:
+        """submission.json, None where it is not one."""
+        if SUBMISSION not in self.tree.sums:
+            self._problem(SUBMISSION, "", "what is submitted", "nothing")
+            return None
+        try:
+            document = parse(self.tree.read(SUBMISSION))
+        except ValueError as error:
+            self._problem(SUBMISSION, "", "a JSON document", str(error))
+            return None
+        found = list(problems_of(SUBMISSION, document, bundle.SUBMISSION_SCHEMA))
+        self._add(found)
+        return None if found else document
+
+    # records --------------------------------------------------------------------------------------------------------
+
+    def _read_run(self, file: str) -> SubmittedRun | None:
+        """The run of a file, None where its records cannot be understood."""
+        parsed: list[Mapping[str, Any]] = []
+        is_fit = True
+        lines = self.tree.read(file).split(b"\n")
+        if lines[-1]:
+            self._problem(file, f"line {len(lines)}", "a line that ends", "the end of the file")
+            is_fit = False
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                record = parse(line)
+            except ValueError as error:
+                self._problem(file, f"line {number}", "a JSON object", str(error))
+                is_fit = False
+                continue
+            found = list(problems_of(file, record, bundle.RECORD_SCHEMA, f"line {number}"))
+            self._add(found)
+            is_fit &= not found
+            parsed.append(record)
+        if not parsed:
+            self._problem(file, "", "records, one a line", "none")
+        if not is_fit or not parsed:
+            return None
+        environments = parsed[0]["environments"]
+        for number, record in enumerate(parsed, start=1):
+            for name in SHARED:
+                if record.get(name) != parsed[0].get(name):
+                    where = f"line {number}.{name}"
+                    self._problem(file, where, f"{shown(parsed[0].get(name))} as in line 1", shown(record.get(name)))
+                    is_fit = False
+            expected = {f"env{i}_{split}_acc" for i in range(len(environments)) for split in ("in", "out")}
+            of_uda = {f"env{i}_uda_acc" for i in record["args"]["test_envs"]}
+            there = {name for name in record if name.startswith("env") and name.endswith("_acc")}
+            for name in sorted(expected - there):
+                self._problem(file, f"line {number}.{name}", "an accuracy", "nothing")
+                is_fit = False
+            for name in sorted(there - expected - of_uda):
+                self._problem(
+                    file, f"line {number}.{name}", f"no such field for {len(environments)} environments", "one"
+                )
+                is_fit = False
+        for env in parsed[0]["args"]["test_envs"]:
+            if env >= len(environments):
+                self._problem(file, "line 1.args.test_envs", f"numbers below {len(environments)}", str(env))
+                is_fit = False
+        if not is_fit:
+            return None
+        name = file.removeprefix(RECORDS + "/").removesuffix(".jsonl")
+        try:
+            return SubmittedRun(name, parsed, run_of(name, [dict(record) for record in parsed]))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            self._problem(file, "", "records of a run", str(error))
+            return None
+
+    def _check_run(self, run: SubmittedRun) -> bool:
+        """Everything about a run that does not depend on others; whether its numbers can be put together."""
+        file, args = f"{RECORDS}/{run.name}.jsonl", run.run.args
+        try:
+            cls = get_dataset_class(run.run.dataset)
+        except UserError as error:
+            self._problem(file, "line 1.args.dataset", "a registered data set", str(error))
+            return False
+        for name in ("seed", "hparams_seed", "trial_seed"):
+            if type(args[name]) is not int:
+                self._problem(file, f"line 1.args.{name}", "a whole number", shown(args[name]))
+                return False
+        seed = seed_hash(
+            args["dataset"], args["algorithm"], args["test_envs"], args["hparams_seed"], args["trial_seed"]
+        )
+        if args["seed"] != seed:
+            formula = "seed_hash(dataset, algorithm, test_envs, hparams_seed, trial_seed)"
+            self._problem(file, "line 1.args.seed", f"{seed}, which is {formula}", shown(args["seed"]))
+        steps, every = args["steps"] or cls.N_STEPS, args["checkpoint_freq"] or cls.CHECKPOINT_FREQ
+        self._check_steps(file, run, steps, every)
+        self._check_accuracies(file, run)
+        self._check_costs(file, run)
+        if not any(record["final_compression"] for record in run.records):
+            self._problem(file, "final_compression", "true in one record at least", "false in all")
+        return self._check_hparams(file, run)
+
+    def _check_steps(self, file: str, run: SubmittedRun, steps: int, every: int) -> None:
+        found = [record["step"] for record in run.records]
+        if steps // every > bundle.MOST_FILES:
+            self._problem(file, "line 1.args", f"at most {bundle.MOST_FILES:,} records a run", f"{steps // every:,}")
+            return
+        expected = sorted({*range(0, steps, every), steps - 1})
+        if found != expected:
+            differ = next(
+                (i for i, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found))
+            )
+            told = [f"{shown(some[differ]) if differ < len(some) else 'the end'}" for some in (expected, found)]
+            rule = f"every {every:,} of {steps:,} steps and the last"
+            self._problem(file, f"line {differ + 1}.step", f"{told[0]} ({rule})", told[1])
+
+    def _check_hparams(self, file: str, run: SubmittedRun) -> bool:
+        """The hparams are the draw of their seeds, under the overrides declared; whether their kinds are right."""
+        args = run.run.args
+        try:
+            overrides = parse((args["hparams"] or "{}").encode())
+            if not isinstance(overrides, dict):
+                raise ValueError("it is no object")
+        except ValueError as error:
+            self._problem(file, "line 1.args.hparams", "a JSON object as text", f"{shown(args['hparams'])} ({error})")
+            return False
+        try:
+            info = registry.get(args["algorithm"])
+        except UserError as error:
+            self._cannot(f"hparams, masks and costs of {args['algorithm']}: {error}; install the package that has it")
+            return True
+        try:
+            drawn = hparams.resolve_hparams(
+                args["algorithm"], args["dataset"], args["hparams_seed"], args["trial_seed"], overrides
+            )
+        except Exception as error:  # values from a stranger can be anything
+            self._problem(file, "line 1.args.hparams", f"hparams of {args['algorithm']}, in their ranges", str(error))
+            return False
+        is_fit = True
+        seeds = f"the draw of hparams_seed {args['hparams_seed']} and trial_seed {args['trial_seed']}"
+        for name in sorted({*drawn, *run.run.hparams}):
+            there, found = drawn.get(name), run.run.hparams.get(name)
+            if there != found or isinstance(there, bool) != isinstance(found, bool):
+                source = "args.hparams" if name in overrides else seeds
+                expected = f"{shown(there)}, {source}" if name in drawn else "no such hparam"
+                self._problem(file, f"line 1.hparams.{name}", expected, "nothing" if found is None else shown(found))
+                is_fit &= _kind(there) == _kind(found)
+        if run.records[0]["standing"] != info.standing:
+            self._problem(file, "line 1.standing", info.standing, run.records[0]["standing"])
+        return is_fit
+
+    def _check_accuracies(self, file: str, run: SubmittedRun) -> None:
+        facts, args = facts_of(run.run.dataset), run.run.args
+        if facts is None or None in facts.sizes:
+            self._cannot(f"accuracies of {run.run.dataset}: the sizes of its environments are not known here")
+        if facts is None:
+            return
+        names, shape = run.records[0]["environments"], run.records[0]["input_shape"]
+        if tuple(names) != facts.environments:
+            self._problem(file, "line 1.environments", shown(list(facts.environments)), shown(names))
+            return
+        side = run.run.hparams.get("image_size")
+        expected = list(facts.input_shape) if facts.input_shape else [3, side, side]
+        if shape != expected:
+            self._problem(file, "line 1.input_shape", shown(expected), shown(shape))
+        for env, size in enumerate(facts.sizes):
+            if size is None:
+                continue
+            splits = split_sizes(size, env in args["test_envs"], args["holdout_fraction"], args["uda_holdout_fraction"])
+            for split, count in splits.items():
+                name = f"env{env}_{split}_acc"
+                for number, record in enumerate(run.records, start=1):
+                    if (name in record) != bool(count):
+                        expected_words = f"an accuracy of {count} samples" if count else "no such field"
+                        self._problem(file, f"line {number}.{name}", expected_words, shown(record.get(name)))
+                    elif count and not _is_share(record[name], count):
+                        nearest = round(record[name] * count)
+                        words = f"a multiple of 1/{count}, such as {nearest / count!r} ({nearest} of {count} samples)"
+                        self._problem(file, f"line {number}.{name}", words, shown(record[name]))
+        smallest = min(
+            (
+                split_sizes(size, env in args["test_envs"], args["holdout_fraction"], args["uda_holdout_fraction"])[
+                    "in"
+                ]
+                for env, size in enumerate(facts.sizes)
+                if size is not None
+            ),
+            default=0,
+        )
+        batch = run.run.hparams.get("batch_size")
+        if smallest and None not in facts.sizes and type(batch) is int and batch > 0:
+            for number, record in enumerate(run.records, start=1):
+                epoch = record["step"] / (smallest / batch)
+                if not math.isclose(record["epoch"], epoch, rel_tol=ROUNDING):
+                    self._problem(file, f"line {number}.epoch", shown(epoch), shown(record["epoch"]))
+
+    def _check_costs(self, file: str, run: SubmittedRun) -> None:
+        for number, record in enumerate(run.records, start=1):
+            for part, whole in (("surviving_parameters", "parameters"), ("macs", "dense_macs")):
+                if record[part] > record[whole]:
+                    words = f"at most {whole}, {record[whole]:,}"
+                    self._problem(file, f"line {number}.{part}", words, f"{record[part]:,}")
+
+    # the grid ------------------------------------------------------------------------------------------------------
+
+    def _check_grid(self, claimed: Mapping[str, Any] | None, fit: Sequence[SubmittedRun]) -> None:
+        runs = self.outcome.runs
+        jobs: dict[tuple[Any, ...], str] = {}
+        for run in runs:
+            if run.job in jobs:
+                words = (
+                    f"a job that no other file holds (data set, test environments, hparams and trial seed: {run.job})"
+                )
+                self._problem(f"{RECORDS}/{run.name}.jsonl", "line 1.args", words, f"that of {jobs[run.job]}")
+            jobs.setdefault(run.job, f"{RECORDS}/{run.name}.jsonl")
+        first = runs[0] if runs else None
+        for run in runs:
+            file = f"{RECORDS}/{run.name}.jsonl"
+            for name in ("algorithm", "hparams"):
+                if first and run.run.args[name] != first.run.args[name]:
+                    words = f"{shown(first.run.args[name])} as in {RECORDS}/{first.name}.jsonl"
+                    self._problem(file, f"line 1.args.{name}", words, shown(run.run.args[name]))
+        declared = {} if claimed is None else {name: one["protocol"] for name, one in claimed["datasets"].items()}
+        for dataset in sorted({run.run.dataset for run in runs} | set(declared)):
+            here = [run for run in runs if run.run.dataset == dataset]
+            grids = [{**declared[dataset], "where": SUBMISSION}] if dataset in declared else []
+            if here:
+                self._check_conditions([run for run in here if run in fit])
+                grids.append({**_grid(here), "where": RECORDS})
+            self._check_product(dataset, grids, set(jobs))
+
+    def _check_conditions(self, runs: Sequence[SubmittedRun]) -> None:
+        """One protocol for all runs of a data set."""
+        for run in runs:
+            expected = summary.conditions(runs[0].run)
+            for name, value in summary.conditions(run.run).items():
+                if value != expected[name]:
+                    words = f"{shown(expected[name])} as in {RECORDS}/{runs[0].name}.jsonl"
+                    self._problem(f"{RECORDS}/{run.name}.jsonl", f"protocol, {name}", words, shown(value))
+
+    def _check_product(self, dataset: str, grids: Sequence[Mapping[str, Any]], jobs: set[tuple[Any, ...]]) -> None:
+        """All test environments x hparams seeds x trial seeds are there, and the seeds begin at 0: none was chosen."""
+        wanted: dict[tuple[Any, ...], None] = {}
+        axes: dict[str, set[Any]] = {"test_envs": set(), "hparams_seeds": set(), "trial_seeds": set()}
+        for grid in grids:
+            axes["test_envs"] |= {tuple(envs) for envs in grid["test_envs"]}
+            for name in ("hparams_seeds", "trial_seeds"):
+                axes[name] |= set(grid[name])
+                if sorted(grid[name]) != list(range(len(grid[name]))):
+                    where = (
+                        f"datasets.{dataset}.protocol.{name}" if grid["where"] == SUBMISSION else f"{dataset}, {name}"
+                    )
+                    words = f"{shown(list(range(len(grid[name]))))}: all from 0 on"
+                    self._problem(grid["where"], where, words, shown(grid[name]))
+        environments = len(grids[0]["environments"])
+        if any(len(envs) == 2 for envs in axes["test_envs"]):
+            axes["test_envs"] |= {(i, j) for i in range(environments) for j in range(i, environments) if i != j}
+            axes["test_envs"] |= {(i,) for i in range(environments)}
+        if math.prod(map(len, axes.values())) > bundle.MOST_FILES:
+            self._problem(SUBMISSION, f"datasets.{dataset}.protocol", f"at most {bundle.MOST_FILES:,} runs", "more")
+            return
+        for envs, hparams_seed, trial_seed in product(*(sorted(axis) for axis in axes.values())):
+            wanted[dataset, envs, hparams_seed, trial_seed] = None
+        for job in wanted:
+            if job not in jobs:
+                words = f"a run with test_envs {list(job[1])}, hparams_seed {job[2]}, trial_seed {job[3]}"
+                self._problem(RECORDS, f"{dataset}, the grid", words, "none")
+
+    # everything anew ------------------------------------------------------------------------------------------------
+
+    def _recompute(self, claimed: Mapping[str, Any] | None) -> None:
+        """The submission as the records give it, against the one that is claimed; and the masks behind it."""
+        runs = self.outcome.runs
+        document = summary.document_of(claimed["name"] if claimed else "submission", runs, claimed)
+        self.outcome.submission = document
+        if claimed is not None:
+            self._compare_submission(document, claimed)
+        chosen: dict[tuple[str, int], None] = {}
+        for dataset in document["datasets"]:
+            for _, choices in summary.results_of([one.run for one in runs if one.run.dataset == dataset]).values():
+                chosen.update(dict.fromkeys((one.run.directory, one.run.steps[one.checkpoint]) for one in choices))
+        needed: dict[str, None] = {}
+        for run in runs:
+            for number, record in enumerate(run.records, start=1):
+                if (run.name, record["step"]) in chosen:
+                    needed.update(self._check_masks(run, number, record))
+        for name in self.tree.names(MASKS):
+            if name not in needed:
+                self._problem(name, "", "masks of a checkpoint that a selection rule chooses", "others")
+
+    def _compare_submission(self, document: Mapping[str, Any], claimed: Mapping[str, Any]) -> None:
+        best: dict[tuple[str, int, int], float] = {}
+        for run in self.outcome.runs:
+            if len(run.run.test_envs) == 1:
+                key = (run.run.dataset, run.run.test_envs[0], run.run.trial_seed)
+                final = [100 * record[f"env{key[1]}_in_acc"] for record in run.records if record["final_compression"]]
+                best[key] = max([best.get(key, 0.0), *final])
+        for path, expected, found in differences(document, claimed):
+            where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+            words = shown(expected) if expected is not _NOTHING else "no such field"
+            told = shown(found) if found is not _NOTHING else "nothing"
+            if path[0] == "datasets" and len(path) > 4 and path[2] == "results":
+                words += ", from the records"
+                told += _peeking(path, claimed, best)
+            self._problem(SUBMISSION, where, words, told)
+
+    def _check_masks(self, run: SubmittedRun, number: int, record: Mapping[str, Any]) -> dict[str, None]:
+        """The masks of a chosen checkpoint, and its costs by a network built anew; the files that were needed."""
+        where, file = f"{RECORDS}/{run.name}.jsonl", None
+        masks = {}
+        if "masks" in record:
+            file = f"{MASKS}/{record['masks']}{mask_files.SUFFIX}"
+            if file not in self.tree.sums:
+                self._problem(file, "", f"the masks of {where}, line {number}", "no file")
+                return {}
+            try:
+                masks = mask_files.unpack(self.tree.read(file))
+            except UserError as error:
+                self._problem(file, "", "masks, one bit a weight", str(error))
+                return {file: None}
+            if (digest := mask_files.digest(masks)) != record["masks"]:
+                self._problem(file, "digest of the masks", record["masks"], digest)
+                return {file: None}
+        self._compare_costs(run, number, record, masks, file or where)
+        return {file: None} if file else {}
+
+    def _compare_costs(
+        self, run: SubmittedRun, number: int, record: Mapping[str, Any], masks: Mapping[str, Any], file: str
+    ) -> None:
+        where, facts = f"{RECORDS}/{run.name}.jsonl", facts_of(run.run.dataset)
+        if facts is None:
+            self._cannot(f"costs on {run.run.dataset}: its number of classes is not known here")
+            return
+        values = {**run.run.hparams, "weights": "none"}  # what is counted does not depend on them
+        domains = len(record["environments"]) - len(run.run.test_envs)
+        try:
+            algorithm = registry.get(run.run.algorithm).cls(
+                tuple(record["input_shape"]), facts.classes, domains, values
+            )
+            algorithm.total_steps = run.run.args["steps"] or get_dataset_class(run.run.dataset).N_STEPS
+            positions = accounting.count_positions(algorithm, tuple(record["input_shape"]), algorithm.predict)
+            deployed = algorithm.deployed_parameters()
+        except Exception as error:  # an optional package that is not here, or hparams that fit no network
+            self._cannot(f"masks and costs of {run.run.algorithm}: its network cannot be built here ({error})")
+            return
+        parameters = dict(algorithm.named_parameters())
+        for name, mask in masks.items():
+            shape = list(parameters[name].shape) if name in parameters else None
+            if shape != list(mask.shape):
+                words = f"a mask of shape {shape}" if shape else f"a parameter of {run.run.algorithm}"
+                self._problem(file, f"mask {name}", words, f"shape {list(mask.shape)}")
+                return
+        cost = accounting.measure_cost(deployed, positions, masks)
+        for name in ("parameters", "surviving_parameters", "dense_macs", "macs"):
+            if (expected := getattr(cost, name)) != record[name]:
+                self._problem(where, f"line {number}.{name}", f"{expected:,}, by {file}", f"{record[name]:,}")
+        removed = accounting.sparsities_of(algorithm, masks) or {"weight": 0.0}
+        if all(abs(value - record["sparsity"]) > SPARSITY_ROUNDING for value in removed.values()):
+            words = " or ".join(f"{value:.6g} of the {unit}s" for unit, value in removed.items())
+            self._problem(where, f"line {number}.sparsity", f"{words}, by {file}", shown(record["sparsity"]))
+
+
+_NOTHING = object()
+
+
+def differences(expected: Any, found: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any, Any, Any]]:
+    """Where two JSON values differ: (path, expected, found); numbers may differ by ROUNDING."""
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        for name in {**expected, **found}:
+            yield from differences(expected.get(name, _NOTHING), found.get(name, _NOTHING), (*path, name))
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        for index, (one, other) in enumerate(zip(expected, found)):
+            yield from differences(one, other, (*path, index))
+    else:
+        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (expected, found))
+        same = math.isclose(expected, found, rel_tol=ROUNDING, abs_tol=ROUNDING) if numbers else expected == found
+        if not same or isinstance(expected, bool) != isinstance(found, bool):
+            yield path, expected, found
+
+
+def _grid(runs: Sequence[SubmittedRun]) -> dict[str, Any]:
+    return {
+        "environments": runs[0].records[0]["environments"],
+        "test_envs": sorted({run.run.test_envs for run in runs}),
+        "hparams_seeds": sorted({run.run.hparams_seed for run in runs}),
+        "trial_seeds": sorted({run.run.trial_seed for run in runs}),
+    }
+
+
+def _kind(value: Any) -> type:
+    """Of an hparam: whole numbers count as numbers."""
+    return float if type(value) is int else type(value)
+
+
+def _is_share(value: float, count: int) -> bool:
+    """Whether `value` is k / count for a whole k, as a division gives it."""
+    return 0 <= value <= 1 and abs(round(value * count) / count - value) < 1e-12
+
+
+def _peeking(
+    path: tuple[str | int, ...], claimed: Mapping[str, Any], best: Mapping[tuple[str, int, int], float]
+) -> str:
+    """What to add where a claimed choice is the best on the test environment, under a rule that must not look there."""
+    dataset, rule = str(path[1]), path[3]
+    if rule == ORACLE.key or "trials" not in path or path[4] != "cells" or not isinstance(path[5], int):
+        return ""
+    cell = claimed["datasets"][dataset]["results"][rule]["cells"][path[5]]
+    at = path[path.index("trials") + 1] if path.index("trials") + 1 < len(path) else None
+    if cell is None or not isinstance(at, int) or at >= len(cell["trials"]):
+        return ""
+    trial = cell["trials"][at]
+    highest = best.get((dataset, path[5], trial["trial_seed"]))
+    if highest is None or abs(trial["accuracy"] - highest) > ROUNDING:
+        return ""
+    return f" (chosen by the highest accuracy on the test environment, which {rule} selection must not see)"
+
+
+def text_of(outcome: Validation, limit: int = 200) -> str:
+    """The outcome for people."""
+    lines = [problem.line() for problem in outcome.problems[:limit]]
+    if len(outcome.problems) > limit:
+        lines.append(f"... and {len(outcome.problems) - limit:,} more problems")
+    lines += [f"not checked: {what}" for what in outcome.unchecked]
+    document = outcome.submission
+    if outcome.tier is None or document is None:
+        count = len(outcome.problems)
+        lines.append(f"{outcome.root}: rejected, {count:,} problem{'s' * (count != 1)}.")
+        return "\n".join(lines) + "\n"
+    kinds = "transductive, " if document["transductive"] else ""
+    for dataset, one in document["datasets"].items():
+        reasons = outcome.reasons_for_open(dataset)
+        track = f"open track ({'; '.join(reasons)})" if reasons else "closed track"
+        lines.append(f"{document['name']} on {dataset}: {kinds}{track}.")
+        for rule, result in one["results"].items():
+            cells = [f"{cell['environment']} {cell['accuracy']:.1f}" for cell in result["cells"] if cell is not None]
+            average = result["average"]
+            mean = f"; average {average['accuracy']:.1f}" if average else ""
+            lines.append(f"    {rule}: {', '.join(cells)}{mean}")
+    lines.append(f"{outcome.root}: {len(outcome.runs)} runs, tier {outcome.tier}.")
+    return "\n".join(lines) + "\n"
+
+
+def json_of(outcome: Validation) -> str:
+    """The outcome for programs."""
+    document = {
+        "bundle": str(outcome.root),
+        "tier": outcome.tier,
+        "problems": [vars(problem) for problem in outcome.problems],
+        "unchecked": outcome.unchecked,
+        "submission": outcome.submission,
+    }
+    return json.dumps(document, indent=1) + "\n"
