@@ -195,7 +195,10 @@ def check_sums(tree: Tree) -> Iterator[Problem]:
         yield Problem(SUMS, "", "the sums of all files", "nothing")
         return
     listed: dict[str, str] = {}
-    for number, line in enumerate(tree.read(SUMS).decode("utf-8", "replace").splitlines(), start=1):
+    lines = tree.read(SUMS).decode("utf-8", "replace").split("\n")
+    if lines.pop():
+        yield Problem(SUMS, f"line {len(lines) + 1}", "a line that ends", "the end of the file")
+    for number, line in enumerate(lines, start=1):
         match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
         if match is None:
             yield Problem(SUMS, f"line {number}", "64 hexadecimal digits, two spaces and a name", repr(line[:120]))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from domainbed_sfp import environment, records, training
 from domainbed_sfp.errors import UserError
@@ -50,11 +53,23 @@ def recompute(
     with tempfile.TemporaryDirectory() as folder:
         args.update(data_dir=data_dir, output_dir=folder, cache_dir=cache_dir, device="auto")
         args.update(skip_model_save=True, save_model_every_checkpoint=False)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with _threads(run.records[0]["environment"].get("threads")), contextlib.redirect_stdout(io.StringIO()):
             training.train(training.TrainArgs(**args))
         lines = (Path(folder) / records.RESULTS).read_text(encoding="utf-8").splitlines()
         again = [json.loads(line) for line in lines]
     return compare(run, again, tolerance)
+
+
+@contextlib.contextmanager
+def _threads(count: Any) -> Iterator[None]:
+    """As many threads as the records were made with, where the machine has them: sums depend on their number."""
+    usual = torch.get_num_threads()
+    if type(count) is int and 1 <= count <= (os.cpu_count() or 1):
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def compare(

@@ -1,0 +1,229 @@
+"""`domainbed-sfp new` and `domainbed-sfp check`: from an idea to an installed algorithm, and what is wrong with it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from domainbed_sfp import contract, registry, scaffold
+from domainbed_sfp.algorithms.erm import ERM
+from domainbed_sfp.algorithms.magnitude import Magnitude
+from domainbed_sfp.hparams import Hparam
+
+ROOT = Path(__file__).parents[1]
+
+
+class Lazy(ERM):
+    def update(self, minibatches, unlabeled=None):
+        return {"loss": 1.0}
+
+
+class Companionable(ERM):
+    """A sample's logits depend on the others of its batch."""
+
+    def predict(self, x):
+        return super().predict(x) - super().predict(x).mean(0)
+
+
+class Shared(ERM):
+    """Keeps its learning rate on the class."""
+
+    calls = 0
+
+    def update(self, minibatches, unlabeled=None):
+        type(self).calls += 1
+        self.optimizer.param_groups[0]["lr"] = 1e-3 / (1 + type(self).calls % 7)
+        return super().update(minibatches, unlabeled)
+
+
+class Forgetful(ERM):
+    calls = 0
+
+    def update(self, minibatches, unlabeled=None):
+        self.calls += 1
+        self.optimizer.param_groups[0]["lr"] = 1e-3 / self.calls
+        return super().update(minibatches, unlabeled)
+
+
+class Unseeded(ERM):
+    def update(self, minibatches, unlabeled=None):
+        values = super().update(minibatches, unlabeled)
+        noise = torch.Generator()
+        noise.seed()
+        with torch.no_grad():
+            self.classifier.bias.add_(1e-3 * torch.randn(self.classifier.bias.shape, generator=noise))
+        return values
+
+
+class Fragile(ERM):
+    def update(self, minibatches, unlabeled=None):
+        spread = torch.cat([y for _, y in minibatches]).float()
+        return {**super().update(minibatches, unlabeled), "ratio": 1.0 / spread.std().item()}
+
+
+class Unmasked(Magnitude):
+    def update(self, minibatches, unlabeled=None):
+        values = super().update(minibatches, unlabeled)
+        with torch.no_grad():
+            self.featurizer.conv2.weight.add_(1e-3)
+        return values
+
+
+class Boasting(Magnitude):
+    """Says the sparsity it was asked for, whatever its masks are."""
+
+    def masks(self):
+        return {name: torch.ones_like(mask) for name, mask in super().masks().items()}
+
+
+class Attached(ERM):
+    def export(self):
+        return self.network.eval()
+
+
+class Peeking(ERM):
+    """Learns from what the loop evaluates on."""
+
+    def predict(self, x):
+        if not self.training:
+            with torch.no_grad():
+                self.classifier.bias.add_(x.mean().nan_to_num())
+        return super().predict(x)
+
+
+BROKEN = [
+    ("updates_lower_the_loss", Lazy, {}, "cross-entropy"),
+    ("predict_gives_logits", Companionable, {}, "depend on its companions"),
+    ("hparams_are_json", ERM, {"pair": Hparam((1, 2))}, "change in JSON"),
+    ("deepcopy", Shared, {}, "part ways"),
+    ("exact_resume", Forgetful, {}, "continued from step"),
+    ("deterministic", Unseeded, {}, "same seed"),
+    ("degenerate_batches", Fragile, {}, "ZeroDivisionError"),
+    ("masks", Unmasked, {}, "dead weights that are not zero"),
+    ("masks", Boasting, {}, "sparsity() claims 0.5000, the masks remove 0.0000 of each channel"),
+    ("export", Attached, {}, "shares parameters"),
+    ("never_touches_the_test_environment", Peeking, {}, "poisoned test environment"),
+]
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Puts a class into the registry as the algorithm Broken, and only one check into the contract."""
+
+    def install(cls, hparams, check):
+        parent = registry.get("Magnitude" if issubclass(cls, Magnitude) else "ERM")
+        info = registry.AlgorithmInfo("Broken", cls, "pruning", "here", "published", {**parent.hparams, **hparams})
+        monkeypatch.setitem(registry._algorithms, "Broken", info)
+        monkeypatch.setattr(contract, "CHECKS", {check: contract.CHECKS[check]})
+
+    return install
+
+
+@pytest.mark.parametrize("check, cls, hparams, words", BROKEN, ids=[f"{case[0]}-{case[1].__name__}" for case in BROKEN])
+def test_every_check_finds_what_it_is_for(main, broken, check, cls, hparams, words):
+    broken(cls, hparams, check)
+    done = main("check", "Broken", check=False)
+    assert done.returncode == 1
+    assert f"FAILED  {check}" in done.stdout and words in done.stdout
+    assert f"how to mend it: {contract.MENDS[check]}" in done.stdout
+    assert "0 of 1 checks passed, 1 failed." in done.stdout
+
+
+def test_every_check_is_broken_by_someone_and_says_what_it_does_and_how_to_mend():
+    assert {case[0] for case in BROKEN} == set(contract.CHECKS) == set(contract.MENDS)
+    assert all((check.__doc__ or "").strip() for check in contract.CHECKS.values())
+
+
+def test_a_report_for_programs(main, broken):
+    broken(ERM, {}, "hparams_are_json")
+    report = json.loads(main("check", "Broken", "--json").stdout)
+    (check,) = report["checks"]
+    assert report["algorithm"] == "Broken" and report["passed"] is True
+    assert check["check"] == "hparams_are_json" and check["passed"] is True and check["problem"] is None
+    assert check["did"] == "Default and random hparams survive JSON, as records need."
+    broken(Lazy, {}, "hparams_are_json")
+    assert "1 of 1 checks passed: Broken keeps the contract." in main("check", "Broken").stdout
+    done = main("check", "Brokn", check=False)
+    assert done.returncode == 2 and "did you mean 'Broken'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("my-method", "such as 'my_method'"),
+        ("3d", "such as 'd'"),
+        ("class", "such as 'class_method'"),
+        ("magnitude", "algorithm 'Magnitude' is domainbed_sfp.algorithms.magnitude.Magnitude; choose another, such as 'my_magnitude'"),
+        ("json", "taken by a module of python; choose another, such as 'my_json'"),
+        ("torch", "taken by a module of python"),
+    ],
+)  # fmt: skip
+def test_names_that_cannot_be(main, tmp_path, name, message):
+    done = main("new", name, check=False)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_way_stays(main, tmp_path):
+    (tmp_path / "my_method").mkdir()
+    done = main("new", "my_method", check=False)
+    assert done.returncode == 2 and "exists" in done.stderr and list((tmp_path / "my_method").iterdir()) == []
+
+
+@pytest.mark.parametrize("given, package, algorithm", [("my_method", "my_method", "MyMethod"), ("MyMethod", "my_method", "MyMethod"), ("SFP2Net", "sfp2_net", "SFP2Net"), ("tiny", "tiny", "Tiny")])  # fmt: skip
+def test_both_names_from_either(given, package, algorithm):
+    assert scaffold.names_of(given) == (package, algorithm)
+
+
+def test_a_new_package_installs_tests_itself_and_trains(main, tmp_path):
+    """As a user does: written, installed by pip, its test run, a short training, all by its registration alone."""
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("this environment has no pip")
+    main("new", "my_method")
+    package, site = tmp_path / "my_method", tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*command, "--target", site, package], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    paths = os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    there = {"env": {**os.environ, "PYTHONPATH": paths}, "capture_output": True, "text": True, "timeout": 250}
+    tested = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"], cwd=package, **there
+    )
+    assert f"{len(contract.CHECKS)} passed" in tested.stdout, tested.stdout + tested.stderr
+    train = [
+        "train",
+        "--dataset",
+        "FullColoredDigits",
+        "--algorithm",
+        "MyMethod",
+        "--steps",
+        "3",
+        "--checkpoint_freq",
+        "2",
+    ]
+    trained = subprocess.run(
+        [sys.executable, "-m", "domainbed_sfp", *train, "--skip_model_save", "--output_dir", "out"],
+        cwd=tmp_path,
+        **there,
+    )
+    assert trained.returncode == 0, trained.stderr
+    last = json.loads((tmp_path / "out" / "results.jsonl").read_text().splitlines()[-1])
+    assert (
+        last["args"]["algorithm"] == "MyMethod" and last["sparsity"] == 0.5 and last["hparams"]["spread_weight"] == 1.0
+    )
+    assert last["final_compression"] is True
+
+
+def test_the_sweep_of_a_new_package_is_valid(main, tmp_path):
+    from domainbed_sfp.sweep.spec import read_spec
+
+    main("new", "my_method")
+    spec = read_spec(str(tmp_path / "my_method" / "sweep.yaml"))
+    assert spec.algorithms[-1] == {"name": "MyMethod", "hparams": {"sparsity": 0.5}}

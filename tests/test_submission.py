@@ -1,0 +1,733 @@
+"""From a sweep to an entry of the leaderboard, and what validation finds in bundles that were tampered with."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from domainbed_sfp import registry, training
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.leaderboard import bundle, entries, rerun, tracks, validation
+from domainbed_sfp.leaderboard.facts import facts_of
+from domainbed_sfp.leaderboard.submit import submit
+from domainbed_sfp.pruning import mask_files
+from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
+
+DATASET, ROW = "FullColoredDigits", "Magnitude (sparsity=0.5)"
+# Held out of 599 samples a fifth: 119; the others: 480.
+OUT, IN = 119, 480
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory):
+    """A real sweep: two rows, one test environment, two hparams draws x two trials of five steps."""
+    root = tmp_path_factory.mktemp("sweep")
+    spec = SweepSpec(
+        [DATASET], [{"name": "Magnitude", "hparams": {"sparsity": s}} for s in (0.5, 0.3)], n_hparams=2, n_trials=2,
+        steps=5, checkpoint_freq=2, test_envs=[[0]], hparams={"batch_size": 16}, skip_model_save=True,
+    )  # fmt: skip
+    jobs = make_jobs(spec, None)
+    directory = SweepDirectory(root)
+    directory.register(jobs)
+    for job in jobs:
+        with contextlib.redirect_stdout(io.StringIO()):
+            training.train(job.train_args(None, directory.job_dir(job), skip_model_save=True))
+    return root
+
+
+@pytest.fixture(scope="session")
+def made(sweep, tmp_path_factory):
+    """The bundle of one row of it."""
+    target = tmp_path_factory.mktemp("made") / "bundle"
+    assert submit(str(sweep), ROW, str(target)).tier == "records-verified"
+    return target
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "bundle"))
+
+
+def resum(folder: Path) -> None:
+    """Makes SHA256SUMS anew, as a forger would."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != bundle.SUMS]
+    sums = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    (folder / bundle.SUMS).write_text(bundle.sums_text(sums))
+
+
+def runs(folder: Path) -> list[Path]:
+    """Files of records, by (trial seed, hparams seed)."""
+
+    def seeds(file: Path) -> tuple[int, int]:
+        args = json.loads(file.read_text().splitlines()[0])["args"]
+        return args["trial_seed"], args["hparams_seed"]
+
+    return sorted((folder / "records").iterdir(), key=seeds)
+
+
+def edit(file: Path, change, lines: slice = slice(None)) -> None:
+    """Changes records of a file by `change(record)`."""
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records[lines]:
+        change(record)
+    file.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
+
+
+def edit_submission(folder: Path, change) -> None:
+    document = json.loads((folder / "submission.json").read_text())
+    change(document)
+    (folder / "submission.json").write_text(json.dumps(document))
+
+
+def problems(folder: Path) -> list[str]:
+    outcome = validation.validate(folder)
+    assert outcome.problems and outcome.tier is None
+    return [problem.line() for problem in outcome.problems]
+
+
+def assert_told(folder: Path, file: str, field: str, expected: str, found: str) -> list[str]:
+    """Some problem names file, field, what was expected and what was found."""
+    told = problems(folder)
+    start = f"{file}: {field}" if field else file
+    matching = [line for line in told if line.startswith(f"{start}: expected ")]
+    assert any(expected in line.split(", found ")[0] and found in line.split(", found ")[-1] for line in matching), told
+    return told
+
+
+def name_of(file: Path) -> str:
+    return f"records/{file.name}"
+
+
+# the way of an honest submission -------------------------------------------------------------------------------------
+
+
+def test_a_bundle_holds_records_masks_and_sums_and_no_paths(made, sweep):
+    document = json.loads((made / "submission.json").read_text())
+    assert document["name"] == ROW and document["settings"] == {"batch_size": 16, "sparsity": 0.5}
+    protocol = document["datasets"][DATASET]["protocol"]
+    assert protocol["steps"] == 5 and protocol["hparams_seeds"] == [0, 1] and protocol["trial_seeds"] == [0, 1]
+    assert protocol["backbone"] == "MNIST_CNN" and protocol["weights"] == "none" and protocol["image_size"] == 8
+    assert len(runs(made)) == 4
+    assert str(sweep) not in "".join(file.read_text() for file in runs(made))
+    last = json.loads(runs(made)[0].read_text().splitlines()[-1])
+    masks = mask_files.unpack((made / "masks" / f"{last['masks']}.safetensors").read_bytes())
+    dead = sum(int((~mask).sum()) for mask in masks.values())
+    assert last["parameters"] - last["surviving_parameters"] == dead
+    # One bit a weight.
+    size = (made / "masks" / f"{last['masks']}.safetensors").stat().st_size
+    assert size < sum(mask.numel() for mask in masks.values()) / 8 + 4000
+
+
+def test_the_numbers_are_those_of_the_table(main, made, sweep):
+    table = json.loads(main("collect", "--input_dir", sweep, "--format", "json").stdout)
+    claimed = json.loads((made / "submission.json").read_text())["datasets"][DATASET]["results"]
+    assert set(claimed) == {"training-domain", "oracle"}
+    for one in table["tables"]:
+        (row,) = [row for row in one["rows"] if row["label"] == ROW]
+        cell = claimed[one["selection"]]["cells"][0]
+        assert cell["accuracy"] == row["cells"][0]["accuracy"] and cell["std_err"] == row["cells"][0]["std_err"]
+        assert [trial["step"] for trial in cell["trials"]] == [c["step"] for c in row["cells"][0]["choices"]]
+        assert claimed[one["selection"]]["costs"] == row["costs"]
+
+
+def test_validate_and_add_and_supersede(main, made, tmp_path):
+    told = main("leaderboard", "validate", made).stdout
+    assert "tier records-verified" in told and "open track" in told
+    report = json.loads(main("leaderboard", "validate", made, "--json").stdout)
+    assert report["tier"] == "records-verified" and report["problems"] == []
+    folder = tmp_path / "entries"
+    main("leaderboard", "add", made, "--results_dir", folder)
+    (entry,) = entries.read_all(folder)
+    assert (folder / DATASET / "Magnitude_sparsity=0.5.json").is_file()
+    assert entry.name == ROW and entry.tier == "records-verified" and entry.track == "open" and not entry.transductive
+    assert entry.bundle == hashlib.sha256((made / "SHA256SUMS").read_bytes()).hexdigest()
+    result = entry.results["training-domain"]
+    assert result.cells[0].environment == "95%" and result.cells[1] is None and result.average is None
+    assert len(result.cells[0].trials) == 2 and 0 < result.costs["sparsity"] < 1
+    assert entries.from_json(entries.as_json(entry)) == entry
+    again = main("leaderboard", "add", made, "--results_dir", folder, check=False)
+    assert again.returncode == 2 and "there already" in again.stderr
+    main("leaderboard", "add", made, "--results_dir", folder, "--rerun", 1, "--rerun_seed", 3)
+    (entry,) = entries.read_all(folder)
+    assert entry.tier == "rerun-verified" and entry.rerun["seed"] == 3 and len(entry.rerun["cells"]) == 1
+    assert entry.rerun["cells"][0]["agreement"] == "identical"
+    current, old = entries.read_all(folder, history=True)
+    assert current == entry and old.superseded_by == entry.bundle and old.tier == "records-verified"
+
+
+def test_another_protocol_does_not_take_an_entrys_place(made, tmp_path):
+    from dataclasses import replace
+
+    from domainbed_sfp.leaderboard.commands import entries_of
+
+    (entry,) = entries_of(validation.validate(made))
+    entries.write(tmp_path, entry)
+    other = replace(entry, bundle="0" * 64, protocol={**entry.protocol, "steps": 7})
+    with pytest.raises(UserError, match=r"protocol\.steps \(5 there, 7 here\).*submit --name"):
+        entries.write(tmp_path, other)
+    with pytest.raises(UserError, match=r"entry: tier: expected one of .*, found \"best\""):
+        entries.from_json({**entries.as_json(entry), "tier": "best"})
+
+
+def test_a_rerun_that_disagrees_is_told(made, copy):
+    """A run that claims one more right answer than it had: nothing but computing it anew can show that."""
+    (run, *_) = validation.validate(made).runs
+    again = [dict(record) for record in run.records]
+    assert rerun.compare(run, again, 3.0)[0] == rerun.Recomputed(run.name, "identical", 0.0)
+    again[1]["env1_in_acc"] += 1 / IN
+    one, told = rerun.compare(run, again, 3.0)
+    assert one is None and told[0].line().startswith(f"records/{run.name}.jsonl: line 2.env1_in_acc: expected ")
+    elsewhere = [{**record, "environment": {**record["environment"], "cpu": "other"}} for record in run.records]
+    elsewhere[-1]["env1_in_acc"] -= 10 / IN
+    one, told = rerun.compare(run, elsewhere, 3.0)
+    assert one.agreement == "within tolerance" and one.difference == pytest.approx(1000 / IN)
+    assert rerun.compare(run, elsewhere, 1.0)[1][0].field == "line 3.env1_in_acc"
+    with pytest.raises(UserError, match="from 1 to 4"):
+        rerun.choose(validation.validate(made).runs, 5, 0)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [("Magnitude", "has several rows"), ("Magnitud (sparsity=0.5)", "did you mean 'Magnitude (sparsity=0.5)'")],
+)
+def test_submit_names_the_rows(sweep, tmp_path, row, message):
+    with pytest.raises(UserError) as error:
+        submit(str(sweep), row, str(tmp_path / "b"))
+    assert message in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+def test_submit_refuses_what_validation_would_refuse(main, sweep, tmp_path):
+    other = Path(shutil.copytree(sweep, tmp_path / "sweep"))
+    (first, *_) = [run for run in sorted(other.iterdir()) if run.is_dir() and _sparsity(run) == 0.5]
+    (first / "done").unlink()
+    done = main("submit", "--input_dir", other, "--algorithm", ROW, "--output", tmp_path / "b", check=False)
+    assert (
+        done.returncode == 2 and "is not complete: Magnitude (sparsity=0.5): 1 job missing (incomplete)" in done.stderr
+    )
+    (first / "done").write_text("done")
+    shutil.rmtree(first / "masks")
+    done = main("submit", "--input_dir", other, "--algorithm", ROW, "--output", tmp_path / "b", check=False)
+    if done.returncode:  # where a selection rule chooses the run
+        assert "is missing: the masks of step" in done.stderr
+    shutil.rmtree(first)
+    done = main("submit", "--input_dir", other, "--algorithm", ROW, "--output", tmp_path / "c", check=False)
+    assert done.returncode == 2 and "(not started)" in done.stderr and not (tmp_path / "c").exists()
+    done = main(
+        "submit", "--input_dir", sweep, "--algorithm", ROW, "--output", tmp_path / "d", "--name", "a/b", check=False
+    )
+    assert done.returncode == 2 and "name: expected text like" in done.stderr
+
+
+def test_submit_tells_of_edited_records_at_once(main, sweep, tmp_path):
+    other = Path(shutil.copytree(sweep, tmp_path / "sweep"))
+    (first, *_) = [run for run in sorted(other.iterdir()) if run.is_dir() and _sparsity(run) == 0.5]
+    edit(first / "results.jsonl", lambda record: record.update(env0_in_acc=0.99999))
+    done = main("submit", "--input_dir", other, "--algorithm", ROW, "--output", tmp_path / "b", check=False)
+    assert done.returncode == 2 and "would be rejected" in done.stderr and "multiple of 1/480" in done.stderr
+    assert not (tmp_path / "b").exists() and not (tmp_path / ".b.part").exists()
+
+
+def _sparsity(run: Path) -> float:
+    return json.loads((run / "results.jsonl").read_text().splitlines()[0])["hparams"]["sparsity"]
+
+
+# tampering, with the sums made anew -----------------------------------------------------------------------------------
+
+
+def test_a_run_left_out(copy):
+    runs(copy)[3].unlink()
+    resum(copy)
+    grid = f"{DATASET}, the grid"
+    assert_told(copy, "records", grid, "a run with test_envs [0], hparams_seed 1, trial_seed 1", "none")
+
+
+def test_a_bad_trial_left_out_and_not_declared(copy):
+    """Only trial 1 is kept, and the submission speaks of no other."""
+    for file in runs(copy)[:2]:
+        file.unlink()
+    edit_submission(copy, lambda d: d["datasets"][DATASET]["protocol"].update(trial_seeds=[1]))
+    resum(copy)
+    told = assert_told(copy, "submission.json", f"datasets.{DATASET}.protocol.trial_seeds", "[0]: all from 0 on", "[1]")
+    assert any(line.startswith("records: ") for line in told)
+
+
+def test_a_run_twice(copy):
+    shutil.copy(runs(copy)[0], copy / "records" / "zz.jsonl")
+    resum(copy)
+    assert_told(copy, "records/zz.jsonl", "line 1.args", "a job that no other file holds", name_of(runs(copy)[0]))
+
+
+def test_a_record_left_out(copy):
+    file = runs(copy)[0]
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + lines[2])
+    resum(copy)
+    assert_told(copy, name_of(file), "line 2.step", "2 (every 2 of 5 steps and the last)", "4")
+
+
+def test_a_run_trained_longer(copy):
+    """Another number of steps in one run, records and all."""
+    file = runs(copy)[2]
+    edit(file, lambda record: record["args"].update(steps=6))
+    edit(file, lambda record: record.update(step=5, epoch=5 / (IN / 16)), slice(2, 3))
+    resum(copy)
+    told = assert_told(copy, name_of(file), "protocol, steps", "5 as in", "6")
+    assert any("line 3.step: expected 4 (every 2 of 6 steps" in line for line in told)
+
+
+def test_an_hparam_out_of_range(copy):
+    for file in runs(copy):
+        edit(file, lambda record: record["args"].update(hparams='{"batch_size": 16, "sparsity": 1.5}'))
+    resum(copy)
+    assert_told(copy, name_of(runs(copy)[0]), "line 1.args.hparams", "hparams of Magnitude, in their ranges", "1.5")
+
+
+def test_an_hparam_that_does_not_exist(copy):
+    edit(runs(copy)[0], lambda record: record["args"].update(hparams='{"batch_size": 16, "sparsit": 0.5}'))
+    resum(copy)
+    assert_told(copy, name_of(runs(copy)[0]), "line 1.args.hparams", "hparams of Magnitude", "unknown hparam")
+
+
+def test_an_hparam_that_was_not_drawn(copy):
+    """The learning rate of hparams seed 1 is drawn; a better one was put in."""
+    file = runs(copy)[1]
+    drawn = json.loads(file.read_text().splitlines()[0])["hparams"]["lr"]
+    edit(file, lambda record: record["hparams"].update(lr=0.005))
+    resum(copy)
+    words = f"{drawn!r}, the draw of hparams_seed 1 and trial_seed 0"
+    assert_told(copy, name_of(file), "line 1.hparams.lr", words, "0.005")
+
+
+def test_an_override_of_one_run_only(copy):
+    file = runs(copy)[1]
+    edit(
+        file,
+        lambda r: (
+            r["args"].update(hparams='{"batch_size": 16, "lr": 0.005, "sparsity": 0.5}'),
+            r["hparams"].update(lr=0.005),
+        ),
+    )
+    resum(copy)
+    first = sorted(runs(copy))[0]
+    where, found = (file, "0.005") if file != first else (sorted(runs(copy))[1], "0.5}")
+    assert_told(copy, name_of(where), "line 1.args.hparams", f"as in {name_of(first)}", found)
+
+
+def test_a_seed_of_choice(copy):
+    file = runs(copy)[0]
+    seed = json.loads(file.read_text().splitlines()[0])["args"]["seed"]
+    edit(file, lambda record: record["args"].update(seed=7))
+    resum(copy)
+    assert_told(copy, name_of(file), "line 1.args.seed", f"{seed}, which is seed_hash(", "7")
+
+
+@pytest.mark.parametrize("field, count", [("env0_in_acc", IN), ("env1_out_acc", OUT)])
+def test_an_accuracy_that_the_split_cannot_give(copy, field, count):
+    file = runs(copy)[0]
+    edit(file, lambda record: record.update({field: 0.5001}), slice(1, 2))
+    resum(copy)
+    assert_told(copy, name_of(file), f"line 2.{field}", f"a multiple of 1/{count}", "0.5001")
+
+
+def test_a_possible_accuracy_changes_the_results(copy):
+    """One that the split can give is found by the results that it contradicts."""
+    for file in runs(copy):
+        edit(file, lambda record: record.update(env0_in_acc=1.0))
+    resum(copy)
+    field = f"datasets.{DATASET}.results.training-domain.cells[0].accuracy"
+    assert_told(copy, "submission.json", field, "100.0, from the records", "")
+
+
+def test_a_result_better_than_its_records(copy):
+    path = f"datasets.{DATASET}.results.oracle.cells[0].accuracy"
+    true = json.loads((copy / "submission.json").read_text())["datasets"][DATASET]["results"]["oracle"]["cells"][0]
+
+    def better(document):
+        document["datasets"][DATASET]["results"]["oracle"]["cells"][0]["accuracy"] += 1
+
+    edit_submission(copy, better)
+    resum(copy)
+    assert_told(copy, "submission.json", path, repr(true["accuracy"]), repr(true["accuracy"] + 1))
+
+
+def test_a_standard_error_too_small(copy):
+    def smaller(document):
+        document["datasets"][DATASET]["results"]["oracle"]["cells"][0]["std_err"] = 0.001
+
+    edit_submission(copy, smaller)
+    resum(copy)
+    assert_told(
+        copy, "submission.json", f"datasets.{DATASET}.results.oracle.cells[0].std_err", "from the records", "0.001"
+    )
+
+
+def test_selection_by_the_test_environment(copy):
+    """The claimed checkpoint is the best on the test environment, not on validation."""
+    file = runs(copy)[0]
+    for one in runs(copy)[:2]:
+        # Validation prefers the last record, the test environment the one before it.
+        edit(
+            one, lambda r: r.update(env1_out_acc=1 / OUT, env2_out_acc=1 / OUT, env0_in_acc=0.0, final_compression=True)
+        )
+    edit(file, lambda record: record.update(env1_out_acc=110 / OUT, env2_out_acc=110 / OUT), slice(2, 3))
+    edit(file, lambda record: record.update(env0_in_acc=470 / IN), slice(1, 2))
+
+    def peek(document):
+        trial = document["datasets"][DATASET]["results"]["training-domain"]["cells"][0]["trials"][0]
+        trial.update(accuracy=100 * 470 / IN, step=2, hparams_seed=0, run=file.stem)
+
+    edit_submission(copy, peek)
+    resum(copy)
+    path = f"datasets.{DATASET}.results.training-domain.cells[0].trials[0].step"
+    told = assert_told(
+        copy, "submission.json", path, "4, from the records", "2 (chosen by the highest accuracy on the test"
+    )
+    assert any("which training-domain selection must not see" in line for line in told)
+
+
+def test_a_sparsity_that_the_masks_do_not_have(copy):
+    for file in runs(copy):
+        edit(file, lambda record: record.update(sparsity=0.9), slice(2, 3))
+    resum(copy)
+    told = problems(copy)
+    assert any(
+        ": line 3.sparsity: expected 0.5 of the channels, by masks/" in line and "found 0.9" in line for line in told
+    )
+
+
+def test_costs_that_the_masks_do_not_have(copy):
+    for file in runs(copy):
+        edit(file, lambda record: record.update(macs=10, dense_macs=record["dense_macs"] + 1), slice(2, 3))
+    resum(copy)
+    told = problems(copy)
+    assert any(": line 3.macs: expected 1," in line and "by masks/" in line and "found 10" in line for line in told)
+    assert any(": line 3.dense_macs: expected 6,010,112, by" in line and "6,010,113" in line for line in told)
+
+
+def test_more_parameters_left_than_there_are(copy):
+    file = runs(copy)[0]
+    edit(file, lambda record: record.update(surviving_parameters=10**9), slice(0, 1))
+    resum(copy)
+    assert_told(copy, name_of(file), "line 1.surviving_parameters", "at most parameters, 373,002", "1,000,000,000")
+
+
+def test_masks_of_another_run(copy):
+    """All masks are exchanged for ones that are sparser: their digests are in the records."""
+    for file in (copy / "masks").iterdir():
+        masks = mask_files.unpack(file.read_bytes())
+        next(iter(masks.values()))[0] = False
+        file.write_bytes(mask_files.pack(masks))
+    resum(copy)
+    (name, *_) = [file.stem for file in (copy / "masks").iterdir()]
+    assert_told(copy, f"masks/{name}.safetensors", "digest of the masks", name, "")
+
+
+def test_masks_of_another_network(copy):
+    """Digest and sums are right, shapes are not."""
+    masks = {"featurizer.conv1.weight": torch.ones(7, 3, dtype=torch.bool)}
+    for file in list((copy / "masks").iterdir()):
+        file.unlink()
+    name = mask_files.keep(copy / "masks", masks)
+    for file in runs(copy):
+        edit(file, lambda record: record.update(masks=name), slice(2, 3))
+    resum(copy)
+    assert any(line.startswith(f"masks/{name}.safetensors: mask featurizer.conv1.weight: expected a mask of shape [") and "found shape [7, 3]" in line for line in problems(copy))  # fmt: skip
+
+
+def test_masks_missing_and_masks_too_many(copy):
+    (first, *_) = (copy / "masks").iterdir()
+    first.rename(copy / "masks" / ("0" * 64 + ".safetensors"))
+    resum(copy)
+    assert_told(copy, f"masks/{first.name}", "", "the masks of records/", "no file")
+    assert_told(
+        copy, f"masks/{'0' * 64}.safetensors", "", "masks of a checkpoint that a selection rule chooses", "others"
+    )
+
+
+def test_environments_renamed(copy):
+    for file in runs(copy):
+        edit(file, lambda record: record.update(environments=["10%", "90%", "95%"]))
+    resum(copy)
+    assert_told(copy, name_of(runs(copy)[0]), "line 1.environments", '["95%", "90%", "10%"]', '["10%", "90%", "95%"]')
+
+
+def test_header_and_standing(copy):
+    for file in runs(copy):
+        edit(file, lambda record: record.update(standing="reference"))
+    edit_submission(
+        copy,
+        lambda d: d.update(
+            transductive=True, standing="reference", reference="mine", commit="1234567", package="domainbed_sfp 9"
+        ),
+    )
+    resum(copy)
+    assert_told(copy, name_of(runs(copy)[0]), "line 1.standing", "published", "reference")
+    assert_told(copy, "submission.json", "transductive", "false", "true")
+    assert_told(copy, "submission.json", "reference", "Zhu & Gupta", "mine")
+    assert_told(copy, "submission.json", "package", "domainbed_sfp 0", "domainbed_sfp 9")
+    assert_told(copy, "submission.json", "commit", "", "1234567")
+
+
+def test_never_compressed_and_a_wrong_epoch(copy):
+    file = runs(copy)[0]
+    edit(file, lambda record: record.update(final_compression=False))
+    edit(file, lambda record: record.update(epoch=3.0), slice(0, 1))
+    resum(copy)
+    assert_told(copy, name_of(file), "final_compression", "true in one record at least", "false in all")
+    assert_told(copy, name_of(file), "line 1.epoch", "0.0", "3.0")
+
+
+def test_records_of_two_algorithms(copy):
+    file = sorted(runs(copy))[-1]
+    edit(file, lambda record: record["args"].update(algorithm="Taylor"))
+    resum(copy)
+    assert_told(copy, name_of(file), "line 1.args.algorithm", '"Magnitude" as in records/', '"Taylor"')
+
+
+def test_an_algorithm_that_is_not_installed_is_self_reported(made, monkeypatch):
+    monkeypatch.delitem(registry._algorithms, "Magnitude")
+    outcome = validation.validate(made)
+    assert outcome.tier == "self-reported" and "unknown algorithm 'Magnitude'" in outcome.unchecked[0]
+    assert "not checked: hparams, masks and costs of Magnitude" in validation.text_of(outcome)
+
+
+# files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_edited_after_the_sums(copy):
+    file = runs(copy)[0]
+    true = hashlib.sha256(file.read_bytes()).hexdigest()
+    edit(file, lambda record: record.update(loss=0.1))
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert_told(copy, name_of(file), "SHA-256", f"{true} (SHA256SUMS)", found)
+
+
+def test_links_folders_unknown_and_executable_files(copy, tmp_path):
+    (tmp_path / "secret").write_text("{}")
+    (copy / "records" / "link.jsonl").symlink_to(tmp_path / "secret")
+    (copy / "deep").mkdir()
+    (copy / "setup.py").write_text("raise SystemExit(1)")
+    os.mkfifo(copy / "records" / "pipe.jsonl")
+    os.chmod(
+        runs_file := next(file for file in sorted((copy / "records").iterdir()) if file.stem not in ("link", "pipe")),
+        0o755,
+    )
+    assert_told(copy, "records/link.jsonl", "", "a plain file", "a symbolic link")
+    assert_told(copy, "deep", "", "submission.json, SHA256SUMS", "a folder")
+    assert_told(copy, "setup.py", "", "submission.json, SHA256SUMS", "a file that does not belong there")
+    assert_told(copy, "records/pipe.jsonl", "", "a plain file", "a device, pipe or socket")
+    assert_told(copy, name_of(runs_file), "", "a file that cannot be executed", "0o755")
+
+
+def test_a_folder_that_is_a_link(made, copy, tmp_path):
+    shutil.move(copy / "records", tmp_path / "elsewhere")
+    (copy / "records").symlink_to(tmp_path / "elsewhere")
+    assert_told(copy, "records", "", "a plain file", "a symbolic link")
+    (tmp_path / "link").symlink_to(made)
+    with pytest.raises(UserError, match="expected a folder"):
+        validation.validate(tmp_path / "link")
+
+
+def test_names_that_lead_out_of_the_bundle(copy):
+    with open(copy / "SHA256SUMS", "a") as file:
+        file.write(f"{'0' * 64}  ../../etc/passwd\n{'1' * 64}  /etc/passwd\nnonsense\n")
+    lines = len((copy / "SHA256SUMS").read_text().splitlines())
+    assert_told(copy, "SHA256SUMS", f"line {lines - 2}", "the name of a file of the bundle", "../../etc/passwd")
+    assert_told(copy, "SHA256SUMS", f"line {lines - 1}", "the name of a file of the bundle", "/etc/passwd")
+    assert_told(copy, "SHA256SUMS", f"line {lines}", "64 hexadecimal digits", "nonsense")
+
+
+def test_an_oversized_file(copy):
+    file = copy / "records" / "big.jsonl"
+    file.touch()
+    os.truncate(file, 2**26 + 1)  # sparse: nothing is written
+    assert_told(copy, "records/big.jsonl", "", "at most 67,108,864 bytes", "67,108,865")
+
+
+def test_a_pickle_is_not_opened(copy, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    name = next((copy / "masks").iterdir())
+    name.write_bytes(pickle.dumps(Evil()))
+    resum(copy)
+    assert_told(copy, f"masks/{name.name}", "", "masks, one bit a weight", "not a file of masks")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    "text, field, expected, found",
+    [
+        ("{not json", "", "a JSON document", "Expecting"),
+        ('{"format": 1, "format": 1}', "", "a JSON document", "one name twice"),
+        ("[" * 100_000, "", "a JSON document", "nested too deeply"),
+        ('{"format": NaN}', "", "a JSON document", "NaN is not JSON"),
+        ('{"format": 2}', "format", "1", "2"),
+        ("[]", "", "object", "[]"),
+    ],
+)
+def test_a_submission_that_is_not_one(copy, text, field, expected, found):
+    (copy / "submission.json").write_text(text)
+    resum(copy)
+    assert_told(copy, "submission.json", field, expected, found)
+
+
+def test_a_record_that_is_not_one(copy):
+    file = runs(copy)[0]
+    edit(file, lambda record: record.update(env0_in_acc="x", sparsity=-1, code=["x"]), slice(0, 1))
+    with open(file, "a") as out:
+        out.write("{]\n")
+    resum(copy)
+    assert_told(copy, name_of(file), "line 1.env0_in_acc", "number", '"x"')
+    assert_told(copy, name_of(file), "line 1.sparsity", "at least 0", "-1")
+    assert_told(copy, name_of(file), "line 1.code", "number or null", '["x"]')
+    assert_told(copy, name_of(file), "line 4", "a JSON object", "Expecting")
+
+
+def test_all_problems_are_told_at_once(copy):
+    one, two = runs(copy)[0], runs(copy)[3]
+    edit(one, lambda record: record["args"].update(seed=7))
+    edit(one, lambda record: record.update(env0_in_acc=0.50001), slice(0, 1))
+    two.unlink()
+    told = problems(copy)
+    for part in ("args.seed", "line 1.env0_in_acc", "the grid", "SHA-256", f"{name_of(two)}: expected a file"):
+        assert any(part in line for line in told), (part, told)
+
+
+def test_an_empty_folder_and_none(tmp_path, main):
+    told = problems(tmp_path)
+    assert {line.split(":")[0] for line in told} == {"submission.json", "SHA256SUMS", "records"}
+    done = main("leaderboard", "validate", tmp_path / "none", check=False)
+    assert done.returncode == 2 and "expected a folder" in done.stderr
+    assert main("leaderboard", "add", tmp_path, check=False).returncode == 1
+
+
+FUZZ = settings(
+    max_examples=40, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+
+
+@FUZZ
+@given(data=st.data())
+def test_flipped_bytes_never_validate(made, data):
+    """In any file, whatever is flipped: no traceback, and no bundle that passes."""
+    files = sorted(file for file in made.rglob("*") if file.is_file())
+    file = data.draw(st.sampled_from(files))
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    for place in data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=3, unique=True)):
+        flipped[place] ^= data.draw(st.integers(1, 255))
+    try:
+        file.write_bytes(flipped)
+        assert validation.validate(made).tier is None
+    finally:
+        file.write_bytes(whole)
+
+
+@FUZZ
+@given(data=st.data())
+def test_flipped_bytes_under_new_sums_never_crash(made, data):
+    """The same by one who makes the sums anew: every parser sees the damage."""
+    files = sorted(file for file in made.rglob("*") if file.is_file() and file.name != bundle.SUMS)
+    file, sums = data.draw(st.sampled_from(files)), (made / bundle.SUMS).read_bytes()
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    # Digits and quotes are changed as often as anything else is: most damage shall get past the JSON parser.
+    for place in data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=3, unique=True)):
+        flipped[place] = data.draw(st.sampled_from(list(b'0123456789"{}[],:x-e.\xff')))
+    try:
+        file.write_bytes(flipped)
+        resum(made)
+        validation.text_of(validation.validate(made))
+    finally:
+        file.write_bytes(whole)
+        (made / bundle.SUMS).write_bytes(sums)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_value_in_any_field_never_crashes(made, data):
+    """Well-formed JSON with a field of any kind, in the submission or in all records of a run."""
+    file = data.draw(st.sampled_from([made / "submission.json", *runs(made)]))
+    whole, sums, value = file.read_bytes(), (made / bundle.SUMS).read_bytes(), data.draw(JSON_VALUES)
+
+    def place(record):
+        inner = record
+        while True:
+            key = data.draw(st.sampled_from(sorted(inner)))
+            if not isinstance(inner[key], dict) or not inner[key] or data.draw(st.booleans()):
+                inner[key] = value
+                return
+            inner = inner[key]
+
+    try:
+        if file.suffix == ".json":
+            edit_submission(made, place)
+        else:
+            edit(file, place, slice(data.draw(st.integers(0, 2)), 3))
+        resum(made)
+        validation.text_of(validation.validate(made))
+    finally:
+        file.write_bytes(whole)
+        (made / bundle.SUMS).write_bytes(sums)
+
+
+# parts -----------------------------------------------------------------------------------------------------------------
+
+
+def test_masks_survive_packing():
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        f"m{n}": torch.rand(shape, generator=generator) < 0.5
+        for n, shape in enumerate([(1,), (3, 5), (8,), (2, 3, 3, 3)])
+    }
+    again = mask_files.unpack(mask_files.pack(masks))
+    assert set(again) == set(masks) and all(torch.equal(again[name], masks[name]) for name in masks)
+    masks["m1"][0, 0] ^= True
+    assert mask_files.digest(again) != mask_files.digest(masks)
+
+
+def test_facts_are_those_of_the_data():
+    from domainbed_sfp.data import get_dataset_class
+
+    for name in ("ColoredDigits", "FullColoredDigits", "RotatedDigits", "TexturedDigits"):
+        built, facts = get_dataset_class(name).build(None, {}, 1, None), facts_of(name)
+        assert tuple(map(len, built.environments)) == facts.sizes
+        assert (built.input_shape, built.num_classes) == (facts.input_shape, facts.classes)
+    assert facts_of("PACS").sizes == (2048, 2344, 1670, 3929) and facts_of("PACS").classes == 7
+    assert sum(facts_of("ColoredMNIST").sizes) == 70_000 and facts_of("TexturedMNIST").input_shape == (1, 14, 14)
+    assert facts_of("Folder") is None and None in facts_of("TerraIncognita").sizes
+
+
+def test_the_closed_track():
+    protocol = {
+        "environments": ["95%", "90%", "10%"], "test_envs": [[0], [1], [2]], "steps": 1001, "backbone": "MNIST_CNN",
+        "weights": "none", "image_size": 8, "holdout_fraction": 0.2, "task": "domain_generalization",
+    }  # fmt: skip
+    assert list(tracks.reasons_for_open(DATASET, protocol, [])) == []
+    changed = {**protocol, "steps": 7, "test_envs": [[0]], "backbone": "resnet18", "holdout_fraction": 0.5}
+    assert list(tracks.reasons_for_open(DATASET, changed, [])) == [
+        "7 steps, closed takes 1,001", "backbone resnet18, closed takes MNIST_CNN or MNIST_CNN (BatchNorm)",
+        "held-out fraction 0.5, closed takes 0.2", "90%, 10% not tested",
+    ]  # fmt: skip
