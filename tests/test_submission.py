@@ -576,6 +576,7 @@ def test_a_pickle_is_not_opened(copy, tmp_path):
         ("[" * 100_000, "", "a JSON document", "nested too deeply"),
         ('{"format": NaN}', "", "a JSON document", "NaN is not JSON"),
         ('{"format": 2}', "format", "1", "2"),
+        ('{"commit": 1}', "commit", "string or null", "1"),
         ("[]", "", "object", "[]"),
     ],
 )

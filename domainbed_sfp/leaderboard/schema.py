@@ -9,6 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
+import jsonschema.validators
+
+# JSON Schema takes 5.0 for an integer; range() does not.
+_Validator = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator,
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int),
+)
 
 # Longer values are cut where a problem tells them.
 SHOWN = 160
@@ -61,8 +68,7 @@ def parse(data: bytes) -> Any:
 
 def problems_of(file: str, document: Any, schema: Mapping[str, Any], prefix: str = "") -> Iterator[Problem]:
     """The deviations of `document` from `schema`; fields are told as `prefix.name[index]`."""
-    validator = jsonschema.Draft202012Validator(schema)
-    errors = sorted(validator.iter_errors(document), key=lambda error: list(map(str, error.absolute_path)))
+    errors = sorted(_Validator(schema).iter_errors(document), key=lambda error: list(map(str, error.absolute_path)))
     # A field that lacks is an error of its own each, and all of them name all that are required.
     yield from dict.fromkeys(problem for error in errors for problem in _problems(file, error, prefix))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from domainbed_sfp import registry
-from domainbed_sfp.analysis.jobs import Account, Job, Method, steps_of
+from domainbed_sfp.analysis.jobs import Account, Job, Method
 from domainbed_sfp.analysis.protocol import conditions_of
 from domainbed_sfp.analysis.selection import RULES, Choice
 from domainbed_sfp.analysis.tables import Row, build_report
@@ -116,8 +116,8 @@ def results_of(runs: Sequence[Run]) -> dict[str, tuple[Result, list[Choice]]]:
     account = Account()
     for run in runs:
         final = run.final.nonzero()[0].tolist()
-        settings = {"steps": str(steps_of(run))}
-        method = Method(run.algorithm, tuple(settings.items()))
+        # One method for all: where settings differ, that is told elsewhere.
+        method = Method(run.algorithm, ())
         if final:
             account.runs[Job(run.dataset, method, run.test_envs, run.hparams_seed, run.trial_seed)] = run.at(final)
     found = {}

@@ -40,9 +40,8 @@ def reasons_for_open(dataset: str, protocol: Mapping[str, Any], runs: Sequence[R
     if protocol["task"] != "domain_generalization":
         yield f"task {protocol['task']}"
     for name, usual in SAMPLING.items():
-        found = {run.hparams.get(name, usual) for run in runs}
-        if found != {usual}:
-            yield f"{name} {sorted(found)}, closed takes {usual}"
+        if others := {run.hparams.get(name, usual) for run in runs} - {usual}:
+            yield f"{name} {', '.join(map(str, others))}, closed takes {usual}"
     missing = [env for env in range(len(protocol["environments"])) if [env] not in protocol["test_envs"]]
     if missing:
         yield f"{', '.join(protocol['environments'][env] for env in missing)} not tested"
