@@ -122,7 +122,7 @@ An algorithm for domainbed_sfp, in one file: `{package}/algorithm.py`. It trains
 
 From the file to the leaderboard, here, in five commands:
 
-    pip install --no-build-isolation -e .
+    pip install -e .
     domainbed-sfp check {algorithm}
     domainbed-sfp sweep launch sweep.yaml --output_dir sweep --jobs 2
     domainbed-sfp submit --input_dir sweep --algorithm {algorithm} --output bundle
@@ -149,7 +149,7 @@ def run(name: str, output_dir: str) -> int:
     folder = write_package(name, output_dir)
     algorithm = names_of(name)[1]
     print(f"Written: {folder}. Next:")
-    print(f"    cd {folder} && pip install --no-build-isolation -e . && domainbed-sfp check {algorithm}")
+    print(f"    cd {folder} && pip install -e . && domainbed-sfp check {algorithm}")
     print(f"Its README has the whole way to the leaderboard; the algorithm is {folder.name}/algorithm.py.")
     return 0
 
