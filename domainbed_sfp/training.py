@@ -38,6 +38,9 @@ LOCK = "run.lock"
 PRECISIONS = ("fp32", "bf16", "auto")
 TASKS = ("domain_generalization", "domain_adaptation")
 
+# What asks a run to save and stop. SLURM sends SIGUSR1 before a time limit; Windows does not have it.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+
 # Seconds between two lines of progress in a log, and between two states of the one line on a terminal.
 LOG_INTERVAL = 30.0
 TERMINAL_INTERVAL = 0.5
@@ -102,7 +105,7 @@ def train(args: TrainArgs) -> None:
         UserError: for arguments or data that cannot be used, a directory that holds another run, or a loss that is
             not finite (then failure.json says where).
         AlreadyRunning: if another process holds the run.
-        Interrupted: after SIGTERM or SIGINT, with a checkpoint saved.
+        Interrupted: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint saved.
     """
     # A name mistyped must not leave an empty directory behind.
     hparams.resolve_hparams(args.algorithm, args.dataset, overrides=hparams.parse_overrides(args.hparams))
@@ -559,9 +562,9 @@ def _cpu_flags() -> set[str]:
 
 
 class _StopRequest:
-    """SIGTERM or SIGINT as an exception at a moment that loses nothing: at once, or at the end of a `postponed` block.
+    """A stop signal as an exception at a moment that loses nothing: at once, or at the end of a `postponed` block.
 
-    A second signal kills.
+    The same signal once more kills.
     """
 
     def __init__(self) -> None:
@@ -571,6 +574,8 @@ class _StopRequest:
     def receive(self, number: int, frame: object) -> None:
         """The signal handler."""
         signal.signal(number, signal.SIG_DFL)
+        if self.signal_number:  # another one, as SLURM sends when it preempts: the save goes on
+            return
         self.signal_number = number
         print(f"{signal.Signals(number).name}: saving and stopping", file=sys.stderr, flush=True)
         if not self.is_postponed:
@@ -593,13 +598,16 @@ class _StopRequest:
 
 @contextmanager
 def _stop_signals() -> Iterator[_StopRequest]:
-    """Turns SIGTERM and SIGINT into a request to stop, where signals can be caught: in the main thread."""
+    """Turns STOP_SIGNALS into a request to stop, where signals can be caught: in the main thread."""
     request = _StopRequest()
     previous = {}
     with suppress(ValueError):
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             previous[number] = signal.signal(number, request.receive)
     try:
+        if previous and hasattr(signal, "pthread_sigmask"):
+            # Whoever started this run may have held them back until somebody listens (sweep/slurm_task.py does).
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         yield request
     finally:
         for number, handler in previous.items():
