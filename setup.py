@@ -17,6 +17,8 @@ EXTRAS = {
     "download": ["gdown>=5.2"],
     # Dead channels taken out, and ONNX files.
     "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2", "torch>=2.5", "torch-pruning>=1.5"],
+    # Sweeps on a SLURM cluster. Below 2: a plain command goes through a method that submitit does not promise to keep.
+    "slurm": ["submitit>=1.5,<2"],
     # What an unmodified DomainBed checkout imports.
     "upstream": [
         "backpack-for-pytorch>=1.6",
@@ -33,6 +35,7 @@ EXTRAS["test"] = [
     *EXTRAS["download"],
     *EXTRAS["plots"],
     *EXTRAS["export"],
+    *EXTRAS["slurm"],
     "hypothesis>=6.90",
     "pytest>=7.4",
     "pytest-timeout>=2.2",

@@ -6,10 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from domainbed_sfp import __version__
 from domainbed_sfp.errors import UserError
+
+if TYPE_CHECKING:
+    from domainbed_sfp.sweep.slurm import SlurmOptions
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -181,10 +184,31 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--skip_model_save", action="store_const", const=True, help="keep no model.pkl of each run")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--data_dir")
-    parser.add_argument("--command_launcher", default="local", help="local, multi_gpu, or dummy to print the commands")
+    parser.add_argument(
+        "--command_launcher", default="local", help="local, multi_gpu, slurm, or dummy to print the commands"
+    )
     parser.add_argument("--skip_confirmation", action="store_true")
+    parser.add_argument(
+        "--watch", type=float, nargs="?", const=10.0, metavar="SECONDS",
+        help="for status: show a table anew every so many seconds (10) until nothing waits or runs",
+    )  # fmt: skip
     _add_slots(parser)
     _add_cache_dir(parser)
+    cluster = parser.add_argument_group(
+        "slurm", "for launch with --command_launcher slurm; what is not given is left to the cluster's defaults"
+    )
+    cluster.add_argument("--slurm_partition", metavar="NAME", help="partition of the jobs")
+    cluster.add_argument("--slurm_account", metavar="NAME", help="account they are charged to")
+    cluster.add_argument("--slurm_gpus", type=int, metavar="N", help="GPUs of each job")
+    cluster.add_argument("--slurm_cpus", type=int, metavar="N", help="cores of each job, which are its threads")
+    cluster.add_argument("--slurm_mem", metavar="SIZE", help="memory of each job, such as 16G")
+    cluster.add_argument(
+        "--slurm_time", metavar="LIMIT",
+        help="time limit of a job, such as 90 (minutes), 1:30:00 or 2-12:00; a run that needs longer saves before it "
+        "and is requeued",
+    )  # fmt: skip
+    cluster.add_argument("--slurm_max_parallel", type=int, metavar="N", help="jobs of this launch at the same time")
+    cluster.add_argument("--max_retries", type=int, metavar="N", help="how often a job that died is launched again (3)")
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -198,8 +222,10 @@ def _sweep(args: argparse.Namespace) -> int:
         "holdout_fraction", "single_test_envs", "precision", "skip_model_save",
     )  # fmt: skip
     spec = spec.updated(**{name: getattr(args, name) for name in names}, hparams=overrides)
+    if args.watch is not None and args.action != "status":
+        raise UserError(f"--watch goes with sweep status, not with {args.action}")
     if args.action == "status":
-        return commands.status(spec, args.data_dir, args.output_dir)
+        return commands.status(spec, args.data_dir, args.output_dir, watch=args.watch)
     if args.action == "delete_incomplete":
         return commands.delete_incomplete(spec, args.data_dir, args.output_dir, ask=not args.skip_confirmation)
     return commands.launch(
@@ -210,7 +236,23 @@ def _sweep(args: argparse.Namespace) -> int:
         slots=args.jobs,
         ask=not args.skip_confirmation,
         cache_dir=args.cache_dir,
+        slurm_options=_slurm_options(args),
     )
+
+
+def _slurm_options(args: argparse.Namespace) -> SlurmOptions | None:
+    """The flags of the group slurm; None with another launcher, which has none of them."""
+    from domainbed_sfp.sweep.slurm import SlurmOptions
+
+    flags = [name for name in vars(args) if name.startswith("slurm_")] + ["max_retries"]
+    given = {name: value for name in flags if (value := getattr(args, name)) is not None}
+    if args.command_launcher != "slurm":
+        if given:
+            raise UserError(f"--{next(iter(given))} goes with --command_launcher slurm, not {args.command_launcher}")
+        return None
+    if args.jobs != 1:
+        raise UserError("--jobs counts runs on this machine; with --command_launcher slurm use --slurm_max_parallel")
+    return SlurmOptions(**{name.removeprefix("slurm_"): value for name, value in given.items()})
 
 
 # collect ------------------------------------------------------------------------------------------------------------

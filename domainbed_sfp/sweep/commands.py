@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from functools import partial
 
 from domainbed_sfp import registry
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.sweep.jobs import State, SweepDirectory, command_line
+from domainbed_sfp.sweep import slurm, slurm_batches
+from domainbed_sfp.sweep.jobs import State, SweepDirectory, command_line, failure_reason
 from domainbed_sfp.sweep.launchers import Task, get_launcher
+from domainbed_sfp.sweep.slurm import SlurmOptions
+from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
 from domainbed_sfp.sweep.spec import SweepSpec, default_datasets, make_jobs, read_spec
+from domainbed_sfp.sweep.watch import Watch, summary
 
 __all__ = ["default_spec", "delete_incomplete", "launch", "read_spec", "status"]
 
@@ -30,30 +33,41 @@ def launch(
     slots: int = 1,
     ask: bool = True,
     cache_dir: str | None = None,
+    slurm_options: SlurmOptions | None = None,
 ) -> int:
-    """Runs every job that is not done. Returns 0 when all are, 1 where some failed, 130 after an interruption."""
+    """Runs every job that is not done, or hands it to SLURM. Jobs in SLURM's queue are left to it by every launcher.
+
+    Returns 0 when all are done or submitted, 1 where some failed, 130 after an interruption.
+    """
     if slots < 1:
         raise UserError(f"--jobs: expected at least 1, got {slots}")
     start = get_launcher(launcher)
+    if launcher == "slurm":
+        slurm_options = slurm_options or SlurmOptions()
+        slurm.check(slurm_options)
+        start = partial(start, options=slurm_options)
     jobs = make_jobs(spec, data_dir)
     for dataset in spec.datasets:
         get_dataset_class(dataset).check_files(data_dir)
     directory = SweepDirectory(output_dir, data_dir)
     directory.register(jobs)
-    states = {job: directory.state(job) for job in jobs}
-    to_launch = [job for job, state in states.items() if state is not State.DONE]
-    print(_summary(list(states.values())))
+    standings = _standings(directory, must_answer=launcher == "slurm")
+    states = directory.states(jobs, standings)
+    folders = directory.job_dirs(jobs)
+    in_queue = {job for job in jobs if (standing := standings.get(folders[job].name)) and standing.queued}
+    to_launch = [job for job, state in states.items() if state is not State.DONE and job not in in_queue]
+    print(summary(states.values()))
+    if left := [job for job in in_queue if states[job] is not State.DONE]:
+        print(f"{len(left)} jobs are in SLURM's queue and left to it.")
     print(f"About to launch {len(to_launch)} jobs.", flush=True)
     if ask and to_launch and launcher != "dummy" and not _confirmed():
         return 0
     tasks = []
     for job in to_launch:
-        args = job.train_args(
-            data_dir, directory.job_dir(job), skip_model_save=spec.skip_model_save, cache_dir=cache_dir
-        )
+        args = job.train_args(data_dir, folders[job], skip_model_save=spec.skip_model_save, cache_dir=cache_dir)
         tasks.append(Task(job, command_line(args)))
     outcome = start(tasks, directory, slots)
-    print(_summary([directory.state(job) for job in jobs]))
+    print(summary(directory.states(jobs, _standings(directory)).values()))
     if outcome.interrupted:
         print("Interrupted; the same command continues where it was.")
         return 130
@@ -62,23 +76,32 @@ def launch(
     return 1 if outcome.failures else 0
 
 
-def status(spec: SweepSpec, data_dir: str | None, output_dir: str) -> int:
-    """Prints every job's state and their numbers."""
+def status(spec: SweepSpec, data_dir: str | None, output_dir: str, *, watch: float | None = None) -> int:
+    """Prints every job's state, and their numbers; with `watch`, shows a table anew every so many seconds.
+
+    A watch ends, with status 0 when all jobs are done and 1 otherwise, when nothing waits or runs any more.
+    """
     directory = SweepDirectory(output_dir, data_dir)
     jobs = make_jobs(spec, data_dir)
-    states = [directory.state(job) for job in jobs]
-    for job, state in zip(jobs, states):
-        print(f"{state.value}: {directory.job_dir(job)} {job.describe()}")
-    print(_summary(states))
+    if watch is not None:
+        return Watch(directory, jobs, watch).run()
+    standings = _standings(directory)
+    states = directory.states(jobs, standings)
+    folders = directory.job_dirs(jobs)
+    for job, state in states.items():
+        reason = failure_reason(folders[job], standings) if state is State.FAILED else None
+        print(f"{state.value}: {folders[job]} {job.describe()}" + (f": {reason}" if reason else ""))
+    print(summary(states.values()))
     return 0
 
 
 def delete_incomplete(spec: SweepSpec, data_dir: str | None, output_dir: str, *, ask: bool = True) -> int:
-    """Removes the folders of jobs that have begun and are neither done nor running."""
+    """Removes the folders of jobs that have begun and are neither done nor running nor in SLURM's queue."""
     directory = SweepDirectory(output_dir, data_dir)
     jobs = make_jobs(spec, data_dir)
-    unfinished = [job for job in jobs if directory.state(job) in (State.INCOMPLETE, State.FAILED)]
-    print(_summary([directory.state(job) for job in jobs]))
+    states = directory.states(jobs, _standings(directory, must_answer=True))
+    unfinished = [job for job in jobs if states[job] in (State.INCOMPLETE, State.FAILED)]
+    print(summary(states.values()))
     print(f"About to delete {len(unfinished)} jobs.", flush=True)
     if ask and unfinished:
         if not sys.stdin.isatty():
@@ -90,16 +113,15 @@ def delete_incomplete(spec: SweepSpec, data_dir: str | None, output_dir: str, *,
     return 0
 
 
-def _summary(states: Sequence[State]) -> str:
-    counts = Counter(states)
-    line = (
-        f"{len(states)} jobs: {counts[State.DONE]} done, {counts[State.INCOMPLETE]} incomplete, "
-        f"{counts[State.NOT_LAUNCHED]} not launched"
-    )
-    for state in (State.RUNNING, State.FAILED):
-        if counts[state]:
-            line += f", {counts[state]} {state.value.lower()}"
-    return line + "."
+def _standings(directory: SweepDirectory, *, must_answer: bool = False) -> dict[str, Standing]:
+    """What SLURM has of the sweep; where it cannot be asked and need not, a warning, and nothing."""
+    try:
+        return slurm_batches.look(directory.path)
+    except QueueUnreachable as error:
+        if must_answer:
+            raise
+        print(f"warning: {error}; states are from disk alone", file=sys.stderr)
+        return {}
 
 
 def _confirmed() -> bool:

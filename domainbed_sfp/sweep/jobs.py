@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from filelock import FileLock, Timeout
 from domainbed_sfp import records
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.sweep import slurm_batches
+from domainbed_sfp.sweep.slurm_batches import Standing
 from domainbed_sfp.training import LOCK, TrainArgs
 
 MANIFEST_FORMAT = 1
@@ -32,6 +36,7 @@ class State(Enum):
     INCOMPLETE = "Incomplete"
     DONE = "Done"
     RUNNING = "Running"
+    PENDING = "Pending"
     FAILED = "Failed"
 
 
@@ -56,10 +61,11 @@ class Job:
     def __hash__(self) -> int:  # the generated one would hash `hparams`, a dict
         return hash(self.name)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The job's folder: a hash of everything above."""
-        text = json.dumps({**asdict(self), "hparams": dict(self.hparams)}, sort_keys=True)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        text = json.dumps({**values, "hparams": dict(self.hparams)}, sort_keys=True)
         return hashlib.md5(text.encode("utf-8")).hexdigest()
 
     @property
@@ -124,9 +130,9 @@ def command_line(
     args: TrainArgs, prefix: Sequence[str] = (sys.executable, "-m", "domainbed_sfp", "train")
 ) -> list[str]:
     """The command that computes `args`; values that are the default are left out."""
-    defaults = asdict(TrainArgs())
+    defaults = vars(TrainArgs())
     command = list(prefix)
-    for name, value in sorted(asdict(args).items()):
+    for name, value in sorted(vars(args).items()):
         if value == defaults[name] and name != "test_envs":
             continue
         if isinstance(value, bool):
@@ -144,24 +150,65 @@ class SweepDirectory:
     def __init__(self, path: str | Path, data_dir: str | None = None) -> None:
         self.path = Path(path)
         self.data_dir = data_dir
+        self._domainbed_names: dict[Job, str] = {}
 
     def job_dir(self, job: Job) -> Path:
         """The job's folder; DomainBed's name for it is honoured where its sweep has begun the job."""
-        ours = self.path / job.name
-        # DomainBed's sweep has no flags for these, so its folders hold runs with the defaults.
-        is_domainbeds = job.precision == "fp32" and job.checkpoint_freq is None and not job.uda_holdout_fraction
-        if is_domainbeds and not ours.is_dir():
-            theirs = self.path / job.domainbed_name(self.data_dir)
-            return theirs if theirs.is_dir() else ours
-        return ours
+        return self._job_dir(job, lambda name: (self.path / name).is_dir())
+
+    def job_dirs(self, jobs: Sequence[Job]) -> dict[Job, Path]:
+        """The folder of each job, by one look at the directory instead of one or two a job."""
+        present = self._folders()
+        return {job: self._job_dir(job, present.__contains__) for job in jobs}
 
     def state(self, job: Job) -> State:
         """The job's state, from what is on disk and who holds its lock."""
         folder = self.job_dir(job)
+        return self._state(folder) if folder.is_dir() else State.NOT_LAUNCHED
+
+    def states(self, jobs: Sequence[Job], standings: Mapping[str, Standing] | None = None) -> dict[Job, State]:
+        """The state of each job; `standings`, from `slurm_batches.look`, adds what SLURM's queue says.
+
+        `standings` must be older than the disk is looked at, as it is when made before this call: a job that has left
+        the queue by then has also left its last word on disk.
+        """
+        present = self._folders()
+        standings = standings or {}
+        states = {}
+        for job in jobs:
+            folder = self._job_dir(job, present.__contains__)
+            state = self._state(folder) if folder.name in present else State.NOT_LAUNCHED
+            standing = standings.get(folder.name)
+            if standing and state is not State.DONE:
+                if standing.queued:
+                    state = State.RUNNING if standing.queued.is_running else State.PENDING
+                elif standing.death and state is not State.RUNNING:
+                    state = State.FAILED
+            states[job] = state
+        return states
+
+    def _folders(self) -> set[str]:
+        try:
+            with os.scandir(self.path) as entries:
+                return {entry.name for entry in entries if entry.is_dir()}
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
+    def _job_dir(self, job: Job, is_there: Callable[[str], bool]) -> Path:
+        # DomainBed's sweep has no flags for these, so its folders hold runs with the defaults.
+        is_domainbeds = job.precision == "fp32" and job.checkpoint_freq is None and not job.uda_holdout_fraction
+        if is_domainbeds and not is_there(job.name):
+            theirs = self._domainbed_names.get(job)
+            if theirs is None:
+                theirs = self._domainbed_names[job] = job.domainbed_name(self.data_dir)
+            if is_there(theirs):
+                return self.path / theirs
+        return self.path / job.name
+
+    def _state(self, folder: Path) -> State:
+        """The state of a job whose folder is there."""
         if (folder / records.DONE).exists():
             return State.DONE
-        if not folder.is_dir():
-            return State.NOT_LAUNCHED
         if is_locked(folder / LOCK):
             return State.RUNNING
         return State.FAILED if (folder / records.FAILURE).exists() else State.INCOMPLETE
@@ -187,9 +234,9 @@ class SweepDirectory:
                             f"{protocol.get(name)!r} here); choose another --output_dir"
                         )
                 known = {entry["name"]: entry for entry in manifest.get("jobs", [])}
-                for job in jobs:
-                    known[self.job_dir(job).name] = {
-                        "name": self.job_dir(job).name,
+                for job, folder in self.job_dirs(jobs).items():
+                    known[folder.name] = {
+                        "name": folder.name,
                         "dataset": job.dataset,
                         "algorithm": job.algorithm,
                         "test_envs": list(job.test_envs),
@@ -209,8 +256,15 @@ class SweepDirectory:
             raise UserError(f"output_dir {str(self.path)!r} cannot be written: {error.strerror or error}") from error
 
     def delete(self, jobs: Iterable[Job]) -> None:
-        """Removes the folders of jobs, each under its lock: one that has just been started stays."""
+        """Removes the folders of jobs, each under its lock: one that has just been started stays.
+
+        What SLURM's tasks have left about them goes too: a job that begins anew has all its retries.
+        """
+        jobs = list(jobs)
+        slurm_batches.forget(self.path, {self.job_dir(job).name for job in jobs})
         for job in jobs:
+            if not self.job_dir(job).is_dir():
+                continue
             try:
                 with FileLock(self.job_dir(job) / LOCK, timeout=0):
                     shutil.rmtree(self.job_dir(job))
@@ -231,6 +285,12 @@ class SweepDirectory:
             raise UserError(
                 f"{str(file)!r} is not a list of jobs ({error}); remove it, the next launch writes it anew"
             ) from None
+
+
+def failure_reason(folder: Path, standings: Mapping[str, Standing]) -> str | None:
+    """Why the job of a folder failed: as its run says, or as SLURM's last task of it ended."""
+    standing = standings.get(folder.name)
+    return records.load_failure(folder) or (standing.death.how if standing and standing.death else None)
 
 
 def is_locked(path: Path) -> bool:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import orjson
 import torch
@@ -69,14 +69,22 @@ def launch_multi_gpu(tasks: Sequence[Task], directory: SweepDirectory, slots: in
     return _LocalLaunch(tasks, directory, max(slots, len(gpus)), gpus).run()
 
 
-LAUNCHERS: dict[str, Callable[[Sequence[Task], SweepDirectory, int], Outcome]] = {
+def launch_slurm(tasks: Sequence[Task], directory: SweepDirectory, slots: int, **options: Any) -> Outcome:
+    """Hands the jobs to SLURM and returns; `options` are those of `slurm.launch_slurm`."""
+    from domainbed_sfp.sweep import slurm
+
+    return slurm.launch_slurm(tasks, directory, slots, **options)
+
+
+LAUNCHERS: dict[str, Callable[..., Outcome]] = {
     "local": launch_local,
     "dummy": launch_dummy,
     "multi_gpu": launch_multi_gpu,
+    "slurm": launch_slurm,
 }
 
 
-def get_launcher(name: str) -> Callable[[Sequence[Task], SweepDirectory, int], Outcome]:
+def get_launcher(name: str) -> Callable[..., Outcome]:
     """The launcher called `name`; a UserError with the nearest name if there is none."""
     if name not in LAUNCHERS:
         raise unknown_name("command launcher", name, LAUNCHERS)
