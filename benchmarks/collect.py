@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,39 +98,44 @@ def write_sweep(directory: Path, runs: int, records: int) -> None:
         }
         name = hashlib.md5(json.dumps(args, sort_keys=True).encode()).hexdigest()
         args["output_dir"] = f"/sweep/{name}"
-        hparams = {
-            "batch_size": 32,
-            "class_balanced": False,
-            "data_augmentation": True,
-            "freeze_bn": False,
-            "lr": 5e-05,
-            "nonlinear_classifier": False,
-            "resnet18": False,
-            "resnet50_augmix": True,
-            "resnet_dropout": 0.0,
-            "weight_decay": 0.0,
-        }
-        draws = int(name, 16)
-        lines = []
-        for number in range(records):
-            step = 300 * number
-            record = {
-                "step": step,
-                "epoch": step / 44,
-                "step_time": 0.25,
-                "loss": 1 / (1 + number),
-                "mem_gb": 0.0,
-            }
-            for env in range(4):
-                for split in ("in", "out"):
-                    draws = (draws * 6364136223846793005 + 1442695040888963407) % 2**64
-                    record[f"env{env}_{split}_acc"] = (draws >> 40) / 2**24
-            lines.append(json.dumps({**record, "args": args, "hparams": hparams}, sort_keys=True))
-        run = directory / name
-        run.mkdir(parents=True)
-        (run / "results.jsonl").write_text("\n".join(lines) + "\n")
-        (run / "done").write_text("done")
+        write_run(directory / name, args, records)
     print(f"wrote the sweep in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+
+def write_run(run: Path, args: dict[str, Any], records: int, environments: int = 4, done: bool = True) -> None:
+    """A run's folder: records of DomainBed's fields, with accuracies that follow from the folder's name."""
+    hparams = {
+        "batch_size": 32,
+        "class_balanced": False,
+        "data_augmentation": True,
+        "freeze_bn": False,
+        "lr": 5e-05,
+        "nonlinear_classifier": False,
+        "resnet18": False,
+        "resnet50_augmix": True,
+        "resnet_dropout": 0.0,
+        "weight_decay": 0.0,
+    }
+    draws = int(run.name, 16)
+    lines = []
+    for number in range(records):
+        step = 300 * number
+        record: dict[str, Any] = {
+            "step": step,
+            "epoch": step / 44,
+            "step_time": 0.25,
+            "loss": 1 / (1 + number),
+            "mem_gb": 0.0,
+        }
+        for env in range(environments):
+            for split in ("in", "out"):
+                draws = (draws * 6364136223846793005 + 1442695040888963407) % 2**64
+                record[f"env{env}_{split}_acc"] = (draws >> 40) / 2**24
+        lines.append(json.dumps({**record, "args": args, "hparams": hparams}, sort_keys=True))
+    run.mkdir(parents=True)
+    (run / "results.jsonl").write_text("\n".join(lines) + "\n")
+    if done:
+        (run / "done").write_text("done")
 
 
 if __name__ == "__main__":
