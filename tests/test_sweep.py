@@ -300,7 +300,7 @@ def test_jobs_share_threads_and_gpus(monkeypatch):
     assert {environment["OMP_NUM_THREADS"] for environment in seen} == {"4"}
     assert "CUDA_VISIBLE_DEVICES" not in launchers.job_environment(0, 1, [])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert launchers.job_environment(0, 4, [])["OMP_NUM_THREADS"] == "1"
+    assert {launchers.job_environment(0, 4, [])[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {"1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
     assert launchers.visible_gpus() == ["5", "6"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -93,7 +93,7 @@ def get_launcher(name: str) -> Callable[..., Outcome]:
 
 def job_environment(slot: int, slots: int, gpus: Sequence[str]) -> dict[str, str]:
     """The environment of the job in `slot`: its share of the threads, unless the user has set a number, and its GPU."""
-    threads = str(max(1, usable_cores() // slots))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // slots)))
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **os.environ}
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
