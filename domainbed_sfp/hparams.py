@@ -33,6 +33,7 @@ POSITIVE = Range("a number above 0", lambda value: value > 0)
 NOT_NEGATIVE = Range("a number of at least 0", lambda value: value >= 0)
 AT_LEAST_ONE = Range("a whole number of at least 1", lambda value: value >= 1)
 FRACTION = Range("a fraction in [0, 1)", lambda value: 0 <= value < 1)
+PROBABILITY = Range("a probability in [0, 1]", lambda value: 0 <= value <= 1)
 
 
 def one_of(*choices: str) -> Range:
@@ -89,6 +90,10 @@ def common_hparams(small_images: bool, image_size: int) -> dict[str, Hparam]:
             "auto", doc="auto, mnist_cnn, mnist_cnn_bn, resnet18, resnet50, efficientnet_lite0, or a timm name"
         ),
         "weights": Hparam("imagenet", doc="imagenet, none, or a file (.pth or .safetensors)"),
+        "degrade": Hparam(0.0, doc="probability with which a training sample is degraded", valid=PROBABILITY),
+        "degraded_evaluation": Hparam(
+            False, doc="evaluate the finished model on degraded copies of the test environments"
+        ),
     }
     draws: dict[str, tuple[Any, Sampler]]
     if small_images:

@@ -55,6 +55,16 @@ class Algorithm(nn.Module):
         """Called in training mode before each evaluation with training images (an iterable of [N, C, H, W], read only
         if it is iterated). Does nothing by default. DomainBed's own loop does not call it."""
 
+    def measurements(self) -> dict[str, float]:
+        """What the algorithm has measured of the samples that `predict` has seen in evaluation mode since the last
+        call; recorded for each environment as `env{i}_NAME`. Nothing by default."""
+        return {}
+
+    def costs(self) -> dict[str, float]:
+        """Costs beyond parameters and MACs, of the model as it would be deployed: fields of a record. None by
+        default."""
+        return {}
+
     def deployed_parameters(self) -> dict[str, Tensor]:
         """Parameters of the network that `predict` runs, by name: what its cost is counted from. Auxiliary networks and
         gates of the training are not among them."""

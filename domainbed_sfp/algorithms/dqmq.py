@@ -1,0 +1,27 @@
+"""DQMQ, data quality-aware mixed-precision quantization (arXiv 2302.04453; IEEE TNNLS 2024)."""
+
+from __future__ import annotations
+
+from domainbed_sfp.algorithms.quantized import POLICY_HPARAMS, PolicyQuantization
+from domainbed_sfp.registry import register
+
+
+@register(
+    "DQMQ",
+    family="quantization",
+    reference="arXiv 2302.04453",
+    standing="reconstruction",
+    hparams=POLICY_HPARAMS,
+)
+class DQMQ(PolicyQuantization):
+    """Chooses the bit-width of every layer from the sample itself: poor images may need other widths than good ones.
+
+    From the paper: layer-wise bit-widths by a policy conditioned on the input, trained jointly with quantization-aware
+    training; discrete choices relaxed to a continuous distribution with few parameters; an objective of task
+    performance and quantization benefit; training data of mixed quality. Its method section is not available to this
+    project, so everything else is a reconstruction: the policy (pooled input, 16 hidden units, a discretised Gaussian),
+    LSQ with a step size for each width, the budget's penalty and its calibration (`quantized.PolicyQuantization`), and
+    the degradations (`data.degradations`). No number of the paper is claimed.
+    """
+
+    reads_input = True

@@ -1,0 +1,294 @@
+"""Bases of the algorithms that quantize while they train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domainbed_sfp.algorithms.base import Minibatches, ObjectiveAlgorithm
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.hparams import FRACTION, NOT_NEGATIVE, POSITIVE, PROBABILITY, Hparam, Range
+from domainbed_sfp.pruning.accounting import count_positions
+from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
+from domainbed_sfp.quantization.bitops import BitOps, fit_shifts, starting_mean
+from domainbed_sfp.quantization.deployment import deploy
+from domainbed_sfp.quantization.layers import (
+    MOST_PROBABLE,
+    SAMPLED,
+    WIDEST_ONLY,
+    Control,
+    Trace,
+    input_features,
+    mean_bits,
+    quantize_layers,
+)
+from domainbed_sfp.quantization.policy import WIDTHS, Policy, reinforce
+from domainbed_sfp.quantization.quantizers import WIDEST, StepSizes
+
+QUANTIZATION_HPARAMS = {
+    "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO, CORAL or Mixup"),
+    "degrade": Hparam(0.5, doc="probability with which a training sample is degraded", valid=PROBABILITY),
+    "degraded_evaluation": Hparam(True, doc="evaluate the finished model on degraded copies of the test environments"),
+}
+
+POLICY_HPARAMS = {
+    **QUANTIZATION_HPARAMS,
+    "target_bitops": Hparam(
+        0.25,
+        lambda r: r.choice([0.15, 0.25, 0.4]),
+        "budget: fraction of the 8-bit network's BitOPs",
+        valid=Range("a fraction in (0, 1]", lambda value: 0 < value <= 1),
+    ),
+    "budget_weight": Hparam(
+        1.0, lambda r: 10 ** r.uniform(-1, 1), "beta, the weight of relu(BitOPs / budget - 1)", valid=NOT_NEGATIVE
+    ),
+    "policy_start": Hparam(0.1, doc="fraction of the run at 8 bits, before the policy chooses", valid=FRACTION),
+    "policy_lr": Hparam(
+        1e-2, lambda r: 10 ** r.uniform(-3, -1.5), "Adam's learning rate for the policy", valid=POSITIVE
+    ),
+    "reinforce": Hparam(
+        0.0, doc="weight of the REINFORCE term; 0: the straight-through gradient alone", valid=NOT_NEGATIVE
+    ),
+}
+
+# Batches of training images from which the widths of evaluation are calibrated.
+CALIBRATION_BATCHES = 4
+# Where nobody calls prepare_evaluation (DomainBed's own loop), they are fitted to training batches, this often in a
+# run.
+FITS = 50
+
+
+class QuantizedAlgorithm(ObjectiveAlgorithm):
+    """Trains a network whose weights and inputs are quantized in every convolution and linear layer.
+
+    The first layer and the classifier have 8 bits, as is usual (LSQ does so too). BatchNorm's statistics are shared by
+    all widths, and taken afresh from training images before an evaluation.
+    """
+
+    def __init__(
+        self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
+    ) -> None:
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.control = Control()
+        self.step = 0
+        positions = count_positions(self, self.input_shape, self.network)
+        weights = dict(self.named_parameters())
+        macs = {name.removesuffix(".weight"): weights[name].numel() * used for name, used in positions.items()}
+        self.layers = self.quantize(list(macs))
+        self.network = nn.Sequential(self.featurizer, self.classifier)
+        self.optimizer = self.make_optimizer()
+        chosen = {name: macs[name] for name, layer in self.layers.items() if layer.policy is not None}
+        pinned = sum(macs[name] * layer.widths[0] ** 2 for name, layer in self.layers.items() if name not in chosen)
+        self.bitops = BitOps(pinned, chosen, sum(macs.values()))
+        # Sums over what `predict` has seen in evaluation mode: samples, mean bits, BitOPs.
+        self.seen = [0.0, 0.0, 0.0]
+
+    def quantize(self, names: Sequence[str]) -> dict[str, Any]:
+        """Puts quantized layers into featurizer and classifier, in the place of `names`; returns them by name."""
+        raise TypeError(f"{type(self).__name__} does not define quantize(names)")
+
+    def evaluation_mode(self) -> str:
+        """How layers with a policy choose, when predicting."""
+        return MOST_PROBABLE
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Adam; step sizes and policies have no weight decay, and policies a learning rate of their own."""
+        rates: dict[int, tuple[float, float]] = {}
+        for module in self.network.modules():
+            if isinstance(module, (StepSizes, Policy)):
+                rate = self.hparams["lr"] if isinstance(module, StepSizes) else self.hparams["policy_lr"]
+                rates.update({id(parameter): (rate, 0.0) for parameter in module.parameters()})
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for parameter in self.network.parameters():
+            key = rates.get(id(parameter), (self.hparams["lr"], self.hparams["weight_decay"]))
+            groups.setdefault(key, []).append(parameter)
+        return torch.optim.Adam(
+            [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]
+        )
+
+    def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
+        metrics = super().update(minibatches, unlabeled)
+        for layer in self.layers.values():
+            layer.weight_steps.keep_positive()
+            layer.input_steps.keep_positive()
+        self.step += 1
+        return metrics
+
+    def predict(self, x: Tensor) -> Tensor:
+        if self.control.trace is not None:  # within a training step
+            return self.network(x)
+        with self.control.traced(self.evaluation_mode()) as trace:
+            logits = self.network(x)
+        if not self.training:
+            bits, bitops = self._taken(trace, len(x))
+            self.seen = [self.seen[0] + len(x), self.seen[1] + bits * len(x), self.seen[2] + bitops * len(x)]
+        return logits
+
+    def prepare_evaluation(self, batches: Iterable[Tensor]) -> None:
+        with self.control.traced(self.evaluation_mode()):
+            recalibrate_batchnorm(self.network, self.network, batches)
+
+    def measurements(self) -> dict[str, float]:
+        samples, bits, bitops = self.seen
+        self.seen = [0.0, 0.0, 0.0]
+        return {"mean_bits": bits / samples, "bitops": bitops / samples} if samples else {}
+
+    def costs(self) -> dict[str, float]:
+        bits, bitops = self._taken({}, 0)
+        return {"bitops": bitops, "bitops_8bit": float(self.bitops.at_8_bits), "mean_bits": bits}
+
+    def export(self) -> nn.Module:
+        self.control.mode = self.evaluation_mode()
+        return deploy(self.network, self.control)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+    def _taken(self, trace: Trace, samples: int) -> tuple[float, float]:
+        """Mean bit-width of the layers between the first and the last, and BitOPs, averaged over the samples."""
+        if trace:
+            policy = next(layer.policy for layer in self.layers.values() if layer.policy is not None)
+            bits, bitops = mean_bits(trace, policy.bits), self.bitops.chosen(trace, policy.bits)
+            return float(bits.double().mean()), float(bitops.mean())
+        inner = list(self.layers.values())[1:-1]
+        # Without choices every layer is at its widest.
+        bits_alike = sum(layer.widths[-1] for layer in inner) / len(inner)
+        return bits_alike, float(self.bitops.uniform(WIDEST))
+
+
+class PolicyQuantization(QuantizedAlgorithm):
+    """Learns with the network which width each layer takes, under a budget of bit operations.
+
+    8 bits everywhere for the first `policy_start` of the run; then every layer but the first and the last draws a width
+    for each sample from its policy. The loss is the objective + beta * relu(BitOPs / budget - 1), in which BitOPs are
+    the *expected* ones, known in closed form from the probabilities: no sampling, no variance. The objective reaches
+    the policy through the straight-through gradient of what was drawn (`policy.straight_through`).
+
+    `reinforce` adds the score-function gradient of the reward -(cross-entropy + beta * cost), sample by sample with the
+    others' mean as baseline. It is off by default: one number for all layers' draws together is far noisier than the
+    straight-through gradient, which knows each layer's error.
+
+    The likeliest widths, which evaluation takes, need not cost what the draws cost. Before an evaluation mu is
+    therefore shifted (`bitops.fit_shifts`) so that they meet the budget on training images; training does not see the
+    shifts. The widths found in use there are the only ones evaluation may choose, and the only ones that are exported.
+    """
+
+    reads_input: bool
+
+    def __init__(
+        self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
+    ) -> None:
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        if self.hparams["reinforce"] and self.hparams["objective"] != "ERM":
+            raise UserError(
+                f"hparam 'reinforce' rewards each sample by its cross-entropy, which objective "
+                f"{self.hparams['objective']!r} does not minimise; set objective to ERM or reinforce to 0"
+            )
+        self.bitops.check_budget(self.hparams["target_bitops"])
+        self.budget = self.hparams["target_bitops"] * self.bitops.at_8_bits
+        for policy in self.policies().values():
+            policy.start.fill_(starting_mean(self.bitops, self.budget))
+        # What the widths of evaluation take on training images: mean bits and BitOPs.
+        self.calibrated = self._taken({}, 0)
+
+    def quantize(self, names: Sequence[str]) -> dict[str, Any]:
+        def make_policy(layer: nn.Module) -> Policy:
+            return Policy(input_features(layer), self.reads_input)
+
+        return quantize_layers(self, names, self.control, make_policy, WIDEST)
+
+    def policies(self) -> dict[str, Policy]:
+        """The policies by the names of their layers."""
+        return {name: layer.policy for name, layer in self.layers.items() if layer.policy is not None}
+
+    def first_policy_step(self) -> int:
+        return min(round(self.hparams["policy_start"] * self.total_steps), self.total_steps - 1)
+
+    def evaluation_mode(self) -> str:
+        return MOST_PROBABLE if self.at_final_compression() else WIDEST_ONLY
+
+    def at_final_compression(self) -> bool:
+        return self.step > self.first_policy_step()
+
+    def compute_loss(self, minibatches: Minibatches) -> tuple[Tensor, dict[str, float]]:
+        first = self.first_policy_step()
+        if self.step < first:
+            with self.control.traced(WIDEST_ONLY):
+                return super().compute_loss(minibatches)
+        if self.step == first:
+            for name in self.policies():
+                self.layers[name].start_widths()
+        logits: list[Tensor] = []
+        listener = self.network.register_forward_hook(lambda module, inputs, output: logits.append(output))
+        try:
+            with self.control.traced(SAMPLED) as trace:
+                loss, metrics = super().compute_loss(minibatches)
+        finally:
+            listener.remove()
+        bits = next(iter(self.policies().values())).bits
+        expected = self.bitops.expected(trace, bits).mean()
+        cost = F.relu(expected / self.budget - 1)
+        metrics["expected_bitops"] = expected.item() / self.bitops.at_8_bits
+        metrics["drawn_bits"] = mean_bits(trace, bits).mean().item()
+        metrics["budget_excess"] = cost.item()
+        loss = loss + self.hparams["budget_weight"] * cost
+        if self.hparams["reinforce"]:
+            y = torch.cat([y for _, y in minibatches])
+            excess = F.relu(self.bitops.chosen(trace, bits) / self.budget - 1).float()
+            reward = -F.cross_entropy(logits[0], y, reduction="none") - self.hparams["budget_weight"] * excess
+            log_probability = torch.stack(
+                [c.log_probabilities.gather(1, c.index[:, None])[:, 0] for cs in trace.values() for c in cs]
+            ).sum(0)
+            loss = loss + self.hparams["reinforce"] * reinforce(log_probability, reward)
+        if (self.step - first) % max(1, (self.total_steps - first) // FITS) == 0 or self.step == self.total_steps - 1:
+            self._fit(trace)
+        return loss, metrics
+
+    @torch.no_grad()
+    def prepare_evaluation(self, batches: Iterable[Tensor]) -> None:
+        batches = iter(batches)
+        if self.evaluation_mode() == WIDEST_ONLY:
+            super().prepare_evaluation(batches)
+            return
+        kept = list(islice(batches, CALIBRATION_BATCHES))
+        self._fit(self._traced(kept))
+        super().prepare_evaluation(chain(kept, batches))
+        # Again with the statistics of evaluation, which change what the policies read; and what a layer decides changes
+        # what those behind it read.
+        self.eval()
+        for _ in range(3):
+            self._fit(self._traced(kept))
+        trace = self._traced(kept)
+        for name, policy in self.policies().items():
+            used = torch.cat([choice.index for choice in trace[name]]).bincount(minlength=len(WIDTHS))
+            policy.allowed.copy_(used > 0)
+        self.calibrated = self._taken(trace, 0)
+        self.train()
+
+    def costs(self) -> dict[str, float]:
+        bits, bitops = self.calibrated if self.at_final_compression() else self._taken({}, 0)
+        return {"bitops": bitops, "bitops_8bit": float(self.bitops.at_8_bits), "mean_bits": bits}
+
+    def _traced(self, batches: Iterable[Tensor]) -> Trace:
+        with self.control.traced(MOST_PROBABLE) as trace:
+            for batch in batches:
+                self.network(batch)
+        return trace
+
+    @torch.no_grad()
+    def _fit(self, trace: Trace) -> None:
+        """Sets the shifts so that the nearest widths meet the budget on the samples of `trace`."""
+        policies = self.policies()
+        means = torch.stack([torch.cat([choice.mean for choice in trace[name]]) for name in policies], dim=1)
+        macs = [self.bitops.macs[name] for name in policies]
+        for policy, shift in zip(policies.values(), fit_shifts(means, macs, self.budget - self.bitops.pinned)):
+            policy.shift.fill_(float(shift))
+            policy.allowed.fill_(True)

@@ -1,0 +1,127 @@
+"""Which bit-width a layer takes for a sample: a small network that looks at the layer's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# What a policy chooses from.
+WIDTHS = (2, 3, 4, 5, 6, 8)
+
+HIDDEN_UNITS = 16
+# Bounds of log sigma: a policy narrower or wider than these no longer learns from what it draws.
+LOG_SIGMA_RANGE = (-2.0, 1.5)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a policy decided for N samples.
+
+    index: int64 [N], positions in WIDTHS. mean: [N], mu in bits, without the shift. log_probabilities: [N, widths].
+    coefficient: [N], ones that carry the gradient of the choice, or None where nothing is learned.
+    """
+
+    index: Tensor
+    mean: Tensor
+    log_probabilities: Tensor
+    coefficient: Tensor | None
+
+
+class Policy(nn.Module):
+    """P(b) ~ exp(-(b - mu)^2 / 2 sigma^2) over WIDTHS; (mu, log sigma) of a layer's pooled input by two linear layers.
+
+    The input is cut off from the gradient: the policy reads features and does not shape them. The output layer starts
+    at zero, so that all samples begin at mu = `start`.
+
+    Args:
+        features: channels of the layer's input.
+        reads_input: False gives the same network a constant input: one distribution for all samples.
+    """
+
+    start: Tensor
+    shift: Tensor
+    allowed: Tensor
+    bits: Tensor
+
+    def __init__(self, features: int, reads_input: bool = True) -> None:
+        super().__init__()
+        self.features = features
+        self.reads_input = reads_input
+        self.hidden = nn.Linear(features, HIDDEN_UNITS)
+        self.output = nn.Linear(HIDDEN_UNITS, 2)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        self.register_buffer("bits", torch.tensor([float(b) for b in WIDTHS]), persistent=False)
+        self.register_buffer("start", torch.tensor(8.0))
+        # Of evaluation alone, found by calibration: what is added to mu, and the widths that are stored.
+        self.register_buffer("shift", torch.tensor(0.0))
+        self.register_buffer("allowed", torch.ones(len(WIDTHS), dtype=torch.bool))
+
+    def distribution(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """mu [N] and log sigma [N] for a layer's input [N, C, H, W], [N, T, C] or [N, C]."""
+        if not self.reads_input:
+            pooled = torch.ones(1, self.features, device=x.device)
+        elif x.dim() == 4:
+            pooled = x.detach().float().mean((2, 3))
+        else:
+            pooled = x.detach().float().flatten(1, -2).mean(1) if x.dim() > 2 else x.detach().float()
+        mean, log_sigma = self.output(F.relu(self.hidden(pooled))).unbind(1)
+        mean, log_sigma = self.start + mean, log_sigma.clamp(*LOG_SIGMA_RANGE)
+        return mean.expand(len(x)), log_sigma.expand(len(x))
+
+    def sample(self, x: Tensor) -> Choice:
+        """Draws a width for every sample; see `straight_through`."""
+        mean, log_sigma = self.distribution(x)
+        logs = log_probabilities(mean, log_sigma, self.bits)
+        index, coefficient = straight_through(logs)
+        return Choice(index, mean, logs, coefficient)
+
+    def most_probable(self, x: Tensor) -> Choice:
+        """The width nearest to mu + shift, which is the likeliest whatever sigma is; the lower of two equally near."""
+        mean, log_sigma = self.distribution(x)
+        distance = (self.bits - (mean + self.shift)[:, None]).abs().masked_fill(~self.allowed, torch.inf)
+        return Choice(distance.argmin(1), mean, log_probabilities(mean, log_sigma, self.bits), None)
+
+
+def log_probabilities(mean: Tensor, log_sigma: Tensor, bits: Tensor) -> Tensor:
+    """log P [N, K] of the widths `bits` [K] under the discretised Gaussians of mean and log sigma [N]."""
+    return (-(((bits - mean[:, None]) / log_sigma.exp()[:, None]) ** 2) / 2).log_softmax(1)
+
+
+def straight_through(logs: Tensor) -> tuple[Tensor, Tensor]:
+    """A draw k ~ P for each row of log P [N, K], and a coefficient [N] of value 1 that carries its gradient.
+
+    The usual straight-through Gumbel estimator computes every branch and puts a one-hot vector in front of them that
+    has the gradient of a relaxed sample y; that pays for all K branches. Only the drawn branch is computed here, so
+    only the derivative of the loss by the coefficient of the drawn k is known. Two things follow.
+
+    1. The coefficient must multiply the branch's quantization *error*, not its output. In sum_j y_j out_j what all
+       branches share cancels, because the y_j sum to one. With one branch alone it would not cancel, and the policy
+       would learn whether larger outputs help. So out_k counts as out + coefficient * (out_k - out), out being the
+       result without quantization.
+    2. The gradient of the coefficient is d log P(k), not dy_k. With r_k the derivative by the coefficient, E[r_k d log
+       P(k)] = sum_k r_k dP(k): the gradient of the expected loss, exactly, as far as the loss is linear in the errors.
+       E[r_k dy_k] over the drawn k alone is far from it: for six widths about a quarter of it at temperature 1, which
+       doubling makes a half, and at low temperature, where the doubled one approaches it, its variance is many times as
+       large. So no relaxation temperature is left. The tests enumerate the expectation.
+    """
+    # The smallest of exponential variables with rates P is drawn with probability P.
+    race = torch.empty_like(logs).exponential_().log() - logs.detach()
+    index = race.argmin(1)
+    drawn = logs.gather(1, index[:, None]).squeeze(1)
+    return index, 1 + drawn - drawn.detach()
+
+
+def reinforce(log_probability: Tensor, reward: Tensor) -> Tensor:
+    """The loss whose gradient is REINFORCE's (Williams 1992) for log P(choices) [N] and rewards [N].
+
+    The baseline of a sample is the mean reward of the *others*, which leaves the estimator unbiased; with a single
+    sample there is none.
+    """
+    reward = reward.detach()
+    if len(reward) > 1:
+        reward = (reward - reward.mean()) * (len(reward) / (len(reward) - 1))
+    return -(reward * log_probability).mean()

@@ -1,0 +1,154 @@
+"""Learned step size quantization (LSQ; Esser, McKinstry, Bablani, Appuswamy, Modha, ICLR 2020, arXiv 1902.08153)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The narrowest and widest integers there are.
+NARROWEST, WIDEST = 2, 8
+
+# Below this a step size would be as good as none; scales are held above it after each step of the optimizer.
+SMALLEST_SCALE = 1e-5
+
+
+def integer_range(bits: int, signed: bool) -> tuple[int, int]:
+    """Qn and Qp of the paper: values are quantized to the integers -Qn .. Qp."""
+    return (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+class _LSQ(torch.autograd.Function):
+    """See `lsq`. One function, so that nothing but the input is kept for the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, step: Tensor, low: Tensor, high: Tensor, scale: Tensor, coefficient: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(values, step, low, high, scale)
+        rows = (-1, *[1] * (values.dim() - 1))
+        out = values / step.view(rows)
+        torch.clamp(out, low.view(rows), high.view(rows), out=out)
+        return out.round_().mul_(step.view(rows))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        values, step, low, high, scale = ctx.saved_tensors
+        (gradient,) = gradients
+        rows = (-1, *[1] * (values.dim() - 1))
+        ratio = values / step.view(rows)
+        clipped = torch.clamp(ratio, low.view(rows), high.view(rows))
+        gradient_values = gradient * ratio.eq(clipped)
+        # d(step * q)/d step is q outside the range and q - v/step inside: two inner products a row.
+        along_integers = _row_products(gradient, clipped.round_())
+        gradient_step = gradient_coefficient = None
+        if ctx.needs_input_grad[1]:
+            gradient_step = scale * (along_integers - _row_products(gradient_values, ratio))
+        if ctx.needs_input_grad[5]:
+            gradient_coefficient = step * (along_integers - _row_products(gradient, ratio))
+        return gradient_values, gradient_step, None, None, None, gradient_coefficient
+
+
+def lsq(
+    values: Tensor, step: Tensor, low: Tensor, high: Tensor, gradient_scale: Tensor, coefficient: Tensor | None = None
+) -> Tensor:
+    """Quantizes row by row: step * round(clip(values / step, low, high)).
+
+    Backwards, as in the paper (equations 3 and 5): the gradient passes unchanged to values inside the range (its ends
+    included) and not to those outside; a step receives round(v/s) - v/s from values inside and the integer bound from
+    those outside, times `gradient_scale`.
+
+    Args:
+        values: [R, ...], any number of dimensions.
+        step, low, high, gradient_scale: [R], one number a row.
+        coefficient: [R] or None. Ones whose value is not read: the result counts as v + coefficient * (quantized - v),
+            so that a coefficient receives <gradient, quantized - v>, what the error of its row does to the loss.
+    """
+    return _LSQ.apply(values, step, low, high, gradient_scale, coefficient)
+
+
+class StepSizes(nn.Module):
+    """The step sizes of one tensor, one for every bit-width it may have.
+
+    The paper starts a step at 2 mean|v| / sqrt(Qp) and scales its gradient by 1 / sqrt(N Qp), so that step and weights
+    move at the same relative pace under SGD. DomainBed trains with Adam, to which the scale of a gradient is nothing
+    and which would move a step of .004 by the learning rate, a quarter of itself, at once. Therefore the parameter is
+    not the step but the `level` L in step = 2 L / sqrt(Qp), which starts at mean|v|: Adam moves it relative to itself
+    as it moves the weights. The paper's gradient scale is kept.
+
+    Args:
+        widths: the bit-widths, ascending.
+        signed: whether values may be negative; None finds it out from the first that come.
+    """
+
+    signed_top: Tensor
+    unsigned_top: Tensor
+
+    def __init__(self, widths: Sequence[int], signed: bool | None = None) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+        self.signed = signed
+        self.is_ready = False
+        self.level = nn.Parameter(torch.ones(len(self.widths)))
+        tops = {kind: [float(integer_range(bits, kind)[1]) for bits in self.widths] for kind in (True, False)}
+        self.register_buffer("signed_top", torch.tensor(tops[True]), persistent=False)
+        self.register_buffer("unsigned_top", torch.tensor(tops[False]), persistent=False)
+
+    @torch.no_grad()
+    def initialise(self, values: Tensor) -> None:
+        """Takes the levels from `values`, and the sign if it is not known."""
+        if self.signed is None:
+            self.signed = bool(values.min() < 0)
+        self.level.fill_(values.abs().mean().clamp_min(SMALLEST_SCALE))
+        self.is_ready = True
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """-Qn and Qp of every width, [widths]."""
+        if self.signed:
+            return -self.signed_top - 1, self.signed_top
+        return torch.zeros_like(self.unsigned_top), self.unsigned_top
+
+    def steps(self) -> Tensor:
+        """The step sizes, [widths]."""
+        return self.level * (2 / self.bounds()[1].sqrt())
+
+    def quantize(self, values: Tensor, choice: Tensor, count: int, coefficient: Tensor | None = None) -> Tensor:
+        """`values` [R, ...] quantized with the width of position `choice` [R] each.
+
+        count: N of the paper's gradient scale, the number of weights, or of one sample's features.
+        coefficient: see `lsq`.
+        """
+        low, high = self.bounds()
+        scale = 1 / (count * high).sqrt()
+        steps = self.steps()
+        return lsq(values, steps[choice], low[choice], high[choice], scale[choice], coefficient)
+
+    @torch.no_grad()
+    def keep_positive(self) -> None:
+        """Holds the levels above zero; called after each step of the optimizer."""
+        self.level.clamp_(min=SMALLEST_SCALE)
+
+    def get_extra_state(self) -> dict[str, bool | None]:
+        return {"signed": self.signed, "is_ready": self.is_ready}
+
+    def set_extra_state(self, state: Mapping[str, bool]) -> None:
+        self.signed, self.is_ready = state["signed"], state["is_ready"]
+
+
+@torch.no_grad()
+def to_integers(values: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
+    """The integers that `lsq` rounds to: int16 of the shape of `values`."""
+    below, top = integer_range(bits, signed)
+    return (values / step).clamp(-below, top).round().to(torch.int16)
+
+
+def _row_products(one: Tensor, other: Tensor) -> Tensor:
+    """Inner products of the rows of two tensors [R, ...]: [R]."""
+    if one.dim() == 4 and all(x.is_contiguous(memory_format=torch.channels_last) for x in (one, other)):
+        one, other = one.permute(0, 2, 3, 1), other.permute(0, 2, 3, 1)
+    size = math.prod(one.shape[1:])
+    one, other = one.reshape(-1, 1, size), other.reshape(-1, size, 1)
+    return torch.bmm(one, other).view(-1)

@@ -1,0 +1,436 @@
+"""Quantization against the formulas of the papers: by hand, by finite differences, by enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from domainbed_sfp import contract, hparams, registry
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.quantization.bitops import BitOps, fit_shifts, starting_mean
+from domainbed_sfp.quantization.layers import Control, QuantizedLayer, run_by_width
+from domainbed_sfp.quantization.policy import WIDTHS, Policy, log_probabilities, reinforce, straight_through
+from domainbed_sfp.quantization.quantizers import StepSizes, integer_range, lsq, to_integers
+
+
+def run_lsq(values, step, bits, signed, scale=1.0, coefficient=None):
+    below, top = integer_range(bits, signed)
+    one = torch.ones(1, dtype=values.dtype)
+    return lsq(values[None], step[None], -below * one, top * one, scale * one, coefficient)[0]
+
+
+# LSQ ----------------------------------------------------------------------------------------------------------------
+
+
+def test_integer_ranges_are_the_papers():
+    assert integer_range(2, True) == (2, 1) and integer_range(8, True) == (128, 127)
+    assert integer_range(2, False) == (0, 3) and integer_range(8, False) == (0, 255)
+
+
+def test_lsq_values_by_hand():
+    """Two bits signed: the integers -2, -1, 0, 1 times the step; halves go to the even neighbour."""
+    values = torch.tensor([-3.0, -0.8, -0.25, 0.2, 0.3, 0.49, 9.0])
+    out = run_lsq(values, torch.tensor(0.5), 2, signed=True)
+    assert out.tolist() == [-1.0, -1.0, 0.0, 0.0, 0.5, 0.5, 0.5]
+    unsigned = run_lsq(values, torch.tensor(0.5), 2, signed=False)
+    assert unsigned.tolist() == [0.0, 0.0, 0.0, 0.0, 0.5, 0.5, 1.5]
+
+
+def test_lsq_gradients_are_equations_3_and_5():
+    """Inside: dq/dv = 1, dq/ds = round(v/s) - v/s. Outside: dq/dv = 0, dq/ds = -Qn or Qp. The step's is scaled."""
+    values = torch.tensor([-3.0, -0.8, 0.2, 0.3, 9.0], requires_grad=True)
+    step = torch.tensor(0.5, requires_grad=True)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    (run_lsq(values, step, 2, signed=True, scale=0.1) * weights).sum().backward()
+    assert values.grad.tolist() == [0.0, 2.0, 3.0, 4.0, 0.0]
+    by_hand = 1 * -2 + 2 * (-2 + 1.6) + 3 * (0 - 0.4) + 4 * (1 - 0.6) + 5 * 1
+    assert step.grad.item() == pytest.approx(0.1 * by_hand, rel=1e-6)
+
+
+def test_step_gradient_outside_the_range_is_the_finite_difference():
+    """Where values saturate, and where they stay on their integer, the quantizer is smooth in the step."""
+    values = torch.tensor([-7.0, 5.0, 6.5], dtype=torch.float64)
+    step = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    run_lsq(values, step, 3, signed=True).sum().backward()
+    with torch.no_grad():
+        up, down = (run_lsq(values, step + delta, 3, signed=True).sum() for delta in (1e-6, -1e-6))
+    assert step.grad.item() == pytest.approx((up - down).item() / 2e-6, rel=1e-6)
+
+
+def test_step_gradient_inside_is_what_the_straight_through_estimator_gives():
+    """Of s * round(v/s) with the rounding passed through, written out and differentiated by torch."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(200, generator=generator, dtype=torch.float64)
+    ours, theirs = (torch.tensor(0.3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weights = torch.randn(200, generator=generator, dtype=torch.float64)
+    (run_lsq(values, ours, 4, signed=True) * weights).sum().backward()
+    clipped = (values / theirs).clamp(-8, 7)
+    ((clipped + (clipped.round() - clipped).detach()) * theirs * weights).sum().backward()
+    assert ours.grad.item() == pytest.approx(theirs.grad.item(), rel=1e-9)
+
+
+def test_coefficient_receives_the_effect_of_its_rows_error():
+    values = torch.randn(5, 3, 4, 4)
+    step, coefficient = torch.full((5,), 0.4), torch.ones(5, requires_grad=True)
+    low, high = torch.full((5,), -4.0), torch.full((5,), 3.0)
+    out = lsq(values, step, low, high, torch.ones(5), coefficient)
+    weights = torch.randn_like(out)
+    (out * weights).sum().backward()
+    assert torch.allclose(coefficient.grad, ((out - values) * weights).flatten(1).sum(1), atol=1e-5)
+
+
+def test_memory_format_does_not_matter():
+    values, weights = torch.randn(5, 3, 4, 6), torch.randn(5, 3, 4, 6)
+    gradients = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        v = values.clone(memory_format=form).requires_grad_()
+        step = torch.full((5,), 0.3, requires_grad=True)
+        out = lsq(v, step, torch.zeros(5), torch.full((5,), 7.0), torch.ones(5))
+        (out * weights).sum().backward()
+        gradients.append((out, v.grad, step.grad))
+    for one, other in zip(*gradients):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_step_sizes_start_as_in_the_paper():
+    """2 mean|v| / sqrt(Qp), one for each width; the sign is found out from the values."""
+    values = torch.tensor([0.0, 1.0, 2.0, 5.0])
+    steps = StepSizes((2, 4, 8))
+    steps.initialise(values)
+    assert steps.signed is False
+    assert steps.steps().tolist() == pytest.approx([2 * 2 / math.sqrt(top) for top in (3, 15, 255)])
+    signed = StepSizes((2, 4, 8))
+    signed.initialise(-values)
+    assert signed.signed is True
+    assert signed.steps().tolist() == pytest.approx([2 * 2 / math.sqrt(top) for top in (1, 7, 127)])
+
+
+def test_gradient_scale_is_the_papers():
+    """1 / sqrt(N Qp), and the chain rule of step = 2 level / sqrt(Qp)."""
+    values = torch.rand(1, 10)
+    steps = StepSizes((2, 4), signed=True)
+    steps.initialise(values)
+    steps.quantize(values, torch.tensor([1]), count=10).sum().backward()
+    plain = torch.tensor(steps.steps()[1].item(), requires_grad=True)
+    run_lsq(values[0], plain, 4, signed=True).sum().backward()
+    expected = plain.grad / math.sqrt(10 * 7) * 2 / math.sqrt(7)
+    assert steps.level.grad.tolist() == pytest.approx([0.0, expected.item()], rel=1e-5)
+
+
+# The policy ---------------------------------------------------------------------------------------------------------
+
+
+def test_probabilities_by_hand():
+    logs = log_probabilities(torch.tensor([4.0]), torch.tensor([0.0]), torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0, 8.0]))
+    weights = [math.exp(-d / 2) for d in (4, 1, 0, 1, 4, 16)]
+    assert logs.exp()[0].tolist() == pytest.approx([w / sum(weights) for w in weights], rel=1e-5)
+    narrow = log_probabilities(torch.tensor([4.0]), torch.tensor([math.log(0.5)]), torch.tensor([4.0, 5.0]))
+    assert (narrow[0, 0] - narrow[0, 1]).item() == pytest.approx(1 / (2 * 0.25), rel=1e-5)
+
+
+def test_policy_draws_what_it_says():
+    torch.manual_seed(0)
+    policy = Policy(3)
+    policy.start.fill_(4.0)
+    choice = policy.sample(torch.randn(40_000, 3, 2, 2))
+    frequencies = choice.index.bincount(minlength=6) / 40_000
+    assert torch.allclose(frequencies, choice.log_probabilities[0].exp(), atol=0.01)
+
+
+def test_evaluation_takes_the_nearest_allowed_width():
+    policy = Policy(3)
+    x = torch.randn(2, 3)
+    for start, shift, expected in (
+        (4.4, 0.0, 4),
+        (4.6, 0.0, 5),
+        (4.4, 3.0, 8),
+        (6.9, 0.0, 6),
+        (-3.0, 0.0, 2),
+        (4.5, 0.0, 4),
+    ):
+        policy.start.fill_(start)
+        policy.shift.fill_(shift)
+        assert [WIDTHS[i] for i in policy.most_probable(x).index] == [expected, expected]
+    policy.allowed[WIDTHS.index(4)] = False
+    policy.start.fill_(4.4)
+    assert WIDTHS[policy.most_probable(x).index[0]] == 5
+
+
+def test_a_policy_without_input_decides_alike_for_all():
+    torch.manual_seed(0)
+    for reads_input, different in ((False, 1), (True, 3)):
+        policy = Policy(3, reads_input)
+        nn.init.normal_(policy.output.weight)
+        mean, _ = policy.distribution(torch.randn(3, 3, 4, 4))
+        assert len(mean.unique()) == different
+
+
+def test_straight_through_gradient_by_enumeration():
+    """Over every choice, weighted by its probability: the exact gradient of sum_k P(k) L(k); and a constant that all
+    branches share changes nothing."""
+    bits = torch.tensor([float(b) for b in WIDTHS])
+    losses = torch.tensor([1.0, 0.4, 0.15, 0.1, 0.05, 0.0])
+    mean = torch.tensor([4.3], requires_grad=True)
+    log_sigma = torch.tensor([0.2], requires_grad=True)
+    probabilities = log_probabilities(mean, log_sigma, bits).exp()
+    exact = torch.autograd.grad((probabilities * losses).sum(), (mean, log_sigma))
+    torch.manual_seed(0)
+    logs = log_probabilities(mean.expand(400), log_sigma.expand(400), bits)
+    index, coefficient = straight_through(logs)
+    assert (coefficient == 1).all() and len(index.unique()) == len(WIDTHS)
+    for offset in (0.0, 3.0):
+        estimate = torch.zeros(2)
+        for k in range(len(WIDTHS)):
+            one = coefficient[(index == k).nonzero()[0]] * (losses[k] + offset)
+            gradient = torch.stack(torch.autograd.grad(one.sum(), (mean, log_sigma), retain_graph=True))
+            estimate += probabilities[0, k].detach() * gradient[:, 0]
+        assert estimate.tolist() == pytest.approx([value.item() for value in exact], rel=1e-4)
+
+
+def test_a_linear_network_gives_the_policy_the_exact_gradient():
+    """Through the layer itself: the mean over draws of the gradient of mu, against the sum over widths of P' L, for a
+    loss that is linear in the outputs and weights on the grid of every width (so that no product of errors remains)."""
+    torch.manual_seed(0)
+    layer = QuantizedLayer(nn.Linear(3, 2, bias=False), "fc", Control(mode="sampled"), policy=Policy(3))
+    with torch.no_grad():
+        layer.layer.weight.copy_(torch.tensor([[1.0, -1.0, 0.0], [0.0, 1.0, -2.0]]))
+        layer.weight_steps.level.copy_(layer.weight_steps.bounds()[1].sqrt() / 2)  # steps of 1
+    x = torch.tensor([[0.9, -1.7, 0.4]])
+    layer.input_steps.initialise(x)
+    layer.policy.start.fill_(3.5)
+    g = torch.tensor([1.0, -0.5])
+    errors = []
+    for at in range(len(WIDTHS)):
+        errors.append((layer._run_alike(x, at)[0] @ g).detach())
+    bias = layer.policy.output.bias
+    mean, log_sigma = layer.policy.distribution(x)
+    exact = torch.autograd.grad(
+        (log_probabilities(mean, log_sigma, layer.policy.bits).exp()[0] * torch.stack(errors)).sum(), bias
+    )[0]
+    draws = 100_000
+    estimate = torch.autograd.grad((layer(x.expand(draws, 3)) @ g).mean(), bias)[0]
+    assert torch.allclose(estimate, exact, atol=0.01) and exact.abs().max() > 0.05
+
+
+def test_reinforce_by_enumeration():
+    """The expectation over all pairs of choices of two samples is the exact gradient of the expected reward."""
+    logits = torch.tensor([[0.3, -0.2, 0.5], [0.1, 0.9, -0.4]], dtype=torch.float64, requires_grad=True)
+    rewards = torch.tensor([[1.0, 2.0, -1.0], [0.5, 4.0, 3.0]], dtype=torch.float64)
+    exact = torch.autograd.grad((logits.softmax(1) * rewards).sum(1).mean(), logits)[0]
+    logs = logits.log_softmax(1)
+    estimate = torch.zeros_like(logits)
+    for pair in itertools.product(range(3), repeat=2):
+        rows = torch.arange(2)
+        log_probability, reward = logs[rows, list(pair)], rewards[rows, list(pair)]
+        gradient = torch.autograd.grad(reinforce(log_probability, reward), logits, retain_graph=True)[0]
+        estimate -= log_probability.sum().exp().detach() * gradient
+    assert torch.allclose(estimate, exact)
+
+
+# Layers -------------------------------------------------------------------------------------------------------------
+
+
+def test_samples_go_through_the_layer_with_their_own_width():
+    """Grouped by width, the outputs are those of each sample alone, in the batch's order."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    layer = QuantizedLayer(conv, "conv", Control(), policy=Policy(3))
+    nn.init.normal_(layer.policy.output.weight)
+    x = torch.randn(12, 3, 6, 6) + 3 * torch.randn(12, 3, 1, 1)
+    layer.train()
+    layer(x)
+    layer.eval()
+    layer.policy.start.fill_(4.5)
+    with layer.control.traced() as trace:
+        together = layer(x)
+    index = trace["conv"][0].index
+    assert len(index.unique()) > 2
+    for sample in range(12):
+        at = int(index[sample])
+        below, top = integer_range(WIDTHS[at], True)
+        step, input_step = layer.weight_steps.steps()[at], layer.input_steps.steps()[at]
+        weight = (conv.weight / step).clamp(-below, top).round() * step
+        value = (x[sample] / input_step).clamp(-below, top).round() * input_step
+        assert torch.allclose(together[sample], F.conv2d(value, weight, conv.bias, padding=1), atol=1e-5)
+
+
+def test_grouping_computes_each_sample_once():
+    seen = []
+
+    def run(group, weight):
+        seen.append(len(group))
+        return group * weight
+
+    index = torch.tensor([2, 0, 2, 5, 0, 2])
+    x = torch.arange(6.0)[:, None]
+    out = run_by_width(index, x, 6, lambda used: used.float()[:, None, None], run)
+    assert out[:, 0].tolist() == [0.0, 0.0, 4.0, 15.0, 0.0, 10.0]
+    assert sorted(seen) == [1, 2, 3]
+
+
+def test_the_choice_receives_the_error_of_input_and_weights():
+    """dL/dcoefficient of one linear layer: <g, W dx> for each sample plus the mean over its group of <g, dW x>."""
+    torch.manual_seed(0)
+    layer = QuantizedLayer(nn.Linear(5, 2, bias=False), "fc", Control(), policy=Policy(5))
+    x = torch.randn(4, 5)
+    layer.input_steps.initialise(x)
+    index = torch.tensor([1, 0, 1, 1])
+    coefficient = torch.ones(4, requires_grad=True)
+    choice = type("C", (), {"index": index, "coefficient": coefficient})
+    quantized = layer._quantize_input(x, index, coefficient)
+    used = torch.tensor([0, 1])
+    weights = layer._weights(used, choice)
+    out = torch.stack([weights[int(i)] @ row for i, row in zip(index, quantized)])
+    g = torch.randn(4, 2)
+    (out * g).sum().backward()
+    of_inputs = torch.stack([g[i] @ weights[int(index[i])] @ (quantized - x)[i] for i in range(4)])
+    of_weights = torch.stack([g[i] @ (weights[int(index[i])] - layer.layer.weight) @ quantized[i] for i in range(4)])
+    for position in (0, 1):
+        group = index == position
+        of_weights[group] = of_weights[group].mean()
+    assert torch.allclose(coefficient.grad, of_inputs + of_weights, atol=1e-5)
+
+
+# Bit operations and budgets -----------------------------------------------------------------------------------------
+
+
+def make(name, **overrides):
+    values = hparams.resolve_hparams(name, "FullColoredDigits", overrides=overrides)
+    torch.manual_seed(0)
+    return registry.get(name).cls((3, 8, 8), 10, 2, values)
+
+
+def test_bitops_by_hand():
+    """MNIST_CNN on 8 x 8: 3-64 at 64 positions, 64-128 (stride 2), 128-128 twice at 16, and the classifier."""
+    first, inner, last = 27 * 64 * 64, [9 * 64 * 128 * 16, 9 * 128 * 128 * 16, 9 * 128 * 128 * 16], 128 * 10
+    for bits in (2, 3, 4, 8):
+        costs = make("UniformQuant", bits=bits).costs()
+        assert costs["bitops"] == 64 * (first + last) + bits**2 * sum(inner)
+        assert costs["bitops_8bit"] == 64 * (first + last + sum(inner))
+        assert costs["mean_bits"] == bits
+    algorithm = make("DQMQ")
+    policies = list(algorithm.policies().values())
+    for policy, bits in zip(policies, (2.0, 5.0, 8.0)):
+        policy.start.fill_(bits)
+    x = torch.rand(3, 3, 8, 8)
+    algorithm.eval()
+    algorithm.step = 5001  # behind the stage at 8 bits
+    algorithm.predict(x)
+    measured = algorithm.measurements()
+    expected = 64 * (first + last) + 4 * inner[0] + 25 * inner[1] + 64 * inner[2]
+    assert measured["bitops"] == pytest.approx(expected, rel=1e-12)
+    assert measured["mean_bits"] == 5.0
+    assert algorithm.measurements() == {}
+
+
+def test_expected_bitops_by_enumeration():
+    bitops = BitOps(100, {"a": 10, "b": 7}, 20)
+    bits = torch.tensor([float(b) for b in WIDTHS])
+    logs = {name: torch.randn(3, 6).log_softmax(1) for name in "ab"}
+    trace = {name: [type("C", (), {"log_probabilities": value})] for name, value in logs.items()}
+    for sample in range(3):
+        total = 0.0
+        for i, j in itertools.product(range(6), repeat=2):
+            probability = (logs["a"][sample, i] + logs["b"][sample, j]).exp().item()
+            total += probability * (100 + 10 * WIDTHS[i] ** 2 + 7 * WIDTHS[j] ** 2)
+        assert bitops.expected(trace, bits)[sample].item() == pytest.approx(total, rel=1e-5)
+
+
+def test_the_policy_starts_on_its_budget():
+    bitops = BitOps(0, {"a": 10}, 10)
+    bits = torch.tensor([float(b) for b in WIDTHS])
+    for fraction in (0.2, 0.4, 0.8):
+        mean = starting_mean(bitops, fraction * 640)
+        expected = log_probabilities(torch.tensor([mean]), torch.zeros(1), bits).exp() @ bits**2
+        assert expected.item() * 10 == pytest.approx(fraction * 640, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shifts_meet_the_budget(seed):
+    """Samples that differ: closely. One decision for all: to the last assignment that fits."""
+    generator = torch.Generator().manual_seed(seed)
+    macs = torch.randint(1, 100, (20,), generator=generator).tolist()
+    means = 4 + 1.5 * torch.randn(64, 20, generator=generator)
+    bits = torch.tensor(WIDTHS, dtype=torch.float64)
+
+    def cost(means, shifts):
+        index = (bits - (means + shifts)[..., None]).abs().argmin(-1)
+        return float((bits[index].square() * torch.tensor(macs[: means.shape[1]])).sum(1).mean())
+
+    budget = 0.3 * 64 * sum(macs)
+    taken = cost(means, fit_shifts(means, macs, budget))
+    assert 0.99 * budget < taken <= budget * (1 + 1e-9)
+    alike = means[:1].expand(64, 20)
+    assert 0.95 * budget < cost(alike, fit_shifts(alike, macs, budget)) <= budget * (1 + 1e-9)
+
+
+def test_few_layers_alike_for_all_are_searched_exhaustively():
+    means, macs = torch.tensor([[4.1, 3.0, 6.0]]), [5, 9, 4]
+    budget = 5 * 25 + 9 * 9 + 4 * 36 + 0.5
+    shifts = fit_shifts(means, macs, budget)
+    assert (means[0] + shifts).tolist() == pytest.approx([5.0, 3.0, 6.0]) or (
+        sum(m * b**2 for m, b in zip(macs, (means[0] + shifts).tolist())) <= budget
+    )
+    best = min(
+        (a for a in itertools.product(WIDTHS, repeat=3)
+         if 0.95 * budget <= sum(m * b**2 for m, b in zip(macs, a)) <= budget),
+        key=lambda a: sum((b - m) ** 2 for b, m in zip(a, means[0].tolist())),
+    )  # fmt: skip
+    assert (means[0] + shifts).tolist() == pytest.approx(list(best))
+
+
+@pytest.mark.parametrize("name", ["DQMQ", "StaticMixedPrecision"])
+def test_budget_is_met_on_held_out_data(name):
+    values = hparams.resolve_hparams(
+        name, "FullColoredDigits", overrides={"backbone": "mnist_cnn_bn", "target_bitops": 0.3}
+    )
+    torch.manual_seed(0)
+    algorithm = registry.get(name).cls(contract.INPUT_SHAPE, contract.CLASSES, contract.DOMAINS, values)
+    algorithm.total_steps = 40
+    contract.run(algorithm, 0, 40)
+    algorithm.prepare_evaluation(torch.cat([x for x, _ in contract.minibatches(1000 + i)]) for i in range(5))
+    algorithm.eval()
+    for i in range(4):
+        algorithm.predict(torch.cat([x for x, _ in contract.minibatches(2000 + i)]))
+    fraction = algorithm.measurements()["bitops"] / algorithm.bitops.at_8_bits
+    assert fraction == pytest.approx(0.3, rel=0.05)
+    assert algorithm.costs()["bitops"] / algorithm.bitops.at_8_bits == pytest.approx(0.3, rel=0.05)
+
+
+# Bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, overrides, words",
+    [
+        ("UniformQuant", {"bits": 1}, "a whole number of bits in 2..8, got 1"),
+        ("UniformQuant", {"bits": 9}, "a whole number of bits in 2..8, got 9"),
+        ("DQMQ", {"target_bitops": 0.05}, "no assignment takes 0.05"),
+        ("DQMQ", {"target_bitops": 1.5}, r"a fraction in (0, 1], got 1.5"),
+        ("DQMQ", {"reinforce": 0.1, "objective": "Mixup"}, "objective 'Mixup' does not minimise"),
+        ("DQMQ", {"degrade": 1.5}, "a probability in [0, 1], got 1.5"),
+    ],
+)
+def test_bad_hparams_are_one_line(name, overrides, words):
+    with pytest.raises(UserError) as raised:
+        make(name, **overrides)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_network_with_nothing_to_quantize():
+    from domainbed_sfp.quantization.layers import quantize_layers
+
+    with pytest.raises(UserError, match=r"nothing to quantize.*found: 0, 1"):
+        quantize_layers(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 2)), ["0", "1"], Control(), None, 4)
+
+
+def test_integers_are_what_lsq_rounds_to():
+    values = torch.randn(50)
+    for bits, signed in itertools.product((2, 4, 8), (True, False)):
+        step = torch.tensor(0.21)
+        assert torch.equal(to_integers(values, step, bits, signed) * step, run_lsq(values, step, bits, signed))
