@@ -9,8 +9,11 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     final_compression      whether this checkpoint is compressed as far as the run goes; absent means yes
     masks                  digest of the final masks, the name of their file in the run's folder masks/
     parameters, surviving_parameters, dense_macs, macs
-    bitops                 multiply-accumulates times weight bits times activation bits, of quantized networks
     exported_bytes         size of the tensors that `export` writes: without dead channels, zeros of single weights kept
+    bitops, bitops_8bit    of a quantized network for one training image: as deployed, and with 8 bits everywhere
+    mean_bits              bit-width of its layers between the first and the classifier, each layer counting alike
+    env{i}_bitops, env{i}_mean_bits    the same for the images of an environment
+    env{i}_degraded        the finished model on degraded copies of a test environment: see training.evaluate_degraded
     wall_time, images_per_second, precision, environment, commit
     standing               "published", "reconstruction" or "reference"
     environments           the names of the data set's environments
@@ -43,7 +46,8 @@ VOLATILE_FIELDS = frozenset({"step_time", "wall_time", "images_per_second", "mem
 
 # What a checkpoint costs, per record; NaN in `Run.costs` where a record does not say.
 COST_FIELDS = (
-    "sparsity", "parameters", "surviving_parameters", "dense_macs", "macs", "exported_bytes", "bitops",
+    "sparsity", "parameters", "surviving_parameters", "dense_macs", "macs", "exported_bytes", "bitops", "bitops_8bit",
+    "mean_bits",
 )  # fmt: skip
 
 # Said by the last record for the whole run.

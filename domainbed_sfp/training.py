@@ -26,7 +26,8 @@ from filelock import FileLock, Timeout
 
 from domainbed_sfp import checkpoints, environment, hparams, networks, records, registry
 from domainbed_sfp.algorithms.base import Algorithm
-from domainbed_sfp.data import Dataset, get_dataset_class
+from domainbed_sfp.data import Dataset, degradations, get_dataset_class
+from domainbed_sfp.data.augmentation import normalize
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import Split, split_environment
 from domainbed_sfp.errors import UserError
@@ -47,6 +48,9 @@ TERMINAL_INTERVAL = 0.5
 
 # Batches from which BatchNorm's statistics are taken before an evaluation, where an algorithm asks for it.
 RECALIBRATION_BATCHES = 20
+
+# Images of a test environment that are evaluated in every degradation and severity.
+DEGRADED_SAMPLES = 100
 
 # Arguments that say where things lie, not what is computed.
 PLACES = ("data_dir", "output_dir", "cache_dir")
@@ -322,9 +326,13 @@ class _Run:
         seed_everything(seed_hash(args.seed, "evaluation", self.step))
         algorithm.prepare_evaluation(self._recalibration_batches())
         record.update(evaluate(algorithm, self.dataset, self.splits, self.device))
+        if self.hparams["degraded_evaluation"] and self.step == self.n_steps - 1:
+            for env_i in args.test_envs:
+                record[f"env{env_i}_degraded"] = evaluate_degraded(algorithm, self.dataset, env_i, self.device)
         masks = algorithm.masks()
         cost = accounting.measure_cost(algorithm.deployed_parameters(), self.positions, masks)
         record.update(asdict(cost))
+        record.update(algorithm.costs())
         record.update(
             exported_bytes=surgery.exported_bytes(algorithm.export(), masks),
             sparsity=algorithm.sparsity(),
@@ -355,8 +363,9 @@ class _Run:
         """Training images from a stream of their own: what evaluation needs must not move training's."""
         training = [(i, split.in_) for i, split in enumerate(self.splits) if i not in self.args.test_envs]
         loader = MinibatchLoader(
-            self.dataset, training, self.hparams["batch_size"], False, self.args.seed, self.device, "recalibration"
-        )
+            self.dataset, training, self.hparams["batch_size"], False, self.args.seed, self.device, "recalibration",
+            degrade=self.hparams["degrade"],
+        )  # fmt: skip
         try:
             for index in range(RECALIBRATION_BATCHES):
                 step = self.step * RECALIBRATION_BATCHES + index
@@ -449,7 +458,8 @@ class _Run:
 
         def loader(parts: list[tuple[int, np.ndarray]], stream: str) -> MinibatchLoader:
             batch_size, balanced = self.hparams["batch_size"], self.hparams["class_balanced"]
-            return MinibatchLoader(self.dataset, parts, batch_size, balanced, args.seed, self.device, stream)
+            degrade = self.hparams["degrade"]
+            return MinibatchLoader(self.dataset, parts, batch_size, balanced, args.seed, self.device, stream, degrade)
 
         training = [(i, split.in_) for i, split in enumerate(self.splits) if i not in args.test_envs]
         if args.task == "domain_generalization":
@@ -500,7 +510,8 @@ class _Run:
 
 @torch.no_grad()
 def evaluate(algorithm: Algorithm, dataset: Dataset, splits: list[Split], device: torch.device) -> dict[str, float]:
-    """Accuracies of every split, as fractions under DomainBed's names (`env0_in_acc`, ...).
+    """Accuracies of every split, as fractions under DomainBed's names (`env0_in_acc`, ...), and what the algorithm
+    measures of an environment's samples (`env0_mean_bits`, ...).
 
     Held-out splits are evaluated on the plain images. DomainBed augments the held-out splits of training
     environments as well, so its `env*_out_acc` of those are a little lower and noisy.
@@ -514,8 +525,35 @@ def evaluate(algorithm: Algorithm, dataset: Dataset, splits: list[Split], device
         for name, part in (("in", split.in_), ("out", split.out), ("uda", split.uda)):
             if len(part):
                 accuracies[f"env{env_i}_{name}_acc"] = float(correct[part].sum() / len(part))
+        accuracies.update({f"env{env_i}_{name}": value for name, value in algorithm.measurements().items()})
     algorithm.train()
     return accuracies
+
+
+@torch.no_grad()
+def evaluate_degraded(algorithm: Algorithm, dataset: Dataset, env_i: int, device: torch.device) -> list[dict[str, Any]]:
+    """How the model does on the same DEGRADED_SAMPLES images of an environment, drawn evenly from all of it, as they
+    are and degraded in every way and severity: for each `degradation`, `severity` (0: as they are), `samples`,
+    `accuracy` (a fraction), and what the algorithm measures. A description of the finished model: nothing is chosen by
+    it."""
+    environment = dataset[env_i]
+    chosen = np.unique(np.linspace(0, len(environment) - 1, DEGRADED_SAMPLES).round().astype(int))
+    images, y = environment.gather(chosen), environment.labels[torch.from_numpy(chosen)].to(device)
+    is_photographic = images.dtype == torch.uint8
+    clean = (normalize(images) if is_photographic else images).to(device)
+    cases = [("none", 0), *((kind, severity) for kind in degradations.KINDS for severity in degradations.SEVERITIES)]
+    algorithm.eval()
+    algorithm.measurements()
+    results = []
+    for kind, severity in cases:
+        x = clean
+        if severity:
+            x = degradations.degraded_copy(clean, kind, severity, is_photographic, seed_hash(kind, severity))
+        accuracy = _is_correct(algorithm.predict(x), y).float().mean().item()
+        case = {"degradation": kind, "severity": severity, "samples": len(y), "accuracy": accuracy}
+        results.append({**case, **algorithm.measurements()})
+    algorithm.train()
+    return results
 
 
 def _is_correct(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

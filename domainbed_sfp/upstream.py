@@ -49,6 +49,9 @@ TRAINING_SCRIPTS = ("train", "train_autolr")
 # How DomainBed's sweep begins a job's command, whatever the interpreter is called.
 JOB_COMMAND = re.compile(r"\S*python\S* -m domainbed\.scripts\.(?P<script>\w+)(?= |$)")
 
+# What our loaders and our loop do, and DomainBed's do not.
+OUR_LOOPS_HPARAMS = ("degrade", "degraded_evaluation")
+
 # Our data sets whose hparams hold for those of DomainBed that we do not have.
 SMALL_STAND_IN, LARGE_STAND_IN = "RotatedMNIST", "PACS"
 
@@ -264,6 +267,9 @@ def check_flags(checkout: Checkout, flags: Flags, ours: Collection[str]) -> None
                 "hparam 'image_size' has no effect in DomainBed, whose loaders fix the size (224 px for "
                 "photographs); use domainbed-sfp train for another one"
             )
+        for name in OUR_LOOPS_HPARAMS:
+            if name in flags.overrides:
+                raise UserError(f"hparam {name!r} has no effect in DomainBed's own loop; use domainbed-sfp train")
         for dataset in flags.datasets:
             hparams.resolve_hparams(algorithm, stand_in(dataset), overrides=flags.overrides)
     launchers = checkout.command_launchers.REGISTRY
@@ -319,9 +325,11 @@ def register_hparams(checkout: Checkout, names: Collection[str], overrides: Mapp
 
 
 def own_table(algorithm: str, dataset: str, overrides: Mapping[str, Any]) -> dict[str, Hparam]:
-    """Our hparams of an algorithm on a data set of DomainBed, less `image_size`, which its loaders decide."""
+    """Our hparams of an algorithm on a data set of DomainBed, less `image_size`, which its loaders decide, and what
+    only our loop does."""
     table = hparams.hparam_table(algorithm, stand_in(dataset), overrides)
-    del table["image_size"]
+    for name in ("image_size", *OUR_LOOPS_HPARAMS):
+        del table[name]
     return table
 
 

@@ -72,6 +72,8 @@ def _table_grid(table: Table) -> Grid:
             ("Sparsity", "sparsity", _sparsity),
             ("Parameters left", "surviving_parameters", _parameters),
             ("MACs left", "macs", _macs),
+            ("Bits", "mean_bits", _bits),
+            ("BitOPs (of 8 bits)", "bitops", _bitops),
         )
         if any(needed in row.costs for row in table.rows)
     ]
@@ -171,6 +173,14 @@ def _parameters(row: Row) -> str:
 
 def _macs(row: Row) -> str:
     return _part(row, "macs", "dense_macs")
+
+
+def _bits(row: Row) -> str:
+    return f"{row.costs['mean_bits']:.2f}" if "mean_bits" in row.costs else ABSENT
+
+
+def _bitops(row: Row) -> str:
+    return _part(row, "bitops", "bitops_8bit")
 
 
 def _part(row: Row, left: str, dense: str) -> str:

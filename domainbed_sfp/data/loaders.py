@@ -16,6 +16,7 @@ from torch import Tensor
 
 from domainbed_sfp.data import augmentation
 from domainbed_sfp.data.base import Dataset
+from domainbed_sfp.data.degradations import DegradationParameters, degrade_batch, draw_degradations
 from domainbed_sfp.seeds import seed_hash
 
 
@@ -41,6 +42,7 @@ class _Raw:
     labels: Tensor
     aligned: Tensor | None
     parameters: augmentation.AugmentationParameters | None
+    degradations: DegradationParameters | None
 
 
 class MinibatchLoader:
@@ -54,6 +56,7 @@ class MinibatchLoader:
         seed: the run's seed.
         device: where minibatches go; augmentation runs there.
         stream: names the random stream, so that two loaders of one run draw independently.
+        degrade: probability with which a sample is degraded, after augmentation.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class MinibatchLoader:
         seed: int,
         device: torch.device,
         stream: str = "train",
+        degrade: float = 0.0,
     ) -> None:
         self.dataset = dataset
         self.parts = list(parts)
@@ -72,6 +76,7 @@ class MinibatchLoader:
         self.seed = seed
         self.device = device
         self.stream = stream
+        self.degrade = degrade
         self.cumulative = [
             _balanced_weights(dataset[env_i].labels[torch.from_numpy(keys)]).cumsum() if class_balanced else None
             for env_i, keys in self.parts
@@ -112,7 +117,12 @@ class MinibatchLoader:
         if self.device.type == "cuda":
             images = images.pin_memory()
         aligned = None if environment.aligned is None else environment.aligned[picked]
-        return _Raw(images, environment.labels[picked], aligned, parameters)
+        degradations = None
+        if self.degrade:
+            # A seed of its own: what else is drawn stays as it is without degradations.
+            own_seed = seed_hash(self.seed, self.stream, env_i, step, "degrade")
+            degradations = draw_degradations(self.batch_size, self.degrade, own_seed)
+        return _Raw(images, environment.labels[picked], aligned, parameters, degradations)
 
     def _finish(self, raw: _Raw) -> Minibatch:
         x = raw.images.to(self.device, non_blocking=True)
@@ -121,6 +131,8 @@ class MinibatchLoader:
             x = augmentation.augment(x, raw.parameters, out_size=self.dataset.input_shape[1])
         elif x.dtype == torch.uint8:
             x = augmentation.normalize(x)
+        if raw.degradations is not None:
+            x = degrade_batch(x, raw.degradations, is_normalized=raw.images.dtype == torch.uint8)
         return Minibatch(x, y, raw.aligned if raw.aligned is None else raw.aligned.to(self.device))
 
 
