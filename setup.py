@@ -16,7 +16,7 @@ EXTRAS = {
     # Public archives of VLCS, PACS, OfficeHome are on Google Drive.
     "download": ["gdown>=5.2"],
     # Dead channels taken out, and ONNX files.
-    "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2", "torch>=2.5", "torch-pruning>=1.5"],
+    "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2", "torch>=2.5", "torch-pruning>=1.5"],
     # Sweeps on a SLURM cluster. Below 2: a plain command goes through a method that submitit does not promise to keep.
     "slurm": ["submitit>=1.5,<2"],
     # What an unmodified DomainBed checkout imports.

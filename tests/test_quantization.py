@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -10,6 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from domainbed_sfp import contract, hparams, registry
@@ -17,8 +22,10 @@ from domainbed_sfp.data import degradations, get_dataset_class
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, normalize
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.quantization import export
 from domainbed_sfp.quantization.bitops import BitOps, fit_shifts, starting_mean
 from domainbed_sfp.quantization.layers import Control, QuantizedLayer, run_by_width
+from domainbed_sfp.quantization.packing import pack, unpack
 from domainbed_sfp.quantization.policy import WIDTHS, Policy, log_probabilities, reinforce, straight_through
 from domainbed_sfp.quantization.quantizers import StepSizes, integer_range, lsq, to_integers
 
@@ -576,3 +583,126 @@ def test_other_algorithms_can_be_degraded_too(main, tmp_path):
         main("train", *options, "--hparams", f'{{"degrade": {degrade}}}', "--output_dir", tmp_path / degrade)
         losses.append(json.loads((tmp_path / degrade / "results.jsonl").read_text().splitlines()[-1])["loss"])
     assert losses[0] != losses[1]
+
+
+# Export -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 8), st.data())
+@settings(max_examples=60, deadline=None)
+def test_packing_round_trip(bits, data):
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    values = data.draw(st.lists(st.integers(low, high), min_size=0, max_size=40))
+    packed = pack(torch.tensor(values, dtype=torch.int16), bits)
+    assert len(packed) == -(-len(values) * bits // 8)
+    assert unpack(packed, bits, (len(values),)).tolist() == values
+
+
+def test_packing_by_hand():
+    """-2, -1, 0, 1 at two bits are 0, 1, 2, 3, lowest first: 0b11100100."""
+    assert pack(torch.tensor([-2, -1, 0, 1]), 2).tolist() == [0b11100100]
+    assert pack(torch.tensor([[-8, 7], [0, -1]]), 4).tolist() == [0xF0, 0x78]
+    with pytest.raises(ValueError, match="do not fit into 2 bits"):
+        pack(torch.tensor([2]), 2)
+    with pytest.raises(ValueError, match="do not come from"):
+        unpack(torch.zeros(2, dtype=torch.uint8), 4, (5,))
+
+
+@functools.cache
+def trained(name, **overrides):
+    """A small network after a few steps; shared by tests, which leave it as it is."""
+    overrides = {"backbone": "mnist_cnn_bn", **overrides}
+    algorithm = contract.make(name, total_steps=4, overrides=overrides)
+    contract.run(algorithm, 0, 4)
+    algorithm.prepare_evaluation(torch.cat([x for x, _ in contract.minibatches(1000 + i)]) for i in range(3))
+    return algorithm.eval()
+
+
+def images(count=4):
+    return torch.cat([x for i in range(count) for x, _ in contract.minibatches(3000 + i)])
+
+
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("UniformQuant", {"bits": 3}),
+        ("UniformQuant", {"bits": 5, "nonlinear_classifier": True}),
+        ("StaticMixedPrecision", {"backbone": "mnist_cnn"}),
+        ("DQMQ", {}),
+    ],
+)
+def test_the_integer_file_gives_the_logits(tmp_path, name, overrides):
+    algorithm = trained(name, **overrides)
+    export.save(tmp_path / "network.safetensors", algorithm)
+    network = export.load(tmp_path / "network.safetensors")
+    with torch.no_grad():
+        assert torch.equal(network(images()), algorithm.predict(images()))
+
+
+def test_file_size_falls_with_the_width(tmp_path):
+    sizes = {}
+    for bits in (2, 3, 4, 8):
+        untrained = contract.make("UniformQuant", overrides={"bits": bits})
+        export.save(tmp_path / "network.safetensors", untrained)
+        sizes[bits] = (tmp_path / "network.safetensors").stat().st_size
+    inner = 9 * 64 * 128 + 2 * 9 * 128 * 128
+    for bits in (2, 3, 4):
+        assert sizes[8] - sizes[bits] == pytest.approx(inner * (8 - bits) / 8, abs=200)
+
+
+def test_a_policys_file_holds_the_widths_in_use_alone(tmp_path):
+    algorithm = trained("DQMQ")
+    export.save(tmp_path / "network.safetensors", algorithm)
+    with safe_open(tmp_path / "network.safetensors", framework="pt") as file:
+        stored = [key for key in file.keys() if key.startswith("integers/")]  # noqa: SIM118
+    allowed = sum(int(policy.allowed.sum()) for policy in algorithm.policies().values())
+    assert len(stored) == 2 + allowed < 2 + 3 * len(WIDTHS)
+
+
+def test_files_that_are_none_of_ours(tmp_path):
+    (tmp_path / "text").write_text("no tensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    export.save(tmp_path / "network.safetensors", trained("UniformQuant", bits=3))
+    with safe_open(tmp_path / "network.safetensors", framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    del tensors["integers/0.conv2/3"]
+    save_file(tensors, tmp_path / "damaged.safetensors", metadata)
+    for name, words in (("text", "not a quantized"), ("other.safetensors", "not a quantized"), ("none", "no file"),
+                        ("damaged.safetensors", "not a whole quantized network")):  # fmt: skip
+        with pytest.raises(UserError, match=words) as raised:
+            export.load(tmp_path / name)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name, overrides",
+    [("UniformQuant", {"bits": 3}), ("StaticMixedPrecision", {"target_bitops": 0.3})],
+)
+def test_onnx_predicts_as_we_do(tmp_path, name, overrides):
+    pytest.importorskip("onnxscript", reason="the extra export is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+    algorithm = trained(name, **overrides)
+    export.save_onnx(tmp_path / "network.onnx", algorithm)
+    session = runtime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
+    ours = algorithm.predict(images()).detach()
+    theirs = torch.from_numpy(session.run(None, {"images": images().numpy()})[0])
+    assert (ours.argmax(1) == theirs.argmax(1)).float().mean() >= 0.99
+    assert (ours - theirs).abs().mean() < 1e-2 * ours.abs().mean()
+    # Integers are stored, not floating-point weights.
+    weights = sum(layer.layer.weight.numel() for layer in algorithm.layers.values())
+    assert (tmp_path / "network.onnx").stat().st_size < 0.8 * weights + 100_000
+
+
+def test_onnx_refuses_to_decide_by_sample(tmp_path):
+    pytest.importorskip("onnxscript", reason="the extra export is not installed")
+    algorithm = contract.make("DQMQ")
+    algorithm.step = contract.STEPS  # behind the stage at 8 bits
+    with pytest.raises(UserError, match="chooses bit-widths sample by sample"):
+        export.save_onnx(tmp_path / "network.onnx", algorithm)
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_names_the_extra_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'domainbed_sfp\[export\]'"):
+        export.save_onnx(tmp_path / "network.onnx", trained("UniformQuant", bits=3))
