@@ -109,6 +109,24 @@ def test_memory_format_does_not_matter():
         assert torch.allclose(one, other, atol=1e-5)
 
 
+def test_large_tensors_in_parts_give_the_same(monkeypatch):
+    from domainbed_sfp.quantization import quantizers
+
+    values, weights = torch.randn(11, 3, 4, 6), torch.randn(11, 3, 4, 6)
+    results = []
+    for limit in (10**9, 0):
+        monkeypatch.setattr(quantizers, "CACHED_VALUES", limit)
+        monkeypatch.setattr(quantizers, "CPU_CHUNK_VALUES", 200)  # of 792: in parts of two rows
+        v = values.clone().requires_grad_()
+        step = torch.linspace(0.1, 0.5, 11).requires_grad_()
+        coefficient = torch.ones(11, requires_grad=True)
+        out = lsq(v, step, torch.full((11,), -8.0), torch.full((11,), 7.0), torch.ones(11), coefficient)
+        (out * weights).sum().backward()
+        results.append((out, v.grad, step.grad, coefficient.grad))
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+
+
 def test_step_sizes_start_as_in_the_paper():
     """2 mean|v| / sqrt(Qp), one for each width; the sign is found out from the values."""
     values = torch.tensor([0.0, 1.0, 2.0, 5.0])
