@@ -1,10 +1,12 @@
-"""From a finished run to a file to deploy: dead channels gone, and logits compared before anything is written."""
+"""From a finished run to a file to deploy: dead channels gone, quantized weights packed, and logits compared before
+anything is written."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from safetensors.torch import load as tensors_of
 from torch import Tensor, nn
 
 from domainbed_sfp import __version__, networks
+from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
 from domainbed_sfp.channel_gates import gate_widths
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
@@ -29,6 +32,9 @@ FORMATS = ("safetensors", "onnx")
 TOLERANCE = 1e-4
 RANDOM_IMAGES = 8
 REAL_IMAGES = 32  # of every environment
+
+# Share of images on which ONNX's integers must predict what the simulation of training does.
+AGREEMENT = 0.99
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,12 @@ def export(
         raise UserError(f"--output {str(output)!r}: there is no folder {str(output.parent)!r}")
     if file_format == "onnx":
         _require_onnx()
-    made = compact(load_run(folder))
+    run = load_run(folder)
+    if isinstance(run.algorithm, QuantizedAlgorithm):
+        data, told = _quantized(run, run.algorithm, file_format, real_images(run, data_dir, cache_dir))
+        _write(output, data)
+        return f"{output}: {told}"
+    made = compact(run)
     if file_format == "onnx":
         data = _onnx_bytes(made)
         predict = _onnx_predictor(data)
@@ -121,13 +132,62 @@ def export(
     real = real_images(made.run, data_dir, cache_dir)
     if real is not None:
         difference = max(difference, compare(made.masked, predict, real, "real"))
+    _write(output, data)
+    compared = f"{RANDOM_IMAGES} random and {'no' if real is None else len(real)} real images"
+    within = f"logits within {difference:.1e} of the masked network's on {compared}"
+    return f"{output}: {_told(made)}; {len(data):,} bytes; {within}"
+
+
+def _write(output: Path, data: bytes) -> None:
     try:
         write_atomically(output, data)
     except OSError as error:
         raise UserError(f"--output {str(output)!r} cannot be written: {error.strerror or error}") from error
-    compared = f"{RANDOM_IMAGES} random and {'no' if real is None else len(real)} real images"
-    within = f"logits within {difference:.1e} of the masked network's on {compared}"
-    return f"{output}: {_told(made)}; {len(data):,} bytes; {within}"
+
+
+@torch.no_grad()
+def _quantized(
+    run: TrainedRun, algorithm: QuantizedAlgorithm, file_format: str, real: Tensor | None
+) -> tuple[bytes, str]:
+    """The file of a quantized run, and what there is to tell about it.
+
+    Integers with their scales give the very logits of training's simulation, and are held to it. A runtime of ONNX
+    rounds elsewhere where a value lies on the edge between two steps: there predictions must agree on AGREEMENT of the
+    images, and the difference of the logits is told.
+    """
+    from domainbed_sfp.quantization import export as quantized
+
+    random = torch.randn(RANDOM_IMAGES, *algorithm.input_shape, generator=torch.Generator().manual_seed(0))
+    images = random if real is None else torch.cat([random, real])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network"
+        if file_format == "onnx":
+            quantized.save_onnx(path, algorithm)
+            predict = _onnx_predictor(path.read_bytes())
+        else:
+            quantized.save(path, algorithm)
+            predict = quantized.load(path)
+        data = path.read_bytes()
+    exported, simulated = predict(images), algorithm.export()
+    if file_format == "onnx":
+        expected = simulated(images)
+        agreement = float((exported.argmax(1) == expected.argmax(1)).float().mean())
+        if not agreement >= AGREEMENT:
+            raise UserError(
+                f"onnxruntime's predictions agree with the simulated network's on {agreement:.1%} of {len(images)} "
+                f"images, {AGREEMENT:.0%} is asked for; nothing is written"
+            )
+        difference = float((exported - expected).abs().max())
+        compared = f"predictions agree on {agreement:.1%}, logits within {difference:.1e}"
+    else:
+        compared = f"logits within {compare(simulated, predict, images, 'the'):.1e} of the simulated network's"
+    floats = sum(4 * parameter.numel() for parameter in algorithm.deployed_parameters().values())
+    told = (
+        f"{networks.backbone_name(algorithm.input_shape, run.hparams)}, {algorithm.costs()['mean_bits']:.2f} bits on "
+        f"average; {len(data):,} bytes ({floats:,} as floats); {compared} ({RANDOM_IMAGES} random and "
+        f"{0 if real is None else len(real)} real images)"
+    )
+    return data, told
 
 
 @torch.no_grad()

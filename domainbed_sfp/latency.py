@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from domainbed_sfp import environment, listing, networks
+from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.export import compact
 from domainbed_sfp.files import write_atomically
@@ -106,7 +107,13 @@ def measure(
     if output is not None and (Path(output).is_dir() or not Path(output).parent.is_dir()):
         raise UserError(f"--output {output!r}: expected the name of a file in a folder that is there")
     device = choose_device(device_name)
-    made = compact(load_run(folder))
+    run = load_run(folder)
+    if isinstance(run.algorithm, QuantizedAlgorithm):
+        raise UserError(
+            f"run {folder!r} is quantized, which torch only simulates in floating point: there is no speed to measure "
+            "here; export it with --format onnx and time it where it will run"
+        )
+    made = compact(run)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads or before)

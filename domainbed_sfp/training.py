@@ -31,7 +31,7 @@ from domainbed_sfp.data.augmentation import normalize
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import Split, split_environment
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.pruning import accounting, mask_files, surgery
+from domainbed_sfp.pruning import accounting, mask_files
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -334,7 +334,7 @@ class _Run:
         record.update(asdict(cost))
         record.update(algorithm.costs())
         record.update(
-            exported_bytes=surgery.exported_bytes(algorithm.export(), masks),
+            exported_bytes=algorithm.exported_bytes(),
             sparsity=algorithm.sparsity(),
             final_compression=algorithm.at_final_compression(),
             standing=self.info.standing,

@@ -224,7 +224,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _train(folder: Path, **arguments: str) -> None:
     args = training.TrainArgs(dataset="FullColoredDigits", test_envs=[2], steps=9, checkpoint_freq=8)
     with contextlib.redirect_stdout(io.StringIO()):
-        training.train(replace(args, algorithm="Magnitude", output_dir=str(folder), **arguments))
+        training.train(replace(args, output_dir=str(folder), **{"algorithm": "Magnitude", **arguments}))
 
 
 def test_export_writes_what_a_plain_script_can_load(run, main, tmp_path):
@@ -280,6 +280,26 @@ def test_single_weights_are_exported_as_zeros_and_that_is_said(main, tmp_path):
     assert zeros == record["parameters"] - record["surviving_parameters"] > 100_000
     assert f"0 channels taken out; {zeros:,} masked single weights are stored as zeros" in printed
     assert sum(value.numel() * 4 for value in tensors.values()) == record["exported_bytes"]
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "onnx"])
+def test_a_quantized_run_is_exported_as_integers(file_format, main, tmp_path):
+    if file_format == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    _train(tmp_path / "run", algorithm="UniformQuant", hparams='{"bits": 4, "degraded_evaluation": false}')
+    printed = main("export", "run", "--output", "net", "--format", file_format).stdout
+    record = json.loads((tmp_path / "run" / "results.jsonl").read_text().splitlines()[-1])
+    assert "4.00 bits on average" in printed and "96 real images" in printed
+    size = (tmp_path / "net").stat().st_size
+    assert f"{size:,} bytes ({4 * record['parameters']:,} as floats)" in printed
+    if file_format == "safetensors":
+        tensors = load_file(tmp_path / "net")
+        stored = sum(value.numel() * value.element_size() for value in tensors.values())
+        assert stored == record["exported_bytes"] < size < record["parameters"]  # below a byte a weight
+    refused = main("latency", "run", check=False)
+    assert refused.returncode == 2
+    assert "is quantized, which torch only simulates" in refused.stderr
 
 
 def test_photographs_are_normalised_and_a_network_without_masks_is_whole(main, tmp_path):

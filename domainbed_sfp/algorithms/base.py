@@ -82,6 +82,12 @@ class Algorithm(nn.Module):
         """True once the model is as small as it will be: only then a checkpoint is a candidate for selection."""
         return True
 
+    def exported_bytes(self) -> int:
+        """Bytes of the tensors in the file that the command `export` writes."""
+        from domainbed_sfp.pruning import surgery
+
+        return surgery.exported_bytes(self.export(), self.masks())
+
     def export(self) -> nn.Module:
         """A plain network with the logits of `predict`, in evaluation mode and detached from this object.
 

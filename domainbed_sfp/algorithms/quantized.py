@@ -142,6 +142,12 @@ class QuantizedAlgorithm(ObjectiveAlgorithm):
         bits, bitops = self._taken({}, 0)
         return {"bitops": bitops, "bitops_8bit": float(self.bitops.at_8_bits), "mean_bits": bits}
 
+    def exported_bytes(self) -> int:
+        from domainbed_sfp.quantization import export
+
+        tensors = export.stored_tensors(self.export())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
     def export(self) -> nn.Module:
         self.control.mode = self.evaluation_mode()
         return deploy(self.network, self.control)

@@ -50,21 +50,16 @@ ONNX_OPSET = 21
 def save(path: str | os.PathLike[str], algorithm: QuantizedAlgorithm) -> None:
     """Writes the network of `algorithm` as packed integers; see the module's text."""
     network = algorithm.export()
-    layers = deployed_layers(network)
-    packed = {f"{name}.{part}" for name in layers for part in ("integers", "layer.weight")}
-    state = network.state_dict()
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if name not in packed}
-    described = {}
-    for name, layer in layers.items():
-        for integers, bits in zip(layer.integers, layer.widths):
-            tensors[f"{INTEGERS}{name}/{bits}"] = pack(integers, bits)
-        described[name] = {
+    described = {
+        name: {
             "shape": list(layer.integers.shape[1:]),
             "widths": list(layer.widths),
             "signed_input": layer.signed,
             "quantizes_input": layer.input_steps is not None,
             "has_policy": layer.policy is not None,
         }
+        for name, layer in deployed_layers(network).items()
+    }
     header: dict[str, Any] = {
         "format": FORMAT,
         "input_shape": list(algorithm.input_shape),
@@ -77,7 +72,19 @@ def save(path: str | os.PathLike[str], algorithm: QuantizedAlgorithm) -> None:
         # Not part of a state dict, and in timm's networks a property of the weights.
         header["input_scale"] = featurizer.input_scale.flatten().tolist()
         header["input_shift"] = featurizer.input_shift.flatten().tolist()
-    write_atomically(path, save_tensors(tensors, metadata={KEY: json.dumps(header)}))
+    write_atomically(path, save_tensors(stored_tensors(network), metadata={KEY: json.dumps(header)}))
+
+
+def stored_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a deployed network as `save` stores them, by name: packed integers, and the rest in float32."""
+    layers = deployed_layers(network)
+    packed = {f"{name}.{part}" for name in layers for part in ("integers", "layer.weight")}
+    state = network.state_dict()
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if name not in packed}
+    for name, layer in layers.items():
+        for integers, bits in zip(layer.integers, layer.widths):
+            tensors[f"{INTEGERS}{name}/{bits}"] = pack(integers, bits)
+    return tensors
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
