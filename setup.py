@@ -61,6 +61,7 @@ setup(
     package_data={
         "domainbed_sfp": ["py.typed"],
         "domainbed_sfp.data": ["domain_net.txt"],
+        "domainbed_sfp.leaderboard": ["page.html", "page.css", "page.js"],
         "domainbed_sfp.published_rows": ["published.csv"],
         "domainbed_sfp.specs": ["*.yaml"],
     },

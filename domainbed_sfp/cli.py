@@ -373,7 +373,7 @@ def _submit(args: argparse.Namespace) -> int:
 
 
 def _add_leaderboard(commands: argparse._SubParsersAction) -> None:
-    text = "validate a bundle, or add it to the entries"
+    text = "validate a bundle, add it to the entries, or build the page of all entries"
     actions = commands.add_parser("leaderboard", help=text, description=text).add_subparsers(
         dest="action", required=True, metavar="ACTION"
     )
@@ -391,12 +391,22 @@ def _add_leaderboard(commands: argparse._SubParsersAction) -> None:
         )
         parser.add_argument("--data_dir", help="of the data sets, for --rerun")
         _add_cache_dir(parser)
+    build = _add(actions, "build", "render the entries as a page and as tables", _leaderboard_build)
+    build.add_argument("--entries_dir", default="results/entries", help="default: %(default)s")
+    build.add_argument("--output_dir", default="leaderboard", help="default: %(default)s")
+    build.add_argument("--format", nargs="+", metavar="FORMAT", help="html, markdown, latex, csv, json; default: all")
 
 
 def _leaderboard(args: argparse.Namespace) -> int:
     from domainbed_sfp.leaderboard import commands
 
     return {"validate": commands.validate, "add": commands.add}[args.action](args)
+
+
+def _leaderboard_build(args: argparse.Namespace) -> int:
+    from domainbed_sfp.leaderboard import page
+
+    return page.run(args)
 
 
 def _add_slots(parser: argparse.ArgumentParser) -> None:

@@ -52,7 +52,7 @@ def grids_of(report: Report) -> list[Grid]:
 
 def magnitude(number: float) -> str:
     """A count in three digits with a unit: 11_176_512 as "11.2M"."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         scaled = number / size
         if scaled >= 0.9995:
             decimals = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0

@@ -17,7 +17,7 @@ from .tables import Cell, Report, Table, average_of, tested_environments
 AVERAGE = "average"
 
 # BitOPs of a multiply-accumulate in single precision.
-_FP32_BITOPS = 32 * 32
+FP32_BITOPS = 32 * 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def front_points(report: Report) -> tuple[list[FrontPoint], list[str]]:
             average = average_of([row.cells[env] for env in tested])
             cost = row.costs.get(name)
             if cost is None and name == "bitops" and "macs" in row.costs:
-                cost = row.costs["macs"] * _FP32_BITOPS  # it quantizes nothing
+                cost = row.costs["macs"] * FP32_BITOPS  # it quantizes nothing
             if cost is None:
                 without_cost.append(row.label)
             elif average is None:
