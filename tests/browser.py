@@ -21,7 +21,8 @@ def find_browser() -> str | None:
 
 
 class Browser:
-    """One page. `messages` collects what went to the console, `requests` the addresses that the page asked for."""
+    """One page. `messages` collects what went to the console, `requests` the addresses that the page asked for,
+    `blocked` those of them that its content security policy stopped."""
 
     def __init__(self, executable: str, profile: Path) -> None:
         to_child, self._write = os.pipe()
@@ -47,10 +48,13 @@ class Browser:
         self._loaded = False
         self.messages: list[str] = []
         self.requests: list[str] = []
+        self.blocked: list[str] = []
+        self._addresses: dict[str, str] = {}
         (target,) = [one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page"]
         self._session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """A command of the protocol and its result."""
@@ -74,6 +78,7 @@ class Browser:
             self._notice(self._next(time.monotonic() + 60))
         self.messages.clear()
         self.requests.clear()
+        self.blocked.clear()
         self._loaded = False
         self.call("Page.navigate", url=address)
         while not self._loaded:
@@ -133,6 +138,9 @@ class Browser:
             self._loaded = True
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
+            self._addresses[params["requestId"]] = params["request"]["url"]
+        elif method == "Network.loadingFailed" and params.get("blockedReason") == "csp":
+            self.blocked.append(self._addresses[params["requestId"]])
         elif method == "Runtime.consoleAPICalled":
             self.messages.append(f"{params['type']}: {params['args']}")
         elif method == "Runtime.exceptionThrown":

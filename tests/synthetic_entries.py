@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import replace
 from statistics import mean, stdev
@@ -116,6 +117,7 @@ def entry(
     return replace(made, **changes)
 
 
+@functools.cache
 def many() -> list[Entry]:
     """25 methods on three data sets; the open track on one; one entry that replaced another."""
     found = [entry(dataset, method) for dataset in ENVIRONMENTS for method in METHODS]
