@@ -189,8 +189,19 @@ def test_an_average_is_never_over_fewer_environments(tmp_path, table, collect):
     (row,) = only["rows"]
     assert accuracies(row) == [60.0, None]
     assert row["average"]["accuracy"] is None and row["worst"]["accuracy"] is None
-    assert "No job of this sweep has env1 as its test environment." in only["notes"]
+    said = "No job of this sweep has env1 as its test environment; no average is taken over fewer environments."
+    assert said in only["notes"]
     _, out, _ = collect("--input_dir", tmp_path)
+    assert "| Algorithm |       env0 | Trials |" in out and "| ERM       | 60.0 ± 5.8 |      3 |" in out
+    assert "Average" not in out and "Worst" not in out
+
+
+def test_an_environment_whose_jobs_are_missing_stays_in_the_table(tmp_path, collect):
+    three_trials(tmp_path)
+    for trial in range(3):
+        (tmp_path / f"b{trial}" / "done").unlink(missing_ok=True)
+    _, out, _ = collect("--input_dir", tmp_path)
+    assert "| Algorithm |       env0 | env1 | Average | Worst | Trials |" in out
     assert "| ERM       | 60.0 ± 5.8 |    X |       X |     X |    0-3 |" in out
 
 
@@ -726,7 +737,7 @@ def test_markdown(compressed, collect):
         (999_999, "1.00M"),
         (11_176_512, "11.2M"),
         (1_817_500_000, "1.82G"),
-        (3.2e12, "3200G"),
+        (3.2e12, "3.20T"),
     ],
 )
 def test_counts_have_three_digits(number, text):

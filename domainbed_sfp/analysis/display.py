@@ -77,24 +77,26 @@ def _table_grid(table: Table) -> Grid:
         )
         if any(needed in row.costs for row in table.rows)
     ]
+    shown = _shown_environments(table)
+    summaries = ("Average", "Worst") if len(shown) == len(table.environments) else ()
     header = (
         "Algorithm",
-        *table.environments,
-        "Average",
-        "Worst",
+        *(table.environments[env] for env in shown),
+        *summaries,
         "Trials",
         *(name for name, _ in cost_columns),
     )
-    worst = [None if row.worst is None else row.cells[row.worst] for row in table.rows]
-    columns = [_cells([row.cells[env] for row in table.rows], table.rows) for env in range(len(table.environments))]
-    columns.append(_cells([row.average for row in table.rows], table.rows))
-    columns.append(
-        [
-            Shown(f"{one.text} ({table.environments[row.worst]})", one.emphasis) if row.worst is not None else one
-            for one, row in zip(_cells(worst, table.rows, error=False), table.rows)
-        ]
-    )
-    columns.append([Shown(_trials(row)) for row in table.rows])
+    columns = [_cells([row.cells[env] for row in table.rows], table.rows) for env in shown]
+    if summaries:
+        worst = [None if row.worst is None else row.cells[row.worst] for row in table.rows]
+        columns.append(_cells([row.average for row in table.rows], table.rows))
+        columns.append(
+            [
+                Shown(f"{one.text} ({table.environments[row.worst]})", one.emphasis) if row.worst is not None else one
+                for one, row in zip(_cells(worst, table.rows, error=False), table.rows)
+            ]
+        )
+    columns.append([Shown(_trials(row, shown)) for row in table.rows])
     columns += [[Shown(show(row)) for row in table.rows] for _, show in cost_columns]
     labels = [Shown(_label(row)) for row in table.rows]
     return Grid(
@@ -105,6 +107,16 @@ def _table_grid(table: Table) -> Grid:
         table.protocol.line(),
         (*_legend(table), *table.notes),
     )
+
+
+def _shown_environments(table: Table) -> list[int]:
+    """Those that the sweep tests; all of them where published rows have results in others."""
+    shown = [
+        env
+        for env in range(len(table.environments))
+        if env in table.planned or any(row.cells[env] is not None for row in table.rows)
+    ]
+    return shown or list(range(len(table.environments)))
 
 
 def _averages_grid(averages: Averages) -> Grid:
@@ -156,10 +168,10 @@ def _label(row: Row) -> str:
     return daggered(row.label, row.standing)
 
 
-def _trials(row: Row) -> str:
+def _trials(row: Row, shown: Sequence[int]) -> str:
     if row.published is not None:
         return ABSENT
-    counts = sorted({0 if cell is None else cell.trials or 0 for cell in row.cells})
+    counts = sorted({0 if cell is None else cell.trials or 0 for cell in (row.cells[env] for env in shown)})
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
 
 
@@ -194,7 +206,7 @@ def _part(row: Row, left: str, dense: str) -> str:
 
 def _legend(table: Table) -> list[str]:
     measured = [row for row in table.rows if row.published is None]
-    cells = [cell for row in measured for cell in row.cells]
+    cells = [row.cells[env] for row in measured for env in _shown_environments(table)]
     notes = ["Accuracy in percent ± standard error over trials (sample standard deviation / sqrt(n))."]
     if any(cell is not None and cell.std_err is None for cell in cells):
         notes.append(f"{ABSENT} in place of a standard error: n=1, a single trial has none.")

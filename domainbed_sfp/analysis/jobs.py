@@ -87,7 +87,8 @@ def label_methods(methods: Iterable[Method]) -> dict[Method, str]:
     """Names for the rows of one data set, in the order of the table.
 
     An algorithm seen with one set of settings goes by its name; otherwise the settings that differ are added,
-    as in `Magnitude (sparsity=0.3)`. DomainBed's algorithms come first, in its order.
+    as in `Magnitude (sparsity=0.3)`, where they were given: by its bare name goes the row that has the defaults of all
+    of them. DomainBed's algorithms come first, in its order.
     """
     by_algorithm: dict[str, set[Method]] = {}
     for method in methods:
@@ -98,7 +99,8 @@ def label_methods(methods: Iterable[Method]) -> dict[Method, str]:
         names = sorted({name for values in settings.values() for name in values})
         differing = [name for name in names if len({values.get(name) for values in settings.values()}) > 1]
         for method in sorted(settings, key=lambda method: _sort_key(settings[method], differing)):
-            shown = [name + "=" + settings[method].get(name, "default").strip('"') for name in differing]
+            own = settings[method]
+            shown = [name + "=" + own[name].strip('"') for name in differing if name in own]
             labels[method] = f"{algorithm} ({', '.join(shown)})" if shown else algorithm
     return labels
 

@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One data set under one selection rule."""
+    """One data set under one selection rule. `planned`: the environments that some job of the sweep holds out."""
 
     dataset: str
     rule: Rule
@@ -63,6 +63,7 @@ class Table:
     rows: tuple[Row, ...]
     protocol: Protocol
     notes: tuple[str, ...]
+    planned: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,15 +175,18 @@ def _table(
     relevant = {job: why for job, why in missing.items() if rule.needs_pairs or len(job.test_envs) == 1}
     protocol = protocol_of(runs, rule)
     notes = protocol.warnings() + explain_missing(relevant, labels, environments)
-    tested = {job.test_envs[0] for job in [*runs, *missing] if len(job.test_envs) == 1}
-    untested = [name for env, name in enumerate(environments) if env not in tested]
-    if untested:
-        notes.append(f"No job of this sweep has {' or '.join(untested)} as its test environment.")
+    planned = frozenset(job.test_envs[0] for job in [*runs, *missing] if len(job.test_envs) == 1)
+    left_out = [name for env, name in enumerate(environments) if env not in planned]
+    if left_out:
+        notes.append(
+            f"No job of this sweep has {' or '.join(left_out)} as its test environment; no average is taken over fewer "
+            "environments."
+        )
     if published is not None:
         matching, said = matching_rows(published, dataset, rule, protocol, environments)
         rows += [_published_row(row) for row in matching]
         notes += said
-    return Table(dataset, rule, environments, tuple(rows), protocol, tuple(notes))
+    return Table(dataset, rule, environments, tuple(rows), protocol, tuple(notes), planned)
 
 
 def _row(label: str, method: Method, rule: Rule, runs: dict[Job, Run], environments: int) -> Row:
