@@ -125,7 +125,7 @@ def _averages_grid(averages: Averages) -> Grid:
     means = [None if row.mean is None else Cell(row.mean, None, None) for row in rows]
     columns.append(_cells(means, None, error=False))
     labels = [Shown(daggered(row.label, row.standing)) for row in rows]
-    notes = ["The protocol and the missing jobs of each data set stand under its own table."]
+    notes = ["The protocol and the missing jobs of each data set stand under its own table.", *averages.notes]
     if any(row.mean is None for row in rows):
         notes.append(f"{MISSING}: a test environment of the data set has no result.")
     if any(row.standing == RECONSTRUCTION for row in rows):

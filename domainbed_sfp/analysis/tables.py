@@ -80,11 +80,13 @@ class AverageRow:
 @dataclass(frozen=True, slots=True)
 class Averages:
     """Over data sets, under one selection rule: `rows` holds (label, cell per data set, mean of the
-    cells)."""
+    cells). A data set's cell is the average over the environments that the sweep tests; `notes` name them where they
+    are not all."""
 
     rule: Rule
     datasets: tuple[str, ...]
     rows: tuple[AverageRow, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +250,17 @@ def _averages(rule: Rule, tables: Sequence[Table]) -> Averages:
     for row in (row for table in tables for row in table.rows if row.published is None):
         rows.setdefault(row.label, []).append(row)
     by_dataset = {
-        (row.label, table.dataset): row.average for table in tables for row in table.rows if row.published is None
+        (row.label, table.dataset): average_of([row.cells[env] for env in sorted(table.planned)])
+        for table in tables
+        for row in table.rows
+        if row.published is None and table.planned
     }
+    notes = [
+        f"{table.dataset}: over {', '.join(table.environments[env] for env in sorted(table.planned))} alone, which is "
+        "what the sweep tests."
+        for table in tables
+        if 0 < len(table.planned) < len(table.environments)
+    ]
     datasets = tuple(table.dataset for table in tables)
     averaged = []
     for label, of_label in sorted(rows.items(), key=lambda item: algorithm_order(item[1][0].algorithm)):
@@ -257,7 +268,7 @@ def _averages(rule: Rule, tables: Sequence[Table]) -> Averages:
         known = [cell.accuracy for cell in cells if cell is not None]
         mean = float(np.mean(known)) if len(known) == len(cells) else None
         averaged.append(AverageRow(label, _standing(row.standing for row in of_label), cells, mean))
-    return Averages(rule, datasets, tuple(averaged))
+    return Averages(rule, datasets, tuple(averaged), tuple(notes))
 
 
 def _standing(standings: Iterable[str | None]) -> str | None:
