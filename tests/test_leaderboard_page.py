@@ -289,6 +289,12 @@ def test_history_is_reachable(built):
     assert "GroupDRO on PACS" in alone and "ef" * 32 in alone
 
 
+def test_the_package_has_the_page():
+    setup = (Path(__file__).parents[1] / "setup.py").read_text()
+    files = [file.name for file in Path(page.__file__).parent.iterdir() if file.suffix in (".html", ".css", ".js")]
+    assert len(files) == 3 and all(f'"{name}"' in setup for name in files)
+
+
 # texts of strangers -------------------------------------------------------------------------------------------------
 
 PAYLOADS = (
@@ -454,7 +460,7 @@ def test_filters_and_search(opened):
         wanted = shown(keeps)
         assert sorted(browser.run(SHOWN)) == wanted and wanted, name
         told = browser.run("document.getElementById('count').textContent")
-        assert told.startswith(f"{len(wanted)} of {2 * len(CURRENT)} rows shown, in ")
+        assert told.startswith(f"{len(wanted)} of {2 * len(CURRENT)} rows shown, in ") and f": {value}" in told
         choose(browser, name, "")
     choose(browser, "rule", "")
     assert sorted(browser.run(SHOWN)) == shown(rule=None)

@@ -123,7 +123,10 @@
       tables += shown > 0;
     }
     document.getElementById("nothing").hidden = rows > 0;
-    document.getElementById("count").textContent = `${rows} of ${plural(total, "row")} shown, in ${plural(tables, "table")}`;
+    const narrowed = fields.filter((field) => field.name !== "cost" && field.value !== "")
+      .map((field) => `${field.labels[0].firstChild.textContent.trim()}: ${field.value}`);
+    document.getElementById("count").textContent = `${rows} of ${plural(total, "row")} shown, in ${plural(tables, "table")}.`
+      + (narrowed.length ? ` ${narrowed.join("; ")}.` : "");
     nameExpandButton();
     drawAll();
   };
