@@ -193,8 +193,8 @@ def _check_names(report: Report, names: Sequence[str], exclude: Sequence[str]) -
     for name in exclude:
         if name not in labels and name not in algorithms:
             raise unknown_name("--exclude row", name, dict.fromkeys([*labels, *algorithms]))
-        if name in names:
-            raise UserError(f"{name!r} is in both --compare and --exclude; expected it in one of them")
+        if {row.label for row in rows if name in (row.label, row.algorithm)} == {names[0]}:
+            raise UserError(f"--exclude {name!r} is the row that --compare is about; expected others")
 
 
 def _compare_in(
