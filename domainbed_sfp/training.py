@@ -275,8 +275,7 @@ class _Run:
                 with self.stop.postponed():
                     self._update()
                     self.update_is_done = True
-            is_recorded = bool(self.records) and self.records[-1]["step"] == self.step
-            if self._is_checkpoint(self.step) and not is_recorded:
+            if self._is_checkpoint(self.step) and not self._is_recorded():
                 self._record()
                 last_line = time.monotonic()
             elif time.monotonic() - last_line > (TERMINAL_INTERVAL if sys.stderr.isatty() else LOG_INTERVAL):
@@ -320,6 +319,23 @@ class _Run:
 
     def _record(self) -> None:
         """Evaluates, and appends the record of this step."""
+        buffers = {name: value.clone() for name, value in self.algorithm.named_buffers()}
+        try:
+            record = self._measure()
+            with self.stop.postponed():
+                self.records.append(record)
+                self.metrics.clear()
+                self._print_row(record)
+        except Interrupted:
+            if not self._is_recorded():
+                # The run that continues prepares this evaluation again, and must find what this one found.
+                with torch.no_grad():
+                    for name, value in self.algorithm.named_buffers():
+                        value.copy_(buffers[name])
+            raise
+
+    def _measure(self) -> dict[str, Any]:
+        """The record of this step."""
         algorithm, args = self.algorithm, self.args
         record: dict[str, Any] = {"step": self.step, "epoch": self.step / self._steps_per_epoch()}
         record.update({name: float(np.mean(values)) for name, values in self.metrics.items()})
@@ -354,10 +370,10 @@ class _Run:
             record["granularity"] = self.hparams["granularity"]
         if masks and record["final_compression"]:
             record["masks"] = mask_files.keep(self.output_dir / mask_files.FOLDER, masks)
-        with self.stop.postponed():
-            self.records.append(record)
-            self.metrics.clear()
-            self._print_row(record)
+        return record
+
+    def _is_recorded(self) -> bool:
+        return bool(self.records) and self.records[-1]["step"] == self.step
 
     def _recalibration_batches(self) -> Iterator[torch.Tensor]:
         """Training images from a stream of their own: what evaluation needs must not move training's."""
@@ -517,6 +533,7 @@ def evaluate(algorithm: Algorithm, dataset: Dataset, splits: list[Split], device
     environments as well, so its `env*_out_acc` of those are a little lower and noisy.
     """
     algorithm.eval()
+    algorithm.measurements()  # of what was predicted before, as for counting its operations, nothing belongs here
     accuracies = {}
     for env_i, split in enumerate(splits):
         correct = torch.cat(

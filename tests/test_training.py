@@ -136,13 +136,21 @@ def test_sigterm_during_preparation_stops_at_once(tmp_path):
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors, errors
 
 
-@pytest.mark.parametrize("moment", ["evaluate", "_print_row", "_update", "_save_checkpoint"])
-def test_a_stop_at_any_moment_loses_and_repeats_nothing(tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize(
+    "algorithm, moment",
+    [
+        *(("Magnitude", moment) for moment in ("evaluate", "_print_row", "_update", "_save_checkpoint")),
+        # Its widths of evaluation are fitted before each one, and begin from those of the last.
+        ("DQMQ", "evaluate"),
+    ],
+)
+def test_a_stop_at_any_moment_loses_and_repeats_nothing(tmp_path, monkeypatch, algorithm, moment):
     """SIGTERM while a step is computed, evaluated, recorded or saved: the records end as those of an undisturbed run."""
     from domainbed_sfp import training
 
-    arguments = {"dataset": "FullColoredDigits", "algorithm": "Magnitude", "test_envs": [2], "checkpoint_freq": 5,
-                 "steps": 11, "skip_model_save": True}  # fmt: skip
+    own = {"backbone": "mnist_cnn_bn", "policy_lr": 0.1, "batch_size": 16} if algorithm == "DQMQ" else {}
+    arguments = {"dataset": "FullColoredDigits", "algorithm": algorithm, "test_envs": [2], "checkpoint_freq": 5,
+                 "steps": 11, "skip_model_save": True, "hparams": json.dumps(own)}  # fmt: skip
     training.train(training.TrainArgs(**arguments, output_dir=str(tmp_path / "whole")))
     place = training if moment == "evaluate" else training._Run
     plain, calls = getattr(place, moment), []

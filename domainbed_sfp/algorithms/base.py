@@ -53,7 +53,8 @@ class Algorithm(nn.Module):
 
     def prepare_evaluation(self, batches: Iterable[Tensor]) -> None:
         """Called in training mode before each evaluation with training images (an iterable of [N, C, H, W], read only
-        if it is iterated). Does nothing by default. DomainBed's own loop does not call it."""
+        if it is iterated). Does nothing by default; what it changes must be buffers, which an evaluation that is
+        interrupted and made again finds as they were. DomainBed's own loop does not call it."""
 
     def measurements(self) -> dict[str, float]:
         """What the algorithm has measured of the samples that `predict` has seen in evaluation mode since the last
