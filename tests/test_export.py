@@ -282,15 +282,20 @@ def test_single_weights_are_exported_as_zeros_and_that_is_said(main, tmp_path):
     assert sum(value.numel() * 4 for value in tensors.values()) == record["exported_bytes"]
 
 
-@pytest.mark.parametrize("file_format", ["safetensors", "onnx"])
-def test_a_quantized_run_is_exported_as_integers(file_format, main, tmp_path):
+@pytest.mark.parametrize(
+    "algorithm, file_format",
+    [("UniformQuant", "safetensors"), ("UniformQuant", "onnx"), ("StaticMixedPrecision", "safetensors")],
+)
+def test_a_quantized_run_is_exported_as_integers(algorithm, file_format, main, tmp_path):
     if file_format == "onnx":
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
-    _train(tmp_path / "run", algorithm="UniformQuant", hparams='{"bits": 4, "degraded_evaluation": false}')
+    own = {"bits": 4} if algorithm == "UniformQuant" else {}
+    _train(tmp_path / "run", algorithm=algorithm, hparams=json.dumps({**own, "degraded_evaluation": False}))
     printed = main("export", "run", "--output", "net", "--format", file_format).stdout
     record = json.loads((tmp_path / "run" / "results.jsonl").read_text().splitlines()[-1])
-    assert "4.00 bits on average" in printed and "96 real images" in printed
+    assert f"{record['mean_bits']:.2f} bits on average" in printed and "96 real images" in printed
+    assert record["mean_bits"] == 4 if algorithm == "UniformQuant" else 2 <= record["mean_bits"] < 8
     size = (tmp_path / "net").stat().st_size
     assert f"{size:,} bytes ({4 * record['parameters']:,} as floats)" in printed
     if file_format == "safetensors":

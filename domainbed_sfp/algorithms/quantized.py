@@ -145,8 +145,7 @@ class QuantizedAlgorithm(ObjectiveAlgorithm):
     def exported_bytes(self) -> int:
         from domainbed_sfp.quantization import export
 
-        tensors = export.stored_tensors(self.export())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return export.stored_bytes(self.export())
 
     def export(self) -> nn.Module:
         self.control.mode = self.evaluation_mode()
@@ -278,6 +277,14 @@ class PolicyQuantization(QuantizedAlgorithm):
             policy.allowed.copy_(used > 0)
         self.calibrated = self._taken(trace, 0)
         self.train()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "calibrated": list(self.calibrated)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        # Runs of an earlier version did not keep it.
+        self.calibrated = tuple(state.get("calibrated", self.calibrated))
 
     def costs(self) -> dict[str, float]:
         bits, bitops = self.calibrated if self.at_final_compression() else self._taken({}, 0)

@@ -31,7 +31,7 @@ from domainbed_sfp.errors import UserError
 from domainbed_sfp.files import write_atomically
 from domainbed_sfp.quantization.deployment import DeployedLayer
 from domainbed_sfp.quantization.layers import input_features
-from domainbed_sfp.quantization.packing import pack, unpack
+from domainbed_sfp.quantization.packing import pack, packed_bytes, unpack
 from domainbed_sfp.quantization.policy import Policy
 
 if TYPE_CHECKING:
@@ -77,14 +77,27 @@ def save(path: str | os.PathLike[str], algorithm: QuantizedAlgorithm) -> None:
 
 def stored_tensors(network: nn.Module) -> dict[str, Tensor]:
     """The tensors of a deployed network as `save` stores them, by name: packed integers, and the rest in float32."""
-    layers = deployed_layers(network)
-    packed = {f"{name}.{part}" for name in layers for part in ("integers", "layer.weight")}
-    state = network.state_dict()
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if name not in packed}
-    for name, layer in layers.items():
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _unpacked(network).items()}
+    for name, layer in deployed_layers(network).items():
         for integers, bits in zip(layer.integers, layer.widths):
             tensors[f"{INTEGERS}{name}/{bits}"] = pack(integers, bits)
     return tensors
+
+
+def stored_bytes(network: nn.Module) -> int:
+    """Bytes of `stored_tensors`, without packing anything: records ask at each evaluation."""
+    plain = sum(value.numel() * value.element_size() for value in _unpacked(network).values())
+    return plain + sum(
+        packed_bytes(layer.integers[0].numel(), bits)
+        for layer in deployed_layers(network).values()
+        for bits in layer.widths
+    )
+
+
+def _unpacked(network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a deployed network that are stored as they are."""
+    packed = {f"{name}.{part}" for name in deployed_layers(network) for part in ("integers", "layer.weight")}
+    return {name: value for name, value in network.state_dict().items() if name not in packed}
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:

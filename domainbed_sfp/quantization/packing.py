@@ -23,10 +23,15 @@ def pack(integers: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(np.packbits(single.astype(np.uint8).reshape(-1), bitorder="little"))
 
 
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` integers of `bits` bits take."""
+    return -(-count * bits // 8)
+
+
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     """The int8 integers that `pack` was given. Raises ValueError where `packed` has another length."""
     count = int(np.prod(shape))
-    if packed.dtype != torch.uint8 or packed.shape != (-(-count * bits // 8),):
+    if packed.dtype != torch.uint8 or packed.shape != (packed_bytes(count, bits),):
         raise ValueError(f"{count} integers of {bits} bits do not come from {packed.dtype} {tuple(packed.shape)}")
     single = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
     values = (single.astype(np.int64) << np.arange(bits)).sum(1) - 2 ** (bits - 1)
