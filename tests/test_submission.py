@@ -130,6 +130,24 @@ def test_a_bundle_holds_records_masks_and_sums_and_no_paths(made, sweep):
     assert size < sum(mask.numel() for mask in masks.values()) / 8 + 4000
 
 
+def test_a_quantized_row_with_its_degraded_evaluation(tmp_path):
+    spec = SweepSpec(
+        [DATASET], ["UniformQuant"], n_hparams=1, n_trials=1, steps=2, checkpoint_freq=1, test_envs=[[0]],
+        hparams={"batch_size": 8}, skip_model_save=True,
+    )  # fmt: skip
+    (job,) = make_jobs(spec, None)
+    directory = SweepDirectory(tmp_path / "sweep")
+    directory.register([job])
+    with contextlib.redirect_stdout(io.StringIO()):
+        training.train(job.train_args(None, directory.job_dir(job), skip_model_save=True))
+    assert submit(str(tmp_path / "sweep"), "UniformQuant", str(tmp_path / "bundle")).tier == "records-verified"
+    (file,) = runs(tmp_path / "bundle")
+    assert len(json.loads(file.read_text().splitlines()[-1])["env0_degraded"]) == 26
+    edit(file, lambda record: record["env0_degraded"][3].update(accuracy=1.5), slice(-1, None))
+    resum(tmp_path / "bundle")
+    assert_told(tmp_path / "bundle", name_of(file), "line 2.env0_degraded[3].accuracy", "at most 1", "1.5")
+
+
 def test_the_numbers_are_those_of_the_table(main, made, sweep):
     table = json.loads(main("collect", "--input_dir", sweep, "--format", "json").stdout)
     claimed = json.loads((made / "submission.json").read_text())["datasets"][DATASET]["results"]

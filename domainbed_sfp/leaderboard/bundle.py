@@ -102,6 +102,23 @@ _NEWER_ARGS: dict[str, Any] = {
 }
 ARGS_SCHEMA = object_of({**_KNOWN_ARGS, **_NEWER_ARGS}, optional=tuple(_NEWER_ARGS))
 
+# The finished model on degraded copies of a test environment; what else is there, the method has measured.
+_DEGRADED = list_of(
+    {
+        **object_of(
+            {
+                "accuracy": entries.FRACTION,
+                "degradation": entries.TEXT,
+                "samples": entries.COUNT,
+                "severity": entries.COUNT,
+            }
+        ),
+        "additionalProperties": _NUMBER_OR_NULL,
+        "maxProperties": 100,
+    },
+    maxItems=1000,
+)
+
 # Whatever else a method logs is a number.
 RECORD_SCHEMA: dict[str, Any] = {
     **object_of(
@@ -128,7 +145,7 @@ RECORD_SCHEMA: dict[str, Any] = {
         },
         optional=("granularity", "masks"),
     ),
-    "patternProperties": {r"^env\d+_(in|out|uda)_acc$": entries.FRACTION},
+    "patternProperties": {r"^env\d+_(in|out|uda)_acc$": entries.FRACTION, r"^env\d+_degraded$": _DEGRADED},
     "additionalProperties": _NUMBER_OR_NULL,
 }
 
