@@ -566,7 +566,7 @@ def evaluate_degraded(algorithm: Algorithm, dataset: Dataset, env_i: int, device
         x = clean
         if severity:
             x = degradations.degraded_copy(clean, kind, severity, is_photographic, seed_hash(kind, severity))
-        accuracy = _is_correct(algorithm.predict(x), y).float().mean().item()
+        accuracy = int(_is_correct(algorithm.predict(x), y).sum()) / len(y)
         case = {"degradation": kind, "severity": severity, "samples": len(y), "accuracy": accuracy}
         results.append({**case, **algorithm.measurements()})
     algorithm.train()
