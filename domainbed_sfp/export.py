@@ -16,6 +16,7 @@ from safetensors.torch import load as tensors_of
 from torch import Tensor, nn
 
 from domainbed_sfp import __version__, networks
+from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
 from domainbed_sfp.channel_gates import gate_widths
 from domainbed_sfp.data import get_dataset_class
@@ -57,9 +58,12 @@ class Compact:
 def compact(run: TrainedRun) -> Compact:
     """Takes the dead channels out of a run's network.
 
-    Raises UserError where masks are of another network, or torch-pruning is needed and cannot do it.
+    Raises UserError where the algorithm has no export, masks are of another network, or torch-pruning is needed and
+    cannot do it.
     """
     algorithm, shape = run.algorithm, run.algorithm.input_shape
+    if type(algorithm).export is Algorithm.export:
+        raise UserError(f"algorithm {run.args['algorithm']} defines no export(): there is no plain network to take")
     masked, masks = algorithm.export().requires_grad_(False), algorithm.masks()
     network, dead = surgery.remove_channels(masked, masks, shape)
     network.requires_grad_(False)
@@ -213,7 +217,9 @@ def real_images(run: TrainedRun, data_dir: str | None, cache_dir: str | None) ->
     dataset_class = get_dataset_class(run.args["dataset"])
     if data_dir is None and not dataset_class.EMBEDDED:
         return None
-    dataset = dataset_class.build(data_dir, run.hparams, run.args["seed"], Path(cache_dir) if cache_dir else None)
+    # Records of DomainBed's own loop, whose loaders fix the size, do not say it.
+    hparams = {"image_size": run.algorithm.input_shape[-1], **run.hparams}
+    dataset = dataset_class.build(data_dir, hparams, run.args["seed"], Path(cache_dir) if cache_dir else None)
     if dataset.input_shape != run.algorithm.input_shape:
         raise UserError(f"images have shape {dataset.input_shape}, the run's had {run.algorithm.input_shape}")
     cpu = torch.device("cpu")

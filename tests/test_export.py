@@ -321,6 +321,9 @@ def test_photographs_are_normalised_and_a_network_without_masks_is_whole(main, t
     assert "no real images" in main("export", "run", "--output", "net.safetensors").stdout
     printed = main("export", "run", "--output", "net.safetensors", "--data_dir", "tree").stdout
     assert " 0 channels taken out" in printed and "16 real images" in printed
+    # As DomainBed's own loop saves it, whose hparams do not say the size.
+    _edit_model(model_hparams=lambda hparams: {k: v for k, v in hparams.items() if k != "image_size"})(tmp_path / "run")
+    assert "16 real images" in main("export", "run", "--output", "net.safetensors", "--data_dir", "tree").stdout
     description = exported.read_description(tmp_path / "net.safetensors")
     assert description.normalization == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     x = images(32)
