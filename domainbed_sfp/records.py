@@ -9,7 +9,8 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     final_compression      whether this checkpoint is compressed as far as the run goes; absent means yes
     masks                  digest of the final masks, the name of their file in the run's folder masks/
     parameters, surviving_parameters, dense_macs, macs
-    exported_bytes         size of the tensors that `export` writes: without dead channels, zeros of single weights kept
+    exported_bytes         size of the tensors that `export` writes: without dead channels, zeros of single weights
+                           kept; null for an algorithm that cannot be exported
     bitops, bitops_8bit    of a quantized network for one training image: as deployed, and with 8 bits everywhere
     mean_bits              bit-width of its layers between the first and the classifier, each layer counting alike
     env{i}_bitops, env{i}_mean_bits    the same for the images of an environment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from domainbed_sfp import contract, registry, scaffold
+from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.algorithms.erm import ERM
 from domainbed_sfp.algorithms.magnitude import Magnitude
 from domainbed_sfp.hparams import Hparam
@@ -135,6 +137,35 @@ def test_every_check_finds_what_it_is_for(main, broken, check, cls, hparams, wor
     assert f"FAILED  {check}" in done.stdout and words in done.stdout
     assert f"how to mend it: {contract.MENDS[check]}" in done.stdout
     assert "0 of 1 checks passed, 1 failed." in done.stdout
+
+
+class Bare(Algorithm):
+    """No more than DomainBed asks for."""
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.layer = torch.nn.Linear(math.prod(input_shape), num_classes)
+        self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=0.1)
+
+    def update(self, minibatches, unlabeled=None):
+        loss = torch.stack([torch.nn.functional.cross_entropy(self.predict(x), y) for x, y in minibatches]).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.item()}
+
+    def predict(self, x):
+        return self.layer(x.flatten(1))
+
+
+def test_an_algorithm_without_export_trains_and_has_a_table(main, broken, tmp_path):
+    broken(Bare, {}, "export")
+    main("train", "--algorithm", "Broken", "--dataset", "FullColoredDigits", "--steps", 2, "--output_dir", "sweep/run")
+    record = json.loads((tmp_path / "sweep" / "run" / "results.jsonl").read_text().splitlines()[-1])
+    assert record["exported_bytes"] is None and record["parameters"] > 0
+    assert "Broken" in main("collect", "--input_dir", "sweep", "--selection", "training-domain").stdout
+    refused = main("export", "sweep/run", "--output", "net", check=False)
+    assert refused.returncode == 2 and "algorithm Broken defines no export()" in refused.stderr
 
 
 def test_every_check_is_broken_by_someone_and_says_what_it_does_and_how_to_mend():

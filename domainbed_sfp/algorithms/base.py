@@ -83,10 +83,12 @@ class Algorithm(nn.Module):
         """True once the model is as small as it will be: only then a checkpoint is a candidate for selection."""
         return True
 
-    def exported_bytes(self) -> int:
-        """Bytes of the tensors in the file that the command `export` writes."""
+    def exported_bytes(self) -> int | None:
+        """Bytes of the tensors in the file that the command `export` writes; None where there is no `export`."""
         from domainbed_sfp.pruning import surgery
 
+        if type(self).export is Algorithm.export:
+            return None
         return surgery.exported_bytes(self.export(), self.masks())
 
     def export(self) -> nn.Module:
