@@ -538,14 +538,18 @@ def test_links_folders_unknown_and_executable_files(copy, tmp_path):
     (copy / "deep").mkdir()
     (copy / "setup.py").write_text("raise SystemExit(1)")
     os.mkfifo(copy / "records" / "pipe.jsonl")
+    os.link(tmp_path / "secret", copy / "records" / "hard.jsonl")
     os.chmod(
-        runs_file := next(file for file in sorted((copy / "records").iterdir()) if file.stem not in ("link", "pipe")),
+        runs_file := next(
+            file for file in sorted((copy / "records").iterdir()) if file.stem not in ("link", "pipe", "hard")
+        ),
         0o755,
     )
     assert_told(copy, "records/link.jsonl", "", "a plain file", "a symbolic link")
     assert_told(copy, "deep", "", "submission.json, SHA256SUMS", "a folder")
     assert_told(copy, "setup.py", "", "submission.json, SHA256SUMS", "a file that does not belong there")
     assert_told(copy, "records/pipe.jsonl", "", "a plain file", "a device, pipe or socket")
+    assert_told(copy, "records/hard.jsonl", "", "a file of its own", "a hard link")
     assert_told(copy, name_of(runs_file), "", "a file that cannot be executed", "0o755")
 
 
@@ -593,6 +597,9 @@ def test_a_pickle_is_not_opened(copy, tmp_path):
         ('{"format": 1, "format": 1}', "", "a JSON document", "one name twice"),
         ("[" * 100_000, "", "a JSON document", "nested too deeply"),
         ('{"format": NaN}', "", "a JSON document", "NaN is not JSON"),
+        ('{"format": ' + "[" * 60 + "]" * 60 + "}", "", "a JSON document", "nested too deeply"),
+        ('{"name": "\\ud800"}', "", "a JSON document", "lone surrogate"),
+        ('{"name": "SFP\\n"}', "name", "text like", r'"SFP\n"'),
         ('{"format": 2}', "format", "1", "2"),
         ('{"commit": 1}', "commit", "string or null", "1"),
         ("[]", "", "object", "[]"),
@@ -614,6 +621,45 @@ def test_a_record_that_is_not_one(copy):
     assert_told(copy, name_of(file), "line 1.sparsity", "at least 0", "-1")
     assert_told(copy, name_of(file), "line 1.code", "number or null", '["x"]')
     assert_told(copy, name_of(file), "line 4", "a JSON object", "Expecting")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["hparams"].update(batch_size=10**400),
+        lambda record: record.update(epoch=10**400),
+        lambda record: record.update(exported_bytes=10**400),
+        lambda record: record["environment"].pop("domainbed_sfp"),
+        lambda record: record["args"].update(steps=10**400, checkpoint_freq=10**400),
+        lambda record: record["args"].update(test_envs=[0, 1, 2]),
+        lambda record: record["args"].update(hparams='{"batch_size": ' + "[" * 60 + "]" * 60 + "}"),
+    ],
+    ids=["batch_size", "epoch", "cost", "fingerprint", "steps", "test_envs", "hparams"],
+)
+def test_values_that_no_run_has_are_told(copy, change):
+    for file in runs(copy):
+        edit(file, change)
+    resum(copy)
+    assert any(line.startswith("records/") for line in problems(copy))
+    validation.text_of(validation.validate(copy))
+
+
+def test_files_of_nothing_but_problems_are_told_in_part(copy):
+    """A list that jsonschema would compare with itself, item by item; lines, fields and sums without end."""
+    mixed = [[n] if n % 2 else str(n) for n in range(20_000)]
+    edit_submission(copy, lambda d: d["datasets"][DATASET]["protocol"].update(test_envs=mixed))
+    runs(copy)[0].write_text("{}\n" * 20_000)
+    with open(copy / "SHA256SUMS", "a") as file:
+        file.write("x\n" * 20_000)
+    told = problems(copy)
+    assert len(told) < 2_000 and {line.split(":")[0] for line in told} >= {"submission.json", "SHA256SUMS"}
+
+
+def test_names_that_would_steer_a_terminal_are_spelled(made):
+    outcome = validation.validate(made)
+    outcome.submission["datasets"][DATASET]["results"]["oracle"]["cells"][0]["environment"] = "\x1b[2J\u202e"
+    text = validation.text_of(outcome)
+    assert "\x1b" not in text and r"\x1b[2J\u202e" in text
 
 
 def test_all_problems_are_told_at_once(copy):

@@ -26,6 +26,7 @@ from domainbed_sfp.analysis.latex import latex_of
 from domainbed_sfp.analysis.markdown import markdown_of
 from domainbed_sfp.leaderboard.board import Board, Line, Ranking
 from domainbed_sfp.leaderboard.entries import as_json
+from domainbed_sfp.leaderboard.schema import printable
 from domainbed_sfp.records import COST_FIELDS
 
 RECONSTRUCTION = "reconstruction"
@@ -63,11 +64,6 @@ _COLUMNS = (
     "package",
     "commit",
 )
-
-
-def printable(text: str) -> str:
-    """A stranger's text on one line: control characters and those that turn the direction of writing are spelled."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def label_of(line: Line) -> str:

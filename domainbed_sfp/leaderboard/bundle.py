@@ -41,9 +41,13 @@ FILES: Mapping[str, int] = {
 LAYOUT = f"{SUBMISSION}, {SUMS}, {RECORDS}/<run>.jsonl or {MASKS}/<digest>.safetensors"
 LARGEST_BUNDLE = 2**33
 MOST_FILES = 100_000
+# Of a run: a checkpoint each.
+MOST_RECORDS = 100_000
 
 _FINGERPRINT = {
     "type": "object",
+    "required": ["domainbed_sfp"],
+    "properties": {"domainbed_sfp": {"type": "string", "maxLength": 60}},
     "maxProperties": 40,
     "additionalProperties": {"type": ["string", "integer"], "maxLength": 200},
 }
@@ -77,7 +81,7 @@ _NUMBER_OR_NULL = {"type": ["number", "null"]}
 # Arguments of runs are known by name; one that is newer than this table may be any plain value.
 _KNOWN_ARGS: dict[str, Any] = {
     "algorithm": entries.NAME,
-    "checkpoint_freq": or_null({"type": "integer", "minimum": 1}),
+    "checkpoint_freq": or_null({"type": "integer", "minimum": 1, "maximum": 2**31}),
     "data_dir": {"type": "null"},
     "dataset": entries.RUN_NAME,
     "device": {"type": "string", "pattern": r"^(auto|cpu|cuda(:\d+)?)$"},
@@ -89,7 +93,7 @@ _KNOWN_ARGS: dict[str, Any] = {
     "save_model_every_checkpoint": _FLAG,
     "seed": entries.SEED,
     "skip_model_save": _FLAG,
-    "steps": or_null({"type": "integer", "minimum": 1}),
+    "steps": or_null({"type": "integer", "minimum": 1, "maximum": 2**31}),
     "task": {"enum": ["domain_generalization", "domain_adaptation"]},
     "test_envs": list_of(entries.SEED, minItems=1, maxItems=2, uniqueItems=True),
     "trial_seed": entries.SEED,
@@ -128,8 +132,8 @@ RECORD_SCHEMA: dict[str, Any] = {
             "data_digest": or_null(entries.TEXT),
             "dense_macs": entries.COUNT,
             "environment": _FINGERPRINT,
-            "environments": list_of(entries.ENVIRONMENT_NAME, minItems=2, maxItems=1000),
-            "epoch": {"type": "number", "minimum": 0},
+            "environments": list_of(entries.ENVIRONMENT_NAME, minItems=2, maxItems=1000, uniqueItems=True),
+            "epoch": {"type": "number", "minimum": 0, "maximum": 2**53},
             "final_compression": _FLAG,
             "granularity": entries.TEXT,
             "hparams": _HPARAMS,
@@ -187,6 +191,8 @@ def read_tree(root: Path) -> Tree:
             tree.problems.append(Problem(name, "", "a plain file", "a device, pipe or socket"))
         elif limit is None:
             tree.problems.append(Problem(name, "", LAYOUT, "a file that does not belong there"))
+        elif status.st_nlink > 1:
+            tree.problems.append(Problem(name, "", "a file of its own", "a hard link to a file elsewhere"))
         elif status.st_mode & 0o111:
             tree.problems.append(Problem(name, "", "a file that cannot be executed", oct(status.st_mode & 0o777)))
         elif status.st_size > limit or total + status.st_size > LARGEST_BUNDLE:

@@ -4,21 +4,42 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import jsonschema
 import jsonschema.validators
 
+# Longer values are cut where a problem tells them.
+SHOWN = 160
+# So many problems of one document are told: a document of nothing else must not fill the memory.
+MOST_PROBLEMS = 200
+# Nothing that is written here is nested deeper than this; python's own limit is met in the midst of something else.
+DEEPEST = 50
+
+
+def _pattern(_: Any, pattern: str, instance: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
+    """The whole text: `$` alone lets a line break follow."""
+    if isinstance(instance, str) and re.fullmatch(pattern, instance) is None:
+        yield jsonschema.ValidationError("another pattern")
+
+
+def _unique_items(_: Any, is_wanted: bool, instance: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
+    """jsonschema's own compares every item with every other where they cannot be sorted."""
+    different = {json.dumps(item, sort_keys=True) for item in instance} if isinstance(instance, list) else ()
+    if is_wanted and isinstance(instance, list) and len(different) < len(instance):
+        yield jsonschema.ValidationError("an item twice")
+
+
 # JSON Schema takes 5.0 for an integer; range() does not.
 _Validator = jsonschema.validators.extend(
     jsonschema.Draft202012Validator,
+    {"pattern": _pattern, "uniqueItems": _unique_items},
     type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int),
 )
-
-# Longer values are cut where a problem tells them.
-SHOWN = 160
 
 
 @dataclass(frozen=True)
@@ -34,18 +55,22 @@ class Problem:
         """The problem for people, on one line and without what would steer a terminal: names come from strangers."""
         where = f"{self.file}: {self.field}" if self.field else self.file
         text = f"{where}: expected {self.expected}, found {self.found}"
-        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+        return printable(text)
+
+
+def printable(text: str) -> str:
+    """A stranger's text on one line: control characters and those that turn the direction of writing are spelled."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def shown(value: Any) -> str:
     """A value as a problem tells it: JSON, cut where it is long, on one line."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    return _cut(json.dumps(value, default=str))
 
 
 def parse(data: bytes) -> Any:
     """The value of a JSON text in UTF-8. Raises ValueError for anything else: NaN, infinity, a name that an object
-    has twice, too deep a nesting."""
+    has twice, too deep a nesting, half a character (a lone surrogate, which no file can hold)."""
 
     def constant(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
@@ -61,16 +86,36 @@ def parse(data: bytes) -> Any:
         return found
 
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=constant, parse_float=finite, object_pairs_hook=unique)
+        value = json.loads(data.decode("utf-8"), parse_constant=constant, parse_float=finite, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    _refuse_unusable(value)
+    return value
+
+
+def _refuse_unusable(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        if depth > DEEPEST:
+            raise ValueError("nested too deeply")
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                inner += [*one, *one.values()]
+            elif isinstance(one, list):
+                inner += one
+            elif isinstance(one, str) and any("\ud800" <= char <= "\udfff" for char in one):
+                raise ValueError("a text with half a character (a lone surrogate)")
+        level, depth = inner, depth + 1
 
 
 def problems_of(file: str, document: Any, schema: Mapping[str, Any], prefix: str = "") -> Iterator[Problem]:
-    """The deviations of `document` from `schema`; fields are told as `prefix.name[index]`."""
-    errors = sorted(_Validator(schema).iter_errors(document), key=lambda error: list(map(str, error.absolute_path)))
+    """The deviations of `document` from `schema`, at most MOST_PROBLEMS; fields are told as `prefix.name[index]`."""
+    some = islice(_Validator(schema).iter_errors(document), MOST_PROBLEMS)
+    errors = sorted(some, key=lambda error: list(map(str, error.absolute_path)))
     # A field that lacks is an error of its own each, and all of them name all that are required.
-    yield from dict.fromkeys(problem for error in errors for problem in _problems(file, error, prefix))
+    found = (problem for error in errors for problem in islice(_problems(file, error, prefix), MOST_PROBLEMS))
+    yield from islice(dict.fromkeys(found), MOST_PROBLEMS)
 
 
 def _problems(file: str, error: Any, prefix: str) -> Iterator[Problem]:
@@ -89,8 +134,12 @@ def _problems(file: str, error: Any, prefix: str) -> Iterator[Problem]:
 def _field(path: Iterable[str | int], prefix: str) -> str:
     text = prefix
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+        text += f"[{part}]" if isinstance(part, int) else f".{_cut(part)}" if text else _cut(str(part))
     return text
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
 def _expected(error: Any) -> str:
@@ -107,4 +156,4 @@ def _expected(error: Any) -> str:
         "maxLength": lambda: f"at most {value} characters",
         "uniqueItems": lambda: "each only once",
     }
-    return words[error.validator]() if error.validator in words else str(error.message)
+    return words[error.validator]() if error.validator in words else _cut(str(error.message))

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import bundle, summary, tracks
 from domainbed_sfp.leaderboard.bundle import MASKS, RECORDS, SUBMISSION, Tree
 from domainbed_sfp.leaderboard.facts import facts_of, split_sizes
-from domainbed_sfp.leaderboard.schema import Problem, parse, problems_of, shown
+from domainbed_sfp.leaderboard.schema import MOST_PROBLEMS, Problem, parse, printable, problems_of, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.pruning import accounting, mask_files
 from domainbed_sfp.records import run_of
@@ -122,7 +122,7 @@ class _Check:
         return outcome
 
     def _add(self, problems: Iterable[Problem]) -> None:
-        self.outcome.problems += problems
+        self.outcome.problems += islice(problems, MOST_PROBLEMS)
 
     def _problem(self, file: str, where: str, expected: str, found: str) -> None:
         self.outcome.problems.append(Problem(file, where, expected, found))
@@ -153,11 +153,18 @@ class _Check:
         """The run of a file, None where its records cannot be understood."""
         parsed: list[Mapping[str, Any]] = []
         is_fit = True
-        lines = self.tree.read(file).split(b"\n")
+        data = self.tree.read(file)
+        if (count := data.count(b"\n")) > bundle.MOST_RECORDS:
+            self._problem(file, "", f"at most {bundle.MOST_RECORDS:,} records", f"{count:,} lines")
+            return None
+        lines = data.split(b"\n")
         if lines[-1]:
             self._problem(file, f"line {len(lines)}", "a line that ends", "the end of the file")
             is_fit = False
+        before = len(self.outcome.problems)
         for number, line in enumerate(lines[:-1], start=1):
+            if len(self.outcome.problems) - before > MOST_PROBLEMS:
+                break
             try:
                 record = parse(line)
             except ValueError as error:
@@ -227,8 +234,8 @@ class _Check:
 
     def _check_steps(self, file: str, run: SubmittedRun, steps: int, every: int) -> None:
         found = [record["step"] for record in run.records]
-        if steps // every > bundle.MOST_FILES:
-            self._problem(file, "line 1.args", f"at most {bundle.MOST_FILES:,} records a run", f"{steps // every:,}")
+        if steps // every > bundle.MOST_RECORDS:
+            self._problem(file, "line 1.args", f"at most {bundle.MOST_RECORDS:,} records a run", f"{steps // every:,}")
             return
         expected = sorted({*range(0, steps, every), steps - 1})
         if found != expected:
@@ -316,7 +323,7 @@ class _Check:
             default=0,
         )
         batch = run.run.hparams.get("batch_size")
-        if smallest and None not in facts.sizes and type(batch) is int and batch > 0:
+        if smallest and None not in facts.sizes and type(batch) is int and 0 < batch <= 2**53:
             for number, record in enumerate(run.records, start=1):
                 epoch = record["step"] / (smallest / batch)
                 if not math.isclose(record["epoch"], epoch, rel_tol=ROUNDING):
@@ -566,7 +573,7 @@ def text_of(outcome: Validation, limit: int = 200) -> str:
     lines = [problem.line() for problem in outcome.problems[:limit]]
     if len(outcome.problems) > limit:
         lines.append(f"... and {len(outcome.problems) - limit:,} more problems")
-    lines += [f"not checked: {what}" for what in outcome.unchecked]
+    lines += [printable(f"not checked: {what}") for what in outcome.unchecked]
     document = outcome.submission
     if outcome.tier is None or document is None:
         count = len(outcome.problems)
@@ -576,12 +583,12 @@ def text_of(outcome: Validation, limit: int = 200) -> str:
     for dataset, one in document["datasets"].items():
         reasons = outcome.reasons_for_open(dataset)
         track = f"open track ({'; '.join(reasons)})" if reasons else "closed track"
-        lines.append(f"{document['name']} on {dataset}: {kinds}{track}.")
+        lines.append(printable(f"{document['name']} on {dataset}: {kinds}{track}."))
         for rule, result in one["results"].items():
             cells = [f"{cell['environment']} {cell['accuracy']:.1f}" for cell in result["cells"] if cell is not None]
             average = result["average"]
             mean = f"; average {average['accuracy']:.1f}" if average else ""
-            lines.append(f"    {rule}: {', '.join(cells)}{mean}")
+            lines.append(printable(f"    {rule}: {', '.join(cells)}{mean}"))
     lines.append(f"{outcome.root}: {len(outcome.runs)} runs, tier {outcome.tier}.")
     return "\n".join(lines) + "\n"
 
