@@ -73,6 +73,11 @@ def entries_of(outcome: Validation, again: dict[str, Any] | None = None) -> list
 
 def _examine(args: argparse.Namespace) -> tuple[Validation, dict[str, Any] | None]:
     """Validates, and computes anew what `--rerun` asks for; what disagrees is among the problems then."""
+    tolerance = rerun.TOLERANCE if args.tolerance is None else args.tolerance
+    if not 0 <= tolerance <= 100:
+        raise UserError(f"--tolerance: expected points of accuracy from 0 to 100, got {tolerance:g}")
+    if args.rerun_seed is not None and not 0 <= args.rerun_seed < 2**31:
+        raise UserError(f"--rerun_seed: expected a whole number from 0 to {2**31 - 1}, got {args.rerun_seed}")
     outcome = validation.validate(args.bundle)
     if args.rerun is None:
         return outcome, None
@@ -85,7 +90,6 @@ def _examine(args: argparse.Namespace) -> tuple[Validation, dict[str, Any] | Non
         f"Computing {len(chosen)} of {len(outcome.runs)} runs anew (--rerun_seed {seed}): {rerun.here()}",
         file=sys.stderr,
     )
-    tolerance = rerun.TOLERANCE if args.tolerance is None else args.tolerance
     agreed = []
     for run in chosen:
         print(f"    {run.name}: {run.run.dataset} {run.run.algorithm} {run.job[1:]}", file=sys.stderr, flush=True)
