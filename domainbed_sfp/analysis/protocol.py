@@ -192,7 +192,10 @@ def backbone_of(run: Run) -> str:
 
 def weights_of(run: Run) -> str:
     """What training began from: "imagenet", "none", or the name of a file."""
-    weights = PurePath(str(run.hparams.get("weights", "imagenet"))).name
+    chosen = str(run.hparams.get("weights", "imagenet"))
+    weights = PurePath(chosen).name
+    if weights != chosen and weights in ("imagenet", "none"):
+        return f"file {weights}"
     # There are none of ImageNet for it: unless a file is named, it begins at random.
     return "none" if weights == "imagenet" and backbone_of(run).startswith("MNIST_CNN") else weights
 

@@ -12,6 +12,9 @@ from domainbed_sfp.records import Run
 # of small images, whose variant with BatchNorm is this project's.
 PHOTOGRAPHS = ("resnet50 (tv V1, frozen BN)", "resnet50 (tv V1)", "resnet50 (augmix)", "resnet50 (augmix, frozen BN)")
 SMALL_IMAGES = ("MNIST_CNN", "MNIST_CNN (BatchNorm)")
+# The hparams behind these words: a backbone or a file may be called anything, such as "MNIST_CNN" or "./none".
+BACKBONES = ("auto", "resnet50", "mnist_cnn", "mnist_cnn_bn")
+WEIGHTS = ("imagenet", "none")
 SIDE = 224
 HOLDOUT_FRACTION = 0.2
 
@@ -33,10 +36,15 @@ def reasons_for_open(dataset: str, protocol: Mapping[str, Any], runs: Sequence[R
         yield f"backbone {protocol['backbone']}, closed takes {' or '.join(backbones)}"
     if protocol["weights"] != weights:
         yield f"weights {protocol['weights']}, closed takes {weights}"
+    for name, usual_values in (("backbone", BACKBONES), ("weights", WEIGHTS)):
+        if others := {run.hparams.get(name, usual_values[0]) for run in runs} - set(usual_values):
+            yield f"hparam {name} {', '.join(sorted(map(repr, others)))}, closed takes {' or '.join(usual_values)}"
     if not cls.SMALL_IMAGES and protocol["image_size"] != SIDE:
         yield f"{protocol['image_size']} px images, closed takes {SIDE}"
     if protocol["holdout_fraction"] != HOLDOUT_FRACTION:
         yield f"held-out fraction {protocol['holdout_fraction']}, closed takes {HOLDOUT_FRACTION}"
+    if kept := {run.args.get("uda_holdout_fraction", 0) for run in runs} - {0}:
+        yield f"unlabelled fraction {', '.join(map(str, sorted(kept)))} left out of the tests, closed takes 0"
     if protocol["task"] != "domain_generalization":
         yield f"task {protocol['task']}"
     for name, usual in SAMPLING.items():
