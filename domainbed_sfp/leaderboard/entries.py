@@ -205,12 +205,19 @@ def write(folder: str | Path, entry: Entry) -> Path:
     """Writes an entry as the current one of its name; the one before it is kept as `<Name>.<k>.json`.
 
     Raises UserError where the entry of this name is of another algorithm or protocol (it would vanish behind a number
-    that cannot be compared with it), is this very bundle's at the same tier, or the folder cannot be written.
+    that cannot be compared with it), of a higher tier, of more draws or trials, or is this very bundle's at the same
+    tier; where another entry's name differs in nothing but capitals; and where the folder cannot be written.
     """
     path = Path(folder) / slug(entry.dataset) / entry.file_name
     text = text_of(entry)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in sorted(path.parent.glob("*.json")):
+            if other.name != path.name and other.name.lower() == path.name.lower():
+                raise UserError(
+                    f"{path}: {other.name} is there already, and readers cannot tell the names apart; give yours "
+                    "another with `submit --name`"
+                )
         if path.exists():
             before = read(path)
             _refuse_another(before, entry, path)
@@ -238,13 +245,24 @@ def _refuse_another(before: Entry, entry: Entry, path: Path) -> None:
         "algorithm": (before.algorithm, entry.algorithm),
     }
     named["settings"] = (before.settings, entry.settings)
-    for field in ("steps", "backbone", "weights", "image_size", "test_envs", "data_digest"):
+    for field in (
+        "steps", "backbone", "weights", "image_size", "test_envs", "data_digest", "holdout_fraction", "task",
+    ):  # fmt: skip
         named[f"protocol.{field}"] = (before.protocol[field], entry.protocol[field])
     for field, (there, here) in named.items():
         if there != here:
             raise UserError(
                 f"{path}: an entry of this name is there already, with another {field} ({shown(there)} there, "
                 f"{shown(here)} here); give yours a name of its own with `submit --name`"
+            )
+    if TIERS.index(entry.tier) < TIERS.index(before.tier):
+        raise UserError(f"{path}: the entry there is {before.tier}, this one only {entry.tier}; `--rerun N` raises it")
+    for field in ("hparams_seeds", "trial_seeds"):
+        there, here = len(before.protocol[field]), len(entry.protocol[field])
+        if here < there:
+            raise UserError(
+                f"{path}: the entry there has {there} {field}, this one only {here}; give yours a name of its own with "
+                "`submit --name`"
             )
 
 
