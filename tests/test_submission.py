@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from domainbed_sfp import registry, training
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.leaderboard import bundle, entries, rerun, tracks, validation
+from domainbed_sfp.leaderboard import bundle, entries, rerun, summary, tracks, validation
+from domainbed_sfp.leaderboard.commands import entries_of
 from domainbed_sfp.leaderboard.facts import facts_of
 from domainbed_sfp.leaderboard.submit import submit
 from domainbed_sfp.pruning import mask_files
@@ -186,10 +188,6 @@ def test_validate_and_add_and_supersede(main, made, tmp_path):
 
 
 def test_another_protocol_does_not_take_an_entrys_place(made, tmp_path):
-    from dataclasses import replace
-
-    from domainbed_sfp.leaderboard.commands import entries_of
-
     (entry,) = entries_of(validation.validate(made))
     entries.write(tmp_path, entry)
     other = replace(entry, bundle="0" * 64, protocol={**entry.protocol, "steps": 7})
@@ -214,6 +212,46 @@ def test_a_rerun_that_disagrees_is_told(made, copy):
     assert rerun.compare(run, elsewhere, 1.0)[1][0].field == "line 3.env1_in_acc"
     with pytest.raises(UserError, match="from 1 to 4"):
         rerun.choose(validation.validate(made).runs, 5, 0)
+
+
+def test_a_false_record_in_the_midst_is_told_by_a_rerun_elsewhere(made):
+    """Selection may choose it, so that comparing last records alone would let it pass."""
+    (run, *_) = validation.validate(made).runs
+    again = [{**record, "environment": {**record["environment"], "cpu": "other"}} for record in run.records]
+    forged = [dict(record) for record in run.records]
+    forged[1]["env1_out_acc"] = 1.0
+    one, told = rerun.compare(replace(run, records=forged), again, 3.0)
+    assert one is None and [problem.field for problem in told] == ["line 2.env1_out_acc"]
+    assert "the highest of all records" in told[0].expected
+    again[0]["hparams"] = {**again[0]["hparams"], "lr": 7.0}
+    assert rerun.compare(run, again, 3.0)[1][0].field == "line 1.hparams"
+
+
+def test_a_rerun_opens_no_file_that_the_bundle_names(main, made):
+    (run, *rest) = validation.validate(made).runs
+    named = replace(run, run=replace(run.run, hparams={**run.run.hparams, "weights": "/etc/passwd"}))
+    with pytest.raises(UserError, match=r"hparam weights \"/etc/passwd\".*no file that a bundle names is opened"):
+        rerun.choose([*rest, named], 1, 0)
+    for flags, words in (
+        (["--tolerance", "nan"], "from 0 to 100"),
+        (["--rerun_seed", "-1"], "from 0 to 2147483647"),
+    ):
+        done = main("leaderboard", "validate", made, "--rerun", 1, *flags, check=False)
+        assert done.returncode == 2 and words in done.stderr
+
+
+def test_an_entry_gives_way_to_no_weaker_one(made, tmp_path):
+    (entry,) = entries_of(validation.validate(made))
+    again = {"seed": 0, "tolerance": 3.0, "cells": [{"run": "a", "agreement": "identical", "difference": 0.0}]}
+    entries.write(tmp_path, replace(entry, tier="rerun-verified", rerun=again))
+    with pytest.raises(UserError, match="the entry there is rerun-verified, this one only records-verified"):
+        entries.write(tmp_path, replace(entry, bundle="0" * 64))
+    fewer = replace(entry, tier="rerun-verified", bundle="0" * 64, protocol={**entry.protocol, "trial_seeds": [0]})
+    with pytest.raises(UserError, match="has 2 trial_seeds, this one only 1"):
+        entries.write(tmp_path, fewer)
+    with pytest.raises(UserError, match="cannot tell the names apart"):
+        entries.write(tmp_path, replace(entry, name=entry.name.upper()))
+    assert len(entries.read_all(tmp_path, history=True)) == 1
 
 
 @pytest.mark.parametrize(
@@ -285,6 +323,44 @@ def test_a_run_twice(copy):
     shutil.copy(runs(copy)[0], copy / "records" / "zz.jsonl")
     resum(copy)
     assert_told(copy, "records/zz.jsonl", "line 1.args", "a job that no other file holds", name_of(runs(copy)[0]))
+
+
+def test_a_trial_that_is_a_copy_of_another(copy):
+    """The records of trial 0 stand for trial 1 as well; sums, seeds, drawn hparams and times are made to fit."""
+    source, target = runs(copy)[0], runs(copy)[2]
+    own = json.loads(target.read_text().splitlines()[0])
+    shutil.copy(source, target)
+    edit(target, lambda r: r.update(args=own["args"], hparams=own["hparams"], wall_time=r["wall_time"] + 1))
+    resum(copy)
+    told = [line for line in problems(copy) if "accuracies: expected accuracies of its own" in line]
+    assert len(told) == 1 and "found the same in every record" in told[0]
+
+
+def test_test_environments_in_another_order_or_all(copy):
+    edit(runs(copy)[0], lambda record: record["args"].update(test_envs=[1, 0]))
+    resum(copy)
+    assert_told(copy, name_of(runs(copy)[0]), "line 1.args.test_envs", "rising numbers", "[1, 0]")
+
+
+def test_numbers_that_the_method_does_not_have(copy):
+    """BitOPs of a network that is not quantized would stand at the front of the plot; a digest would rank it apart."""
+    for file in runs(copy):
+        edit(file, lambda record: record.update(bitops=1.0, data_digest="mine"))
+    edit(runs(copy)[1], lambda record: record["args"].update(uda_holdout_fraction=0.5))
+    resum(copy)
+    assert_told(copy, name_of(runs(copy)[0]), "line 1.data_digest", "null", "mine")
+    told = problems(copy)
+    assert any("args.uda_holdout_fraction: expected " in line for line in told)
+    edit(runs(copy)[1], lambda record: record["args"].update(uda_holdout_fraction=0.0))
+    assert any(": line 3.bitops: expected no such field, found 1.0" in line for line in problems(copy))
+
+
+def test_degraded_copies_of_the_test_environment_may_be_described(copy):
+    case = {"degradation": "blur", "severity": 1, "samples": 100, "accuracy": 0.5}
+    for file in runs(copy):
+        edit(file, lambda record: record.update(env0_degraded=[case]), slice(2, 3))
+    resum(copy)
+    assert validation.validate(copy).tier == "records-verified"
 
 
 def test_a_record_left_out(copy):
@@ -796,3 +872,21 @@ def test_the_closed_track():
         "7 steps, closed takes 1,001", "backbone resnet18, closed takes MNIST_CNN or MNIST_CNN (BatchNorm)",
         "held-out fraction 0.5, closed takes 0.2", "90%, 10% not tested",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "hparams, args, words",
+    [
+        ({"weights": "./none"}, {}, "hparam weights './none', closed takes imagenet or none"),
+        ({"backbone": "MNIST_CNN"}, {}, "hparam backbone 'MNIST_CNN', closed takes auto"),
+        ({}, {"uda_holdout_fraction": 0.9}, "unlabelled fraction 0.9 left out of the tests"),
+    ],
+)
+def test_names_do_not_open_the_closed_track(made, hparams, args, words):
+    """A file called none, a backbone called as the tables call DomainBed's, a test on a part of the samples."""
+    run = validation.validate(made).runs[0].run
+    run = replace(run, hparams={**run.hparams, **hparams}, args={**run.args, **args})
+    protocol = {**summary.protocol_of([run]), "steps": 1001, "test_envs": [[0], [1], [2]]}
+    told = list(tracks.reasons_for_open(DATASET, protocol, [run]))
+    assert any(line.startswith(words) for line in told), told
+    assert protocol["weights"] == ("file none" if "weights" in hparams else "none")

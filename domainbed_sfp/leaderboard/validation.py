@@ -201,6 +201,10 @@ class _Check:
             if env >= len(environments):
                 self._problem(file, "line 1.args.test_envs", f"numbers below {len(environments)}", str(env))
                 is_fit = False
+        if (tested := parsed[0]["args"]["test_envs"]) != sorted(tested) or len(tested) >= len(environments):
+            # [1, 0] beside [0, 1] would be a second draw of the same job.
+            self._problem(file, "line 1.args.test_envs", "rising numbers that leave one to train on", shown(tested))
+            is_fit = False
         if not is_fit:
             return None
         name = file.removeprefix(RECORDS + "/").removesuffix(".jsonl")
@@ -294,6 +298,9 @@ class _Check:
         if tuple(names) != facts.environments:
             self._problem(file, "line 1.environments", shown(list(facts.environments)), shown(names))
             return
+        if (digest := run.records[0]["data_digest"]) is not None:
+            words = f"null, because {run.run.dataset} is the same everywhere"
+            self._problem(file, "line 1.data_digest", words, shown(digest))
         side = run.run.hparams.get("image_size")
         expected = list(facts.input_shape) if facts.input_shape else [3, side, side]
         if shape != expected:
@@ -348,10 +355,11 @@ class _Check:
                 )
                 self._problem(f"{RECORDS}/{run.name}.jsonl", "line 1.args", words, f"that of {jobs[run.job]}")
             jobs.setdefault(run.job, f"{RECORDS}/{run.name}.jsonl")
+        self._check_copies(runs)
         first = runs[0] if runs else None
         for run in runs:
             file = f"{RECORDS}/{run.name}.jsonl"
-            for name in ("algorithm", "hparams"):
+            for name in ("algorithm", "hparams", "uda_holdout_fraction"):
                 if first and run.run.args[name] != first.run.args[name]:
                     words = f"{shown(first.run.args[name])} as in {RECORDS}/{first.name}.jsonl"
                     self._problem(file, f"line 1.args.{name}", words, shown(run.run.args[name]))
@@ -363,6 +371,19 @@ class _Check:
                 self._check_conditions([run for run in here if run in fit])
                 grids.append({**_grid(here), "where": RECORDS})
             self._check_product(dataset, grids, set(jobs))
+
+    def _check_copies(self, runs: Sequence[SubmittedRun]) -> None:
+        """No run is another trial's under a new name: trials split the samples anew. A run whose accuracies never move
+        is let pass: a network that has collapsed can give the same ones twice."""
+        seen: dict[tuple[Any, ...], SubmittedRun] = {}
+        for run in runs:
+            rows = [(*inner, *outer) for inner, outer in zip(run.run.in_acc.tolist(), run.run.out_acc.tolist())]
+            if len(set(rows)) < 2:
+                continue
+            other = seen.setdefault((run.run.dataset, run.run.test_envs, *rows), run)
+            if other.run.trial_seed != run.run.trial_seed:
+                words = f"accuracies of its own, not all those of {RECORDS}/{other.name}.jsonl, another trial's"
+                self._problem(f"{RECORDS}/{run.name}.jsonl", "accuracies", words, "the same in every record")
 
     def _check_conditions(self, runs: Sequence[SubmittedRun]) -> None:
         """One protocol for all runs of a data set."""
@@ -474,7 +495,7 @@ class _Check:
             )
             algorithm.total_steps = run.run.args["steps"] or get_dataset_class(run.run.dataset).N_STEPS
             positions = accounting.count_positions(algorithm, tuple(record["input_shape"]), algorithm.predict)
-            deployed = algorithm.deployed_parameters()
+            deployed, others = algorithm.deployed_parameters(), algorithm.costs()
         except Exception as error:  # an optional package that is not here, or hparams that fit no network
             self._cannot(f"masks and costs of {run.run.algorithm}: its network cannot be built here ({error})")
             return
@@ -489,6 +510,13 @@ class _Check:
         for name in ("parameters", "surviving_parameters", "dense_macs", "macs"):
             if (expected := getattr(cost, name)) != record[name]:
                 self._problem(where, f"line {number}.{name}", f"{expected:,}, by {file}", f"{record[name]:,}")
+        for name in ("bitops", "bitops_8bit", "mean_bits"):
+            if (name in others) != (record.get(name) is not None):
+                words = f"a number, as {run.run.algorithm} is quantized" if name in others else "no such field"
+                self._problem(where, f"line {number}.{name}", words, shown(record.get(name)))
+        if "bitops_8bit" in others and record.get("bitops_8bit") != others["bitops_8bit"]:
+            words = f"{others['bitops_8bit']!r}, by {run.run.algorithm}'s layers"
+            self._problem(where, f"line {number}.bitops_8bit", words, shown(record.get("bitops_8bit")))
         removed = accounting.sparsities_of(algorithm, masks) or {"weight": 0.0}
         if all(abs(value - record["sparsity"]) > SPARSITY_ROUNDING for value in removed.values()):
             words = " or ".join(f"{value:.6g} of the {unit}s" for unit, value in removed.items())
