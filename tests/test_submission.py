@@ -629,6 +629,13 @@ def test_links_folders_unknown_and_executable_files(copy, tmp_path):
     assert_told(copy, name_of(runs_file), "", "a file that cannot be executed", "0o755")
 
 
+def test_a_file_that_changes_while_it_is_read(copy):
+    tree = bundle.read_tree(copy)
+    edit_submission(copy, lambda document: document.update(name="Other"))
+    with pytest.raises(OSError, match="has changed while"):
+        tree.read("submission.json")
+
+
 def test_a_folder_that_is_a_link(made, copy, tmp_path):
     shutil.move(copy / "records", tmp_path / "elsewhere")
     (copy / "records").symlink_to(tmp_path / "elsewhere")

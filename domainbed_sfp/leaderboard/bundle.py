@@ -167,8 +167,11 @@ class Tree:
         return sorted(name for name in self.sums if name.startswith(folder + "/"))
 
     def read(self, name: str) -> bytes:
-        """The contents of a file that `sums` names. Raises OSError if it has changed into something else since."""
-        return _read(self.root / name, _limit(name) or 0)
+        """The contents of a file that `sums` names. Raises OSError if it has changed since."""
+        data = _read(self.root / name, _limit(name) or 0)
+        if hashlib.sha256(data).hexdigest() != self.sums[name]:
+            raise OSError(f"{name} has changed while the bundle was read")
+        return data
 
 
 def read_tree(root: Path) -> Tree:
