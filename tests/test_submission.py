@@ -860,11 +860,11 @@ def test_facts_are_those_of_the_data():
     from domainbed_sfp.data import get_dataset_class
 
     for name in ("ColoredDigits", "FullColoredDigits", "RotatedDigits", "TexturedDigits"):
-        built, facts = get_dataset_class(name).build(None, {}, 1, None), facts_of(name)
+        built, facts = get_dataset_class(name).build(None, {"image_size": 12}, 1, None), facts_of(name)
         assert tuple(map(len, built.environments)) == facts.sizes
-        assert (built.input_shape, built.num_classes) == (facts.input_shape, facts.classes)
+        assert (built.input_shape, built.num_classes) == ((facts.channels, 12, 12), facts.classes)
     assert facts_of("PACS").sizes == (2048, 2344, 1670, 3929) and facts_of("PACS").classes == 7
-    assert sum(facts_of("ColoredMNIST").sizes) == 70_000 and facts_of("TexturedMNIST").input_shape == (1, 14, 14)
+    assert sum(facts_of("ColoredMNIST").sizes) == 70_000 and facts_of("TexturedMNIST").channels == 1
     assert facts_of("Folder") is None and None in facts_of("TerraIncognita").sizes
 
 

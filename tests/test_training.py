@@ -264,8 +264,8 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
         (("--hparams", '{"resnet_dropout": 2}'), ("'resnet_dropout'", "[0, 1)")),
         (("--hparams", '{"mixup_alpha": 0}', "--algorithm", "Mixup"), ("'mixup_alpha'", "above 0")),
         (("--hparams", '{"objective": ["ERM"]}', "--algorithm", "Magnitude"), ("'objective'", "['ERM']")),
-        (("--hparams", '{"pruning_scope": "x"}', "--algorithm", "Magnitude"), ("'pruning_scope'", "layer, global")),
-        (("--hparams", '{"granularity": "block"}', "--algorithm", "Magnitude"), ("'granularity'", "channel, weight")),
+        (("--hparams", '{"pruning_scope": "x"}', "--algorithm", "Magnitude"), ("unknown pruning_scope of Magnitude 'x'", "layer, global")),
+        (("--hparams", '{"granularity": "block"}', "--algorithm", "Magnitude"), ("unknown granularity of Magnitude 'block'", "channel, weight")),
         (("--hparams", '{"lars": true}'), ("'lars' cannot be set",)),
     ],
 )  # fmt: skip

@@ -18,12 +18,12 @@ MNIST_DIGITS = sum(file.dimensions[0] for name, file in MNIST_FILES.items() if "
 @dataclass(frozen=True)
 class Facts:
     """environments: names in their order. sizes: samples of each, None where they are not published. classes: their
-    number. input_shape: (channels, height, width); None for photographs, whose side is an hparam."""
+    number. channels: of an image, whose side is an hparam."""
 
     environments: tuple[str, ...]
     sizes: tuple[int | None, ...]
     classes: int
-    input_shape: tuple[int, int, int] | None
+    channels: int
 
 
 @functools.cache
@@ -33,16 +33,15 @@ def facts_of(dataset: str) -> Facts | None:
     if issubclass(cls, Digits):
         names = tuple(cls.environment_names())
         total = len(cls.read(None)[0]) if cls.EMBEDDED else MNIST_DIGITS
-        images, labels = torch.zeros(1, *((8, 8) if cls.EMBEDDED else (28, 28)), dtype=torch.uint8), torch.zeros(1)
+        images, labels = torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(1)
         made, _, _ = cls.make(images, labels.long(), cls.SETTINGS[0], torch.Generator())
-        _, channels, height, width = made.shape
         # Digits are dealt out in turn.
         sizes = tuple(len(range(index, total, len(names))) for index in range(len(names)))
-        return Facts(names, sizes, cls.CLASSES, (channels, height, width))
+        return Facts(names, sizes, cls.CLASSES, made.shape[1])
     tree = image_tree(dataset)
     if tree is not None:
         names = tuple(sorted(tree.domain_images))
-        return Facts(names, tuple(tree.domain_images[name] for name in names), len(tree.classes), None)
+        return Facts(names, tuple(tree.domain_images[name] for name in names), len(tree.classes), 3)
     return None
 
 

@@ -15,7 +15,6 @@ SMALL_IMAGES = ("MNIST_CNN", "MNIST_CNN (BatchNorm)")
 # The hparams behind these words: a backbone or a file may be called anything, such as "MNIST_CNN" or "./none".
 BACKBONES = ("auto", "resnet50", "mnist_cnn", "mnist_cnn_bn")
 WEIGHTS = ("imagenet", "none")
-SIDE = 224
 HOLDOUT_FRACTION = 0.2
 
 # How training samples reach the network.
@@ -39,8 +38,8 @@ def reasons_for_open(dataset: str, protocol: Mapping[str, Any], runs: Sequence[R
     for name, usual_values in (("backbone", BACKBONES), ("weights", WEIGHTS)):
         if others := {run.hparams.get(name, usual_values[0]) for run in runs} - set(usual_values):
             yield f"hparam {name} {', '.join(sorted(map(repr, others)))}, closed takes {' or '.join(usual_values)}"
-    if not cls.SMALL_IMAGES and protocol["image_size"] != SIDE:
-        yield f"{protocol['image_size']} px images, closed takes {SIDE}"
+    if protocol["image_size"] != cls.IMAGE_SIZE:
+        yield f"{protocol['image_size']} px images, closed takes {cls.IMAGE_SIZE}"
     if protocol["holdout_fraction"] != HOLDOUT_FRACTION:
         yield f"held-out fraction {protocol['holdout_fraction']}, closed takes {HOLDOUT_FRACTION}"
     if kept := {run.args.get("uda_holdout_fraction", 0) for run in runs} - {0}:

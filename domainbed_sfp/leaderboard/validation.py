@@ -302,7 +302,7 @@ class _Check:
             words = f"null, because {run.run.dataset} is the same everywhere"
             self._problem(file, "line 1.data_digest", words, shown(digest))
         side = run.run.hparams.get("image_size")
-        expected = list(facts.input_shape) if facts.input_shape else [3, side, side]
+        expected = [facts.channels, side, side]
         if shape != expected:
             self._problem(file, "line 1.input_shape", shown(expected), shown(shape))
         for env, size in enumerate(facts.sizes):
