@@ -123,8 +123,22 @@ class OneShotSchedule:
         return self.sparsity if step >= self.first_step(total_steps) else 0.0
 
 
+class _Rounds:
+    """A schedule that prunes at some steps and rests in between."""
+
+    def steps(self, total_steps: int) -> list[int]:
+        """The step of each pruning, within the run."""
+        raise TypeError(f"{type(self).__name__} does not define steps(total_steps)")
+
+    def first_step(self, total_steps: int) -> int:
+        return self.steps(total_steps)[0]
+
+    def last_step(self, total_steps: int) -> int:
+        return self.steps(total_steps)[-1]
+
+
 @dataclass(frozen=True)
-class RoundSchedule:
+class RoundSchedule(_Rounds):
     """`rounds` prunings at equal distances, the last at `end`; each keeps the same fraction of what is left.
 
     After pruning i of n the density is (1 - s)^(i / n) (Frankle & Carbin 2019, section 2).
@@ -150,19 +164,13 @@ class RoundSchedule:
         last = total_steps - 1
         return [min(round(self.end * total_steps * i / self.rounds), last) for i in range(1, self.rounds + 1)]
 
-    def first_step(self, total_steps: int) -> int:
-        return self.steps(total_steps)[0]
-
-    def last_step(self, total_steps: int) -> int:
-        return self.steps(total_steps)[-1]
-
     def at(self, step: int, total_steps: int) -> float:
         done = sum(step >= pruning for pruning in self.steps(total_steps))
         return 1 - (1 - self.sparsity) ** (done / self.rounds) if done < self.rounds else self.sparsity
 
 
 @dataclass(frozen=True)
-class StairSchedule:
+class StairSchedule(_Rounds):
     """`rounds` prunings at equal distances from t0 to t1, each of which removes the fraction s_f / rounds.
 
     Args:
@@ -186,12 +194,6 @@ class StairSchedule:
         """The step of each pruning, within the run."""
         gap = (self.end - self.start) / max(1, self.rounds - 1)
         return [min(round((self.start + gap * i) * total_steps), total_steps - 1) for i in range(self.rounds)]
-
-    def first_step(self, total_steps: int) -> int:
-        return self.steps(total_steps)[0]
-
-    def last_step(self, total_steps: int) -> int:
-        return self.steps(total_steps)[-1]
 
     def at(self, step: int, total_steps: int) -> float:
         done = sum(step >= pruning for pruning in self.steps(total_steps))
