@@ -151,8 +151,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from domainbed_sfp import training
+    from domainbed_sfp import memory, training
 
+    memory.keep_freed_memory()
     values = {name: getattr(args, name) for name in training.TrainArgs.__dataclass_fields__}
     try:
         training.train(training.TrainArgs(**values))
