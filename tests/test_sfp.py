@@ -222,6 +222,21 @@ def test_no_contrast_anywhere_is_an_error():
             algorithm.update([batch(), batch()])
 
 
+def test_taylor_score_is_that_of_taylor():
+    """With nothing removed and every sample weighing the same, SFP with Taylor's score is Taylor, to the bit. The
+    network has BatchNorm, behind which a filter's own g w sums to zero."""
+    overrides = {"backbone": "mnist_cnn_bn"}
+    sfp = make(**overrides, removal="none", channel_score="taylor")
+    taylor = make("Taylor", **overrides)
+    for step in range(30):
+        for algorithm in (sfp, taylor):
+            torch.manual_seed(step)
+            algorithm.update([batch(), batch()])
+    masks, expected = sfp.masks(), taylor.masks()
+    assert masks.keys() == expected.keys() and 0.4 < sfp.sparsity() < 0.6
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [{"removal": "soft"}, {"removal": "none"}, {"removal_layers": "all"}, {"channel_score": "taylor"},

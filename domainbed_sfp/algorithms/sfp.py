@@ -41,7 +41,7 @@ CONTRAST = (0.05, 0.98)
 # Domains' mean losses under the reference forget with this factor.
 THRESHOLD_DECAY = 0.97
 # Taylor scores are averaged over the steps with this factor.
-TAYLOR_DECAY = 0.9
+TAYLOR_MOMENTUM = 0.9
 # Of a pretrained network the last part only: truncating everything takes what it knows (25 points on PACS: seen).
 LAST_PART = 0.25
 
@@ -269,17 +269,10 @@ class SFP(ScheduledPruning):
 
     # the network ------------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _take_taylor(self) -> None:
-        """First-order Taylor score of a channel (Molchanov et al. 2019): |sum of weight x gradient| of its filter."""
-        parameters = dict(self.named_parameters())
-        for group in self.groups:
-            products = []
-            for name in group.filters:
-                gradient = parameters[name].grad
-                if gradient is not None:
-                    products.append((parameters[name].detach() * gradient).flatten(1).sum(1))
-            stored = getattr(self, f"taylor {_key(group.name)}")
-            stored.mul_(TAYLOR_DECAY).add_(torch.stack(products).sum(0).abs(), alpha=1 - TAYLOR_DECAY)
+        for name, value in scores.channel_taylor(self.groups, dict(self.named_parameters())).items():
+            getattr(self, f"taylor {_key(name)}").lerp_(value, 1 - TAYLOR_MOMENTUM)
 
     def _convolutions(self) -> list[str]:
         """The weights of the full convolutions, by parameter name, in the order of the network."""
