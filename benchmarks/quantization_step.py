@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domainbed_sfp import environment, hparams, memory, networks, registry
+from domainbed_sfp import environment, hparams, networks, registry, runtime
 from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.seeds import seed_everything
 
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=2, help="steps before those, not timed")
     parser.add_argument("--json", help="file to write the report to")
     args = parser.parse_args()
-    memory.keep_freed_memory()
+    runtime.prepare_for_training()
     fingerprint = environment.fingerprint(torch.device("cpu"))
     print(f"{fingerprint['cpu']}, {fingerprint['threads']} threads, torch {fingerprint['torch']}")
     report: dict[str, Any] = {"settings": vars(args), "environment": fingerprint, "commit": environment.commit()}

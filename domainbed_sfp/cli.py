@@ -151,9 +151,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from domainbed_sfp import memory, training
+    from domainbed_sfp import runtime, training
 
-    memory.keep_freed_memory()
+    runtime.prepare_for_training()
     values = {name: getattr(args, name) for name in training.TrainArgs.__dataclass_fields__}
     try:
         training.train(training.TrainArgs(**values))

@@ -141,42 +141,51 @@ def run_by_width(
     if len(used) == 1:
         return run(x, stack[0])
     order = index.argsort(stable=True)
-    groups = take_rows(x, order).split([counts[position] for position in used])
-    return take_rows(torch.cat([run(group, weight) for group, weight in zip(groups, stack)]), order.argsort())
+    groups = _Split.apply(x, order, [counts[position] for position in used])
+    return _Join.apply(order.argsort(), *(run(group, weight) for group, weight in zip(groups, stack)))
 
 
-class _TakeRows(torch.autograd.Function):
-    """x[order] for a permutation: its gradient is taken back in the same way, where index_select would add it up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return _rows(x, order)
+class _Split(torch.autograd.Function):
+    """x[order] for a permutation, as groups of the sizes given; each row is copied once, on the way back as well."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def forward(ctx: Any, x: Tensor, order: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(order.argsort())
+        return tuple(_take_rows([x], part) for part in order.split(sizes))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
-        return _rows(gradients[0], order.argsort()), None
+        return _take_rows(gradients, order), None, None
 
 
-def take_rows(x: Tensor, order: Tensor) -> Tensor:
-    """x[order], a permutation of the first dimension, in the memory format of `x`."""
-    return _TakeRows.apply(x, order)
+class _Join(torch.autograd.Function):
+    """The rows of all groups, one behind the other, in the order given: the opposite of `_Split`."""
+
+    @staticmethod
+    def forward(ctx: Any, order: Tensor, *groups: Tensor) -> Tensor:
+        ctx.sizes = [len(group) for group in groups]
+        ctx.save_for_backward(order.argsort())
+        return _take_rows(groups, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (order,) = ctx.saved_tensors
+        return None, *(_take_rows(gradients, part) for part in order.split(ctx.sizes))
 
 
-def _rows(x: Tensor, order: Tensor) -> Tensor:
-    if x.device.type == "cpu":
+def _take_rows(tensors: Sequence[Tensor], order: Tensor) -> Tensor:
+    """The rows `order` of the tensors laid one behind the other, in the memory format of the first."""
+    is_channels_last = tensors[0].dim() == 4 and tensors[0].is_contiguous(memory_format=torch.channels_last)
+    if is_channels_last:
+        tensors = [x.permute(0, 2, 3, 1) for x in tensors]
+    if order.device.type == "cpu":
         # Row by row: index_select takes twice as long for rows as large as feature maps.
-        rows = x.permute(0, 2, 3, 1) if _is_channels_last(x) else x
+        rows = [row for x in tensors for row in x.unbind()]
         taken = torch.stack([rows[i] for i in order.tolist()])
-        return taken.permute(0, 3, 1, 2) if rows is not x else taken
-    if _is_channels_last(x):
-        return x.permute(0, 2, 3, 1).index_select(0, order).permute(0, 3, 1, 2)
-    return x.index_select(0, order)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    else:
+        taken = (torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]).index_select(0, order)
+    return taken.permute(0, 3, 1, 2) if is_channels_last else taken
 
 
 def quantize_layers(

@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process."""
+"""What a training process keeps."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 PROGRAM = """
 import resource
 import torch
-from domainbed_sfp import memory
+from domainbed_sfp import runtime
 
-print(memory.keep_freed_memory())
+print(runtime.keep_freed_memory())
 network = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3))
 x = torch.zeros(4, 3, 256, 256)
 for step in range(10):
@@ -35,13 +35,13 @@ def run(**variables: str) -> list[str]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_later_steps_touch_few_new_pages():
-    # One activation has 4,096 pages of 4 KiB; each step makes half a dozen of that size.
+    # Five steps touch 366,000 pages of 4 KiB where memory is given back, a few thousand where it is kept.
     kept, faults = run()
-    assert kept == "True" and int(faults) < 5_000
+    assert kept == "True" and int(faults) < 40_000
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_the_environment_decides_where_it_says_something():
     # Huge pages, where torch is told to use them, would hide what is counted.
     kept, faults = run(MALLOC_MMAP_THRESHOLD_="131072", THP_MEM_ALLOC_ENABLE="0")
-    assert kept == "False" and int(faults) > 20_000
+    assert kept == "False" and int(faults) > 100_000
