@@ -52,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_latency(commands)
     _add_rankings(commands)
+    _add_degraded(commands)
     _add_upstream(commands)
     _add_new(commands)
     _add_check(commands)
@@ -302,7 +303,7 @@ def _latency(args: argparse.Namespace) -> int:
     return 0
 
 
-# rankings -----------------------------------------------------------------------------------------------------------
+# rankings, degraded --------------------------------------------------------------------------------------------------
 
 
 def _add_rankings(commands: argparse._SubParsersAction) -> None:
@@ -310,6 +311,13 @@ def _add_rankings(commands: argparse._SubParsersAction) -> None:
 
     text = "how far samples' channel rankings agree with the global one in GlobalPru's runs: CSV and a plot"
     rank_convergence.add_arguments(_add(commands, "rankings", text, rank_convergence.run))
+
+
+def _add_degraded(commands: argparse._SubParsersAction) -> None:
+    from domainbed_sfp.analysis import degraded
+
+    text = "accuracy and bit-widths on degraded copies of the test environments, and whether widths move with quality"
+    degraded.add_arguments(_add(commands, "degraded", text, degraded.run))
 
 
 # upstream -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from domainbed_sfp.errors import UserError
+
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Replaces a file in one move: a reader, or a crash, sees the old contents or the new, never a part.
@@ -24,3 +26,11 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_output(option: str, path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Writes the file that a command-line option names, atomically; a UserError that says which where that fails."""
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror}") from error

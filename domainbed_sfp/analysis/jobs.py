@@ -242,7 +242,7 @@ def _compare(one: Run, two: Run) -> tuple[Run, Run]:
 
 def _job_of(run: Run) -> Job:
     try:
-        method = _method(run.algorithm, run.args.get("hparams"), run.args.get("steps"), run.dataset)
+        method = method_of(run.algorithm, run.args.get("hparams"), run.args.get("steps"), run.dataset)
     except ValueError as error:
         raise UserError(
             f"{run.directory}: args.hparams is {run.args.get('hparams')!r}; expected a JSON object"
@@ -250,7 +250,8 @@ def _job_of(run: Run) -> Job:
     return Job(run.dataset, method, run.test_envs, run.hparams_seed, run.trial_seed)
 
 
-def _method(algorithm: str, hparams: str | dict[str, Any] | None, steps: int | None, dataset: str) -> Method:
+def method_of(algorithm: str, hparams: str | dict[str, Any] | None, steps: int | None, dataset: str) -> Method:
+    """The row of a run with these arguments. Raises ValueError for hparams that are no JSON object."""
     overrides = json.loads(hparams) if isinstance(hparams, str) else hparams or {}
     if not isinstance(overrides, dict):
         raise ValueError(overrides)
@@ -287,7 +288,7 @@ def _listed(found: dict[Job, Run], sweep: dict[str, Any], root: Path, notes: lis
     listed = []
     for entry in sweep["jobs"]:
         try:
-            method = _method(entry["algorithm"], entry.get("hparams"), entry.get("steps"), entry["dataset"])
+            method = method_of(entry["algorithm"], entry.get("hparams"), entry.get("steps"), entry["dataset"])
         except ValueError as error:
             raise UserError(
                 f"{root / SWEEP}: job {entry['name']} has hparams {entry['hparams']!r}; expected a JSON object"

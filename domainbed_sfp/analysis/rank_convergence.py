@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, unknown_name
-from ..files import write_atomically
+from ..files import write_output
 from ..records import RESULTS, Warn, read_records
 from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
 
@@ -149,14 +149,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         sys.stdout.write(csv_text(rows))
     else:
-        _write("--output", args.output, csv_text(rows))
+        write_output("--output", args.output, csv_text(rows))
     if image is not None:
-        _write("--plot", args.plot, image)
+        write_output("--plot", args.plot, image)
     return 0
-
-
-def _write(option: str, path: str, data: str | bytes) -> None:
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise UserError(f"{option} {path}: {error.strerror}") from error

@@ -1,0 +1,272 @@
+"""What the last records say of degraded copies of their test environments: accuracy, bit-widths, and whether the
+widths move with quality.
+
+Of each run that has them, `training.evaluate_degraded` wrote the numbers for 100 images as they are (severity 0) and in
+every degradation and severity (1 to 5).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError, unknown_name
+from ..files import write_output
+from ..records import DONE, RESULTS, Warn, read_records
+from .display import ABSENT
+from .jobs import Method, label_methods, method_of
+from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
+from .statistics import paired_test
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FIELD = re.compile(r"env(\d+)_degraded")
+NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A run's images of one test environment in one degradation and severity.
+
+    accuracy: in percent. mean_bits: over layers with a policy and samples; bitops: multiply-accumulates times the bits
+    of both factors, an image; None where the algorithm does not quantize.
+    """
+
+    dataset: str
+    row: str
+    run: str
+    hparams_seed: int
+    trial_seed: int
+    environment: str
+    degradation: str
+    severity: int
+    samples: int
+    accuracy: float
+    mean_bits: float | None
+    bitops: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A row over its runs and test environments, `n` of them.
+
+    accuracy, bits: by severity, 0 first, means over degradations and runs. correlations: Spearman's rho of severity and
+    mean bits over the cases of one run and environment; none where the bits never move.
+    """
+
+    dataset: str
+    row: str
+    n: int
+    accuracy: dict[int, float]
+    bits: dict[int, float]
+    correlations: tuple[float, ...]
+
+    def correlation(self) -> str:
+        """Mean, standard error and p of a two-sided t-test against 0, in words."""
+        if not self.bits:
+            return ABSENT
+        if not self.correlations:
+            return "the bits never move"
+        told = f"{fmean(self.correlations):+.2f}"
+        if len(self.correlations) == 1:
+            return f"{told} (one run)"
+        error = stdev(self.correlations) / len(self.correlations) ** 0.5
+        p = paired_test(self.correlations).p_t
+        return f"{told} ± {error:.2f}" + ("" if p is None else f" (p = {p:.2g})")
+
+
+def cases_of(input_dir: str | Path, warn: Warn) -> list[Case]:
+    """The cases of all finished runs of a directory, in the order of runs. Raises UserError where there are none."""
+    root = Path(input_dir)
+    if not root.is_dir():
+        raise UserError(f"--input_dir {root}: expected a directory of runs")
+    files = sorted(root.glob(f"*/{RESULTS}")) or sorted(root.glob(RESULTS))
+    if not files:
+        raise UserError(f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}")
+    found: list[tuple[Method, str, Mapping[str, Any]]] = []
+    for file in files:
+        if not (file.parent / DONE).exists():
+            warn(f"{file.parent}: not finished, left out")
+            continue
+        last: dict[str, Any] = next(iter(reversed(list(read_records(file, warn)))), {})
+        if any(_FIELD.fullmatch(name) for name in last):
+            args = last["args"]
+            method = method_of(args["algorithm"], args.get("hparams"), args.get("steps"), args["dataset"])
+            found.append((method, file.parent.name, last))
+    if not found:
+        raise UserError(
+            f"--input_dir {root}: no record of its {len(files)} runs was made on degraded copies; those of the "
+            "quantizing algorithms are, and others with hparam degraded_evaluation set to true"
+        )
+    by_dataset: dict[str, set[Method]] = defaultdict(set)
+    for method, _, record in found:
+        by_dataset[record["args"]["dataset"]].add(method)
+    labels = {dataset: label_methods(methods) for dataset, methods in by_dataset.items()}
+    return [
+        case for method, run, record in found for case in _cases(labels[record["args"]["dataset"]][method], run, record)
+    ]
+
+
+def _cases(row: str, run: str, record: Mapping[str, Any]) -> Iterator[Case]:
+    args, names = record["args"], record.get("environments") or []
+    for name, value in record.items():
+        match = _FIELD.fullmatch(name)
+        if not match:
+            continue
+        env = int(match[1])
+        for case in value:
+            yield Case(
+                args["dataset"],
+                row,
+                run,
+                args["hparams_seed"],
+                args["trial_seed"],
+                str(names[env]) if env < len(names) else f"env{env}",
+                case["degradation"],
+                case["severity"],
+                case["samples"],
+                100 * case["accuracy"],
+                case.get("mean_bits"),
+                case.get("bitops"),
+            )
+
+
+def summarise(cases: Iterable[Case]) -> list[Summary]:
+    """A summary of each row of each data set, in the order of the cases' labels."""
+    rows: dict[tuple[str, str], dict[tuple[str, str], list[Case]]] = defaultdict(lambda: defaultdict(list))
+    for case in cases:
+        rows[case.dataset, case.row][case.run, case.environment].append(case)
+    return [
+        Summary(
+            dataset,
+            row,
+            len(runs),
+            _by_severity(runs.values(), "accuracy"),
+            _by_severity(runs.values(), "mean_bits"),
+            tuple(rho for run in runs.values() if (rho := correlation(run)) is not None),
+        )
+        for (dataset, row), runs in rows.items()
+    ]
+
+
+def _by_severity(runs: Iterable[Sequence[Case]], name: str) -> dict[int, float]:
+    values: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        for case in run:
+            if getattr(case, name) is not None:
+                values[case.severity].append(getattr(case, name))
+    return {severity: fmean(found) for severity, found in sorted(values.items())}
+
+
+def correlation(cases: Sequence[Case]) -> float | None:
+    """Spearman's rank correlation of severity and mean bits over the cases of a run; None where bits never move."""
+    from scipy import stats
+
+    told = [(case.severity, case.mean_bits) for case in cases if case.mean_bits is not None]
+    severities, bits = [severity for severity, _ in told], [round(bits, 9) for _, bits in told]
+    if len(set(severities)) < 2 or len(set(bits)) < 2:
+        return None
+    return float(stats.spearmanr(severities, bits).statistic)
+
+
+def markdown_text(summaries: Sequence[Summary]) -> str:
+    """A table a data set: accuracy as they are, and at severities 1, 3 and 5; bits as they are and at 5; rho."""
+    blocks = []
+    for dataset in dict.fromkeys(summary.dataset for summary in summaries):
+        here = [summary for summary in summaries if summary.dataset == dataset]
+        severities = sorted({severity for summary in here for severity in summary.accuracy})
+        shown = [severity for severity in (0, 1, 3, 5) if severity in severities] or severities
+        head = ["Row", *(f"Accuracy, severity {s}" for s in shown), "Bits, severity 0", f"Bits, severity {shown[-1]}"]
+        lines = [[*head, "Rho of severity and bits", "Runs"], ["---", *["--:"] * (len(head) + 1)]]
+        for summary in here:
+            accuracies = [f"{summary.accuracy[s]:.1f}" if s in summary.accuracy else ABSENT for s in shown]
+            bits = [f"{summary.bits[s]:.2f}" if s in summary.bits else ABSENT for s in (shown[0], shown[-1])]
+            lines.append([summary.row, *accuracies, *bits, summary.correlation(), str(summary.n)])
+        blocks.append(f"### {dataset}, degraded copies of the test environment\n\n" + _table(lines))
+    blocks.append(
+        "- Accuracy in percent and bits are means over runs and the five degradations (blur, noise, contrast, resize, "
+        "JPEG); severity 0: the images as they are.\n"
+        "- Rho: Spearman's rank correlation of severity and mean bits over the cases of a run, mean ± standard error "
+        "over runs; p of a two-sided t-test against 0.\n"
+    )
+    return "\n".join(blocks)
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def csv_text(cases: Sequence[Case]) -> str:
+    """The cases as CSV, unrounded; what an algorithm does not have is empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [field.name for field in fields(Case)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(case) for case in cases)
+    return out.getvalue()
+
+
+def plot(cases: Sequence[Case], suffix: str) -> bytes:
+    """Mean bits against severity for the rows that choose them by the sample, or accuracy where no row does: a panel
+    for each row, a line for each degradation, means over runs. UserError without matplotlib."""
+    with figure_style():
+        return image_bytes(_draw(cases), suffix)
+
+
+def _draw(cases: Sequence[Case]) -> Figure:
+    from matplotlib.figure import Figure
+
+    moving = {(s.dataset, s.row) for s in summarise(cases) if s.correlations}
+    name, title = ("mean_bits", "mean bits") if moving else ("accuracy", "accuracy (%)")
+    panels = list(dict.fromkeys((case.dataset, case.row) for case in cases))
+    panels = [panel for panel in panels if panel in moving or not moving]
+    kinds = sorted({case.degradation for case in cases} - {NONE})
+    styles: Sequence[Any] = LINES
+    figure = Figure(figsize=(3.5 * len(panels), 3.0), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for (dataset, row), axis in zip(panels, axes):
+        for index, kind in enumerate(kinds):
+            here = [c for c in cases if (c.dataset, c.row) == (dataset, row) and c.degradation in (NONE, kind)]
+            points = _by_severity([here], name)
+            style = styles[index % len(styles)]
+            axis.plot(
+                *zip(*points.items()), color=COLOURS[index % len(COLOURS)], linestyle=style, marker=".", label=kind
+            )
+        axis.set(title=f"{dataset}\n{row}", xlabel="severity", ylabel=title)
+    axes[0].legend()
+    return figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input_dir", required=True, metavar="DIR", help="the sweep: a directory of runs")
+    parser.add_argument("--output", metavar="FILE", help="write the table to FILE instead of the standard output")
+    parser.add_argument("--csv", metavar="FILE", help="also write every case: run, degradation, severity")
+    parser.add_argument("--plot", metavar="FILE", help=f"also draw bits against severity; {', '.join(SUFFIXES)}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the table and what else was asked for; returns the exit status. Raises UserError for bad input."""
+    suffix = Path(args.plot).suffix.lower() if args.plot else ""
+    if args.plot and suffix not in SUFFIXES:
+        raise unknown_name("suffix of --plot", suffix or args.plot, SUFFIXES)
+    cases = cases_of(args.input_dir, lambda message: print(f"warning: {message}", file=sys.stderr))
+    text = markdown_text(summarise(cases))
+    image = plot(cases, suffix) if args.plot else None
+    if args.output is None:
+        sys.stdout.write(text)
+    else:
+        write_output("--output", args.output, text)
+    if args.csv:
+        write_output("--csv", args.csv, csv_text(cases))
+    if image is not None:
+        write_output("--plot", args.plot, image)
+    return 0
