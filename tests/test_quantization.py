@@ -26,7 +26,14 @@ from domainbed_sfp.quantization import export
 from domainbed_sfp.quantization.bitops import BitOps, fit_shifts, starting_mean
 from domainbed_sfp.quantization.layers import Control, QuantizedLayer, run_by_width
 from domainbed_sfp.quantization.packing import pack, unpack
-from domainbed_sfp.quantization.policy import WIDTHS, Policy, log_probabilities, reinforce, straight_through
+from domainbed_sfp.quantization.policy import (
+    WIDTHS,
+    Policy,
+    common_uniforms,
+    log_probabilities,
+    reinforce,
+    straight_through,
+)
 from domainbed_sfp.quantization.quantizers import StepSizes, integer_range, lsq, to_integers
 
 
@@ -167,9 +174,29 @@ def test_policy_draws_what_it_says():
     torch.manual_seed(0)
     policy = Policy(3)
     policy.start.fill_(4.0)
-    choice = policy.sample(torch.randn(40_000, 3, 2, 2))
+    choice = policy.sample(torch.randn(40_000, 3, 2, 2), independent=True)
     frequencies = choice.index.bincount(minlength=6) / 40_000
     assert torch.allclose(frequencies, choice.log_probabilities[0].exp(), atol=0.01)
+    assert len(policy.sample(torch.randn(40_000, 3, 2, 2)).index.unique()) <= 2
+
+
+def test_common_draws_have_the_distribution_of_independent_ones():
+    torch.manual_seed(0)
+    logs = torch.randn(4, 6).log_softmax(1)
+    counts = torch.zeros(4, 6)
+    for _ in range(5000):
+        index, _ = straight_through(logs, common_uniforms(4, logs.device))
+        counts[torch.arange(4), index] += 1
+    assert torch.allclose(counts / 5000, logs.exp(), atol=0.03)
+
+
+def test_half_the_samples_draw_from_the_other_end():
+    torch.manual_seed(0)
+    uniforms = common_uniforms(9, torch.device("cpu"))
+    values, counts = uniforms.unique(return_counts=True)
+    assert values.sum().item() == pytest.approx(1) and sorted(counts.tolist()) == [4, 5]
+    logs = torch.tensor([0.25, 0.25, 0.5, 0.0]).log().expand(4, 4)
+    assert straight_through(logs, torch.tensor([0.0, 0.24, 0.25, 0.999]))[0].tolist() == [0, 0, 1, 2]
 
 
 def test_evaluation_takes_the_nearest_allowed_width():
@@ -211,7 +238,7 @@ def test_straight_through_gradient_by_enumeration():
     exact = torch.autograd.grad((probabilities * losses).sum(), (mean, log_sigma))
     torch.manual_seed(0)
     logs = log_probabilities(mean.expand(400), log_sigma.expand(400), bits)
-    index, coefficient = straight_through(logs)
+    index, coefficient = straight_through(logs, torch.rand(400))
     assert (coefficient == 1).all() and len(index.unique()) == len(WIDTHS)
     for offset in (0.0, 3.0):
         estimate = torch.zeros(2)
@@ -226,7 +253,7 @@ def test_a_linear_network_gives_the_policy_the_exact_gradient():
     """Through the layer itself: the mean over draws of the gradient of mu, against the sum over widths of P' L, for a
     loss that is linear in the outputs and weights on the grid of every width (so that no product of errors remains)."""
     torch.manual_seed(0)
-    layer = QuantizedLayer(nn.Linear(3, 2, bias=False), "fc", Control(mode="sampled"), policy=Policy(3))
+    layer = QuantizedLayer(nn.Linear(3, 2, bias=False), "fc", Control("sampled", independent=True), policy=Policy(3))
     with torch.no_grad():
         layer.layer.weight.copy_(torch.tensor([[1.0, -1.0, 0.0], [0.0, 1.0, -2.0]]))
         layer.weight_steps.level.copy_(layer.weight_steps.bounds()[1].sqrt() / 2)  # steps of 1

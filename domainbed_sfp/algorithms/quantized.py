@@ -197,6 +197,8 @@ class PolicyQuantization(QuantizedAlgorithm):
                 f"hparam 'reinforce' rewards each sample by its cross-entropy, which objective "
                 f"{self.hparams['objective']!r} does not minimise; set objective to ERM or reinforce to 0"
             )
+        # REINFORCE holds a sample's reward against the others', which must not have drawn with it.
+        self.control.independent = bool(self.hparams["reinforce"])
         self.bitops.check_budget(self.hparams["target_bitops"])
         self.budget = self.hparams["target_bitops"] * self.bitops.at_8_bits
         for policy in self.policies().values():

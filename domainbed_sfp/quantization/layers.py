@@ -25,10 +25,12 @@ Trace = dict[str, list[Choice]]
 class Control:
     """What the quantized layers of one network have in common.
 
-    mode: one of the three above. trace: the choices made, by layer and in order, while somebody listens.
+    mode: one of the three above. trace: the choices made, by layer and in order, while somebody listens. independent:
+    whether each sample draws for itself (see `policy.common_uniforms`).
     """
 
     mode: str = MOST_PROBABLE
+    independent: bool = False
     trace: Trace | None = field(default=None, repr=False)
 
     @contextmanager
@@ -87,7 +89,7 @@ class QuantizedLayer(nn.Module):
         if self.policy is None or self.control.mode == WIDEST_ONLY:
             return self._run_alike(x, len(self.widths) - 1)
         sampled = self.control.mode == SAMPLED
-        choice = self.policy.sample(x) if sampled else self.policy.most_probable(x)
+        choice = self.policy.sample(x, self.control.independent) if sampled else self.policy.most_probable(x)
         if self.control.trace is not None:
             self.control.trace.setdefault(self.name, []).append(choice)
         inputs = self._quantize_input(x, choice.index, choice.coefficient)

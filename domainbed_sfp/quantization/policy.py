@@ -72,11 +72,12 @@ class Policy(nn.Module):
         mean, log_sigma = self.start + mean, log_sigma.clamp(*LOG_SIGMA_RANGE)
         return mean.expand(len(x)), log_sigma.expand(len(x))
 
-    def sample(self, x: Tensor) -> Choice:
-        """Draws a width for every sample; see `straight_through`."""
+    def sample(self, x: Tensor, independent: bool = False) -> Choice:
+        """Draws a width for every sample, with `common_uniforms` or independently; see `straight_through`."""
         mean, log_sigma = self.distribution(x)
         logs = log_probabilities(mean, log_sigma, self.bits)
-        index, coefficient = straight_through(logs)
+        uniforms = torch.rand(len(x), device=x.device) if independent else common_uniforms(len(x), x.device)
+        index, coefficient = straight_through(logs, uniforms)
         return Choice(index, mean, logs, coefficient)
 
     def most_probable(self, x: Tensor) -> Choice:
@@ -91,8 +92,22 @@ def log_probabilities(mean: Tensor, log_sigma: Tensor, bits: Tensor) -> Tensor:
     return (-(((bits - mean[:, None]) / log_sigma.exp()[:, None]) ** 2) / 2).log_softmax(1)
 
 
-def straight_through(logs: Tensor) -> tuple[Tensor, Tensor]:
+def common_uniforms(count: int, device: torch.device) -> Tensor:
+    """Numbers [count], each uniform on [0, 1), of only two values: a random half has u, the other 1 - u.
+
+    Samples whose distributions are alike then draw the same width (common random numbers), so that a batch goes through
+    a layer in two or three groups and not in one for every width there is; of two opposite draws one is rarely much
+    like the other (antithetic variates). The draws of a batch depend on each other, each for itself has the
+    distribution it should, and so has its gradient.
+    """
+    u = torch.rand((), device=device)
+    return torch.where(torch.randperm(count, device=device) < count // 2, u, 1 - u)
+
+
+def straight_through(logs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """A draw k ~ P for each row of log P [N, K], and a coefficient [N] of value 1 that carries its gradient.
+
+    uniforms: [N]; k is the first whose cumulative probability exceeds the row's number.
 
     The usual straight-through Gumbel estimator computes every branch and puts a one-hot vector in front of them that
     has the gradient of a relaxed sample y; that pays for all K branches. Only the drawn branch is computed here, so
@@ -108,9 +123,8 @@ def straight_through(logs: Tensor) -> tuple[Tensor, Tensor]:
        doubling makes a half, and at low temperature, where the doubled one approaches it, its variance is many times as
        large. So no relaxation temperature is left. The tests enumerate the expectation.
     """
-    # The smallest of exponential variables with rates P is drawn with probability P.
-    race = torch.empty_like(logs).exponential_().log() - logs.detach()
-    index = race.argmin(1)
+    cumulative = logs.detach().exp().cumsum(1)
+    index = (cumulative[:, :-1] <= uniforms[:, None]).sum(1)
     drawn = logs.gather(1, index[:, None]).squeeze(1)
     return index, 1 + drawn - drawn.detach()
 
@@ -118,8 +132,8 @@ def straight_through(logs: Tensor) -> tuple[Tensor, Tensor]:
 def reinforce(log_probability: Tensor, reward: Tensor) -> Tensor:
     """The loss whose gradient is REINFORCE's (Williams 1992) for log P(choices) [N] and rewards [N].
 
-    The baseline of a sample is the mean reward of the *others*, which leaves the estimator unbiased; with a single
-    sample there is none.
+    The baseline of a sample is the mean reward of the *others*, which leaves the estimator unbiased where choices are
+    independent; with a single sample there is none.
     """
     reward = reward.detach()
     if len(reward) > 1:
