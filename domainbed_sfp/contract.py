@@ -302,7 +302,8 @@ MENDS: dict[str, str] = {
         "once they no longer change, before the last step"
     ),
     "export": (
-        "export() returns a deep copy of the network that predict runs, in evaluation mode, with the masks applied"
+        "export() returns a deep copy of the network that predict runs, in evaluation mode, with the masks applied; a "
+        "channel is out only where masks() has the weights that read it as well as those that write it"
     ),
     "never_touches_the_test_environment": (
         "learn from the minibatches of update() and the batches of prepare_evaluation() alone: predict() sees the "

@@ -19,6 +19,7 @@ from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.algorithms.erm import ERM
 from domainbed_sfp.algorithms.magnitude import Magnitude
 from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.pruning import surgery
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,6 +87,13 @@ class Boasting(Magnitude):
         return {name: torch.ones_like(mask) for name, mask in super().masks().items()}
 
 
+class Overclaiming(Magnitude):
+    """Calls channels dead that later layers still read, so that they cannot be taken out."""
+
+    def masks(self):
+        return {name: mask for name, mask in super().masks().items() if name != "classifier.weight"}
+
+
 class Attached(ERM):
     def export(self):
         return self.network.eval()
@@ -112,6 +120,7 @@ BROKEN = [
     ("masks", Unmasked, {}, "dead weights that are not zero"),
     ("masks", Boasting, {}, "sparsity() claims 0.5000, the masks remove 0.0000 of each channel"),
     ("export", Attached, {}, "shares parameters"),
+    ("export", Overclaiming, {}, "masked weights of dead channels cannot be taken out"),
     ("never_touches_the_test_environment", Peeking, {}, "poisoned test environment"),
 ]
 
@@ -131,6 +140,8 @@ def broken(monkeypatch):
 
 @pytest.mark.parametrize("check, cls, hparams, words", BROKEN, ids=[f"{case[0]}-{case[1].__name__}" for case in BROKEN])
 def test_every_check_finds_what_it_is_for(main, broken, check, cls, hparams, words):
+    if cls is Overclaiming and not surgery.is_available():
+        pytest.skip("torch-pruning is not installed")
     broken(cls, hparams, check)
     done = main("check", "Broken", check=False)
     assert done.returncode == 1
