@@ -535,9 +535,12 @@ def test_fronts_are_over_bitops_where_records_have_them(main, tmp_path):
     directory = tmp_path / "bits"
     write_row(directory, "DQMQ", {0: [0.6, 0.7], 1: [0.6, 0.7]}, sparsity=0.0, bitops=4000 * 64)
     write_row(directory, "ERM", {0: [0.7, 0.7], 1: [0.7, 0.7]}, sparsity=0.0)
-    _, points = draw(main, directory, "fronts", tmp_path / "bits.png")
-    costs = {point["row"]: (point["cost_name"], float(point["cost"])) for point in points}
-    assert costs == {"DQMQ": ("bitops", 256_000.0), "ERM": ("bitops", 4000 * 1024.0)}
+    _, points = draw(main, directory, "fronts", tmp_path / "bits.svg")
+    costs = {
+        point["row"]: (point["cost_name"], float(point["cost"]), point["single_precision"] == "1") for point in points
+    }
+    assert costs == {"DQMQ": ("bitops", 256_000.0, False), "ERM": ("bitops", 4000 * 1024.0, True)}
+    assert "32 x 32 BitOPs" in (tmp_path / "bits.svg").read_text()
 
 
 def test_curves_join_the_sparsities_of_an_algorithm(main, sparsities, tmp_path):

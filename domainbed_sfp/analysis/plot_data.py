@@ -22,7 +22,10 @@ FP32_BITOPS = 32 * 32
 
 @dataclass(frozen=True, slots=True)
 class FrontPoint:
-    """A row: accuracy and standard error in percent over the tested environments, `cost` in units of `cost_name`."""
+    """A row: accuracy and standard error in percent over the tested environments, `cost` in units of `cost_name`.
+
+    single_precision: the records have no BitOPs, because nothing is quantized; `cost` is FP32_BITOPS for each MAC.
+    """
 
     dataset: str
     selection: str
@@ -31,6 +34,7 @@ class FrontPoint:
     standing: str | None
     cost_name: str
     cost: float
+    single_precision: bool
     accuracy: float
     std_err: float | None
     on_front: bool
@@ -87,16 +91,17 @@ def front_points(report: Report) -> tuple[list[FrontPoint], list[str]]:
         for row in measured_rows(table):
             average = average_of([row.cells[env] for env in tested])
             cost = row.costs.get(name)
-            if cost is None and name == "bitops" and "macs" in row.costs:
-                cost = row.costs["macs"] * FP32_BITOPS  # it quantizes nothing
+            single_precision = cost is None and name == "bitops" and "macs" in row.costs
+            if single_precision:
+                cost = row.costs["macs"] * FP32_BITOPS
             if cost is None:
                 without_cost.append(row.label)
             elif average is None:
                 without_average.append(row.label)
             else:
-                found.append((row, cost, average))
-        for row, cost, average in found:
-            beaten = any(_dominates((c, a.accuracy), (cost, average.accuracy)) for _, c, a in found)
+                found.append((row, cost, single_precision, average))
+        for row, cost, single_precision, average in found:
+            beaten = any(_dominates((c, a.accuracy), (cost, average.accuracy)) for _, c, _, a in found)
             points.append(
                 FrontPoint(
                     table.dataset,
@@ -106,6 +111,7 @@ def front_points(report: Report) -> tuple[list[FrontPoint], list[str]]:
                     row.standing,
                     name,
                     cost,
+                    single_precision,
                     average.accuracy,
                     average.std_err,
                     not beaten,

@@ -146,7 +146,10 @@ def _fronts(report: Report) -> tuple[Figure, Sequence[Any], list[str]]:
         axis.xaxis.set_minor_formatter("")
         axis.set_title(_title(f"{dataset} ({_environments(here[0].environments)})"))
         axis.set_xlabel(name[0].upper() + name[1:])
-    _finish(figure, axes, looks, report, f"Accuracy against {name}; the line is the Pareto front; {_ASIDE}")
+    title = f"Accuracy against {name}; the line is the Pareto front; {_ASIDE}"
+    if any(point.single_precision for point in points):
+        title += ". Networks that are not quantized count 32 x 32 BitOPs a MAC"
+    _finish(figure, axes, looks, report, title)
     return figure, points, said
 
 
