@@ -490,7 +490,7 @@ def test_the_table_of_a_watch(sweep, fake, tmp_path, monkeypatch):
     fake.set_state(0, "NODE_FAIL", array="100")
     running = folder_of(batch_of(tmp_path, "101"), 0)
     running.mkdir()
-    (running / "results.jsonl").write_text('{"step": 5}\n')
+    (running / "results.jsonl").write_text('{"step": 5, "loss": NaN}\n{"step": 6, "lo')
     jobs = make_jobs(read_spec_of(tmp_path), None)
     watch = Watch(SweepDirectory(tmp_path / "out"), jobs, 1)
     text = io.StringIO()

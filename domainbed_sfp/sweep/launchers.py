@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -14,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import orjson
 import torch
 from rich.console import Console
 
@@ -273,6 +273,11 @@ def last_step(results: Path) -> int:
     """The step of the last whole record; -1 where there is none yet."""
     try:
         lines = results.read_bytes().splitlines()
-        return orjson.loads(lines[-1])["step"] if lines else -1
-    except (OSError, ValueError, KeyError):
+    except OSError:
         return -1
+    for line in reversed(lines):
+        try:
+            return json.loads(line)["step"]  # orjson knows no NaN, which a loss may be
+        except (ValueError, KeyError):
+            continue
+    return -1
