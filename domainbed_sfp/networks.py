@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from domainbed_sfp.depthwise import DepthwiseConv2d
 from domainbed_sfp.errors import UserError, unknown_name
 
 # Up to this side DomainBed's hand-tuned MNIST network is the automatic choice.
@@ -146,13 +147,19 @@ class SameConv2d(nn.Conv2d):
             size, kernel, stride = x.shape[2 + axis], self.kernel_size[axis], self.stride[axis]
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             pads += [total // 2, total - total // 2]
-        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return self._conv_forward(F.pad(x, pads), self.weight, self.bias)
+
+
+class SameDepthwiseConv2d(SameConv2d, DepthwiseConv2d):
+    """SameConv2d with one filter a channel."""
 
 
 def _lite_conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     if stride > 1:
-        return SameConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
-    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)
+        same = SameConv2d if groups == 1 else SameDepthwiseConv2d
+        return same(inputs, outputs, kernel, stride, groups=groups, bias=False)
+    plain = nn.Conv2d if groups == 1 else DepthwiseConv2d
+    return plain(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)
 
 
 class InvertedResidual(nn.Module):

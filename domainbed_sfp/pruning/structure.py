@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from domainbed_sfp.channel_gates import ChannelGate
+from domainbed_sfp.depthwise import DepthwiseConv2d
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.networks import SameConv2d
 
@@ -145,7 +146,8 @@ def uses_weight_as_is(module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
         return True
     if isinstance(module, nn.Linear):
         return kind.forward is nn.Linear.forward
-    return kind._conv_forward is nn.Conv2d._conv_forward and kind.forward in (nn.Conv2d.forward, SameConv2d.forward)
+    arithmetic = (nn.Conv2d._conv_forward, DepthwiseConv2d._conv_forward)
+    return kind._conv_forward in arithmetic and kind.forward in (nn.Conv2d.forward, SameConv2d.forward)
 
 
 def channel_groups(featurizer: nn.Module, classifier: nn.Module, method: str = "features") -> list[ChannelGroup]:

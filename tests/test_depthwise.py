@@ -1,0 +1,98 @@
+"""Depthwise convolutions of images smaller than the filter: PyTorch's values and gradients, first and second."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from domainbed_sfp import depthwise, networks
+from domainbed_sfp.depthwise import DepthwiseConv2d
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The shapes of images whose gradient went through the sum over taps."""
+    shapes = []
+    real = depthwise._weight_gradient
+
+    def counted(x, *arguments):
+        shapes.append(tuple(x.shape))
+        return real(x, *arguments)
+
+    monkeypatch.setattr(depthwise, "_weight_gradient", counted)
+    return shapes
+
+
+def both(channels, kernel, stride, padding):
+    """Ours and PyTorch's layer, with the same weights."""
+    ours = DepthwiseConv2d(channels, channels, kernel, stride, padding, groups=channels, bias=False)
+    theirs = nn.Conv2d(channels, channels, kernel, stride, padding, groups=channels, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_values_and_gradients_are_pytorchs(data):
+    kernel = data.draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
+    stride = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    padding = data.draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
+    side = st.integers(1, 9)
+    height, width = (data.draw(side.filter(lambda n, k=k, p=p: n + 2 * p >= k)) for k, p in zip(kernel, padding))
+    torch.manual_seed(data.draw(st.integers(0, 999)))
+    memory = data.draw(st.sampled_from([torch.channels_last, torch.contiguous_format]))
+    ours, theirs = both(3, kernel, stride, padding)
+    x = torch.randn(2, 3, height, width).to(memory_format=memory)
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, expected = ours(one), theirs(other)
+    assert torch.equal(out, expected)
+    weights = torch.randn_like(out)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(one.grad, other.grad)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_second_gradients_are_pytorchs(taken):
+    """GraSP takes the gradient of a gradient."""
+    torch.manual_seed(0)
+    ours, theirs = both(4, 5, 1, 2)
+    x = torch.randn(3, 4, 2, 2)
+    seconds = []
+    for layer in (ours, theirs):
+        loss = layer(x).pow(3).sum()
+        (first,) = torch.autograd.grad(loss, layer.weight, create_graph=True)
+        seconds.append(torch.autograd.grad(first.pow(2).sum(), layer.weight)[0])
+    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-3)
+    assert taken
+
+
+def test_only_where_it_is_slow(taken):
+    layer, _ = both(4, 5, 1, 2)
+
+    def backward(x):
+        layer(x).sum().backward()
+        return len(taken)
+
+    assert backward(torch.randn(2, 4, 5, 5)) == 0  # as large as the filter
+    assert backward(torch.randn(2, 4, 4, 4)) == 1
+    layer.eval()
+    assert backward(torch.randn(2, 4, 4, 4)) == 1
+    layer.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert backward(torch.randn(2, 4, 4, 4)) == 1
+    layer.double()
+    assert backward(torch.randn(2, 4, 4, 4).double()) == 1
+
+
+def test_the_last_stages_of_lite0_take_it_at_64_pixels(taken):
+    network = networks.EfficientNetLite0()
+    network(torch.randn(2, 3, 64, 64)).sum().backward()
+    # 4 x 4 before 5 x 5 filters: three blocks, the last strided (padded to 7); 2 x 2: three with 5 x 5, one with 3 x 3.
+    assert sorted({shape[2] for shape in taken}) == [2, 4, 7] and len(taken) == 8
+    taken.clear()
+    network(torch.randn(1, 3, 224, 224)).sum().backward()
+    assert taken == []
