@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -225,6 +226,27 @@ def test_a_policy_without_input_decides_alike_for_all():
         nn.init.normal_(policy.output.weight)
         mean, _ = policy.distribution(torch.randn(3, 3, 4, 4))
         assert len(mean.unique()) == different
+
+
+def test_what_a_policy_reads_is_standardised():
+    """By the first training batch, then by running statistics: scale and offset of a channel do not matter."""
+    torch.manual_seed(0)
+    policy = Policy(3)
+    nn.init.normal_(policy.output.weight)
+    shifted = copy.deepcopy(policy)
+    x, another = torch.randn(2, 64, 3, 4, 4)
+    scale, offset = torch.tensor([0.01, 1.0, 40.0]).view(3, 1, 1), torch.tensor([-7.0, 0.0, 300.0]).view(3, 1, 1)
+    policy.sample(x)
+    pooled = x.mean((2, 3))
+    assert torch.allclose(policy.pooled_mean, pooled.mean(0)) and torch.allclose(policy.pooled_variance, pooled.var(0))
+    shifted.sample(x * scale + offset)
+    assert torch.allclose(policy.distribution(another)[0], shifted.distribution(another * scale + offset)[0], atol=1e-2)
+    before = copy.deepcopy(policy.state_dict())
+    policy.most_probable(another)  # evaluation leaves no trace
+    policy.sample(another[:1])  # nor does a batch that has no variance
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+    policy.sample(another)
+    assert torch.allclose(policy.pooled_mean, 0.9 * pooled.mean(0) + 0.1 * another.mean((2, 3, 0)))
 
 
 def test_straight_through_gradient_by_enumeration():

@@ -15,6 +15,11 @@ HIDDEN_UNITS = 16
 # Bounds of log sigma: a policy narrower or wider than these no longer learns from what it draws.
 LOG_SIGMA_RANGE = (-2.0, 1.5)
 
+# Running statistics of the pooled input take this share of a batch's. Beyond the reach, in standard deviations,
+# training tells nothing of what to choose.
+STATISTICS_MOMENTUM = 0.1
+STATISTICS_REACH = 5.0
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -33,14 +38,17 @@ class Choice:
 class Policy(nn.Module):
     """P(b) ~ exp(-(b - mu)^2 / 2 sigma^2) over WIDTHS; (mu, log sigma) of a layer's pooled input by two linear layers.
 
-    The input is cut off from the gradient: the policy reads features and does not shape them. The output layer starts
-    at zero, so that all samples begin at mu = `start`.
+    The input is cut off from the gradient: the policy reads features and does not shape them. Pooled features hardly
+    differ from sample to sample beside their mean; they are therefore standardised, by running statistics of the
+    training batches. The output layer starts at zero, so that all samples begin at mu = `start`.
 
     Args:
         features: channels of the layer's input.
         reads_input: False gives the same network a constant input: one distribution for all samples.
     """
 
+    pooled_mean: Tensor
+    pooled_variance: Tensor
     start: Tensor
     shift: Tensor
     allowed: Tensor
@@ -54,6 +62,9 @@ class Policy(nn.Module):
         self.output = nn.Linear(HIDDEN_UNITS, 2)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
+        self.register_buffer("pooled_mean", torch.zeros(features))
+        # All zero until the first batch has come.
+        self.register_buffer("pooled_variance", torch.zeros(features))
         self.register_buffer("bits", torch.tensor([float(b) for b in WIDTHS]), persistent=False)
         self.register_buffer("start", torch.tensor(8.0))
         # Of evaluation alone, found by calibration: what is added to mu, and the widths that are stored.
@@ -62,18 +73,39 @@ class Policy(nn.Module):
 
     def distribution(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu [N] and log sigma [N] for a layer's input [N, C, H, W], [N, T, C] or [N, C]."""
-        if not self.reads_input:
-            pooled = torch.ones(1, self.features, device=x.device)
-        elif x.dim() == 4:
-            pooled = x.detach().float().mean((2, 3))
-        else:
-            pooled = x.detach().float().flatten(1, -2).mean(1) if x.dim() > 2 else x.detach().float()
-        mean, log_sigma = self.output(F.relu(self.hidden(pooled))).unbind(1)
+        read = (
+            self._standardised(self._pooled(x)) if self.reads_input else torch.ones(1, self.features, device=x.device)
+        )
+        mean, log_sigma = self.output(F.relu(self.hidden(read))).unbind(1)
         mean, log_sigma = self.start + mean, log_sigma.clamp(*LOG_SIGMA_RANGE)
         return mean.expand(len(x)), log_sigma.expand(len(x))
 
+    def _pooled(self, x: Tensor) -> Tensor:
+        x = x.detach().float()
+        if x.dim() == 4:
+            return x.mean((2, 3))
+        return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
+
+    def _standardised(self, pooled: Tensor) -> Tensor:
+        scale = torch.where(self.pooled_variance > 0, self.pooled_variance, 1.0).rsqrt()
+        return ((pooled - self.pooled_mean) * scale).clamp(-STATISTICS_REACH, STATISTICS_REACH)
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        """Takes a training batch into the running statistics, the first one whole."""
+        if len(x) > 1:
+            variance, mean = torch.var_mean(self._pooled(x), 0)
+            share = torch.where(self.pooled_variance.any(), STATISTICS_MOMENTUM, 1.0)
+            self.pooled_mean.lerp_(mean, share)
+            self.pooled_variance.lerp_(variance, share)
+
     def sample(self, x: Tensor, independent: bool = False) -> Choice:
-        """Draws a width for every sample, with `common_uniforms` or independently; see `straight_through`."""
+        """Draws a width for every sample, with `common_uniforms` or independently; see `straight_through`.
+
+        Of training steps alone: the running statistics follow x.
+        """
+        if self.reads_input:
+            self._follow(x)
         mean, log_sigma = self.distribution(x)
         logs = log_probabilities(mean, log_sigma, self.bits)
         uniforms = torch.rand(len(x), device=x.device) if independent else common_uniforms(len(x), x.device)
