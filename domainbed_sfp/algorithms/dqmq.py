@@ -19,9 +19,10 @@ class DQMQ(PolicyQuantization):
     From the paper: layer-wise bit-widths by a policy conditioned on the input, trained jointly with quantization-aware
     training; discrete choices relaxed to a continuous distribution with few parameters; an objective of task
     performance and quantization benefit; training data of mixed quality. Its method section is not available to this
-    project, so everything else is a reconstruction: the policy (pooled input, 16 hidden units, a discretised Gaussian),
-    LSQ with a step size for each width, draws that a batch shares, the budget's penalty and its calibration
-    (`quantized.PolicyQuantization`), and the degradations (`data.degradations`). No number of the paper is claimed.
+    project, so everything else is a reconstruction: the policy (pooled and standardised input, 16 hidden units, a
+    discretised Gaussian), LSQ with a step size for each width, draws that a batch shares, the budget's penalty and its
+    calibration (`quantized.PolicyQuantization`), and the degradations (`data.degradations`). No number of the paper is
+    claimed.
     """
 
     reads_input = True
