@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from domainbed_sfp import environment, hparams, registry
+from domainbed_sfp import environment, hparams, registry, runtime
 from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.data.loaders import Minibatch
 from domainbed_sfp.files import write_atomically
@@ -36,6 +36,7 @@ TARGET = 1.15
 
 def main() -> int:
     args = parse_arguments()
+    runtime.prepare_for_training()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = []
     for backbone in args.backbone:
