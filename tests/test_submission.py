@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from domainbed_sfp import registry, training
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.leaderboard import bundle, entries, rerun, summary, tracks, validation
+from domainbed_sfp.leaderboard import bundle, entries, mask_headers, rerun, summary, tracks, validation
 from domainbed_sfp.leaderboard.commands import entries_of
 from domainbed_sfp.leaderboard.facts import facts_of
 from domainbed_sfp.leaderboard.submit import submit
@@ -659,6 +660,151 @@ def test_an_oversized_file(copy):
     file.touch()
     os.truncate(file, 2**26 + 1)  # sparse: nothing is written
     assert_told(copy, "records/big.jsonl", "", "at most 67,108,864 bytes", "67,108,865")
+
+
+@pytest.mark.parametrize(
+    "folder, count, size, where, words",
+    [
+        ("records", 17, 2**26, "records", "at most 1,073,741,824 bytes in all files together, found 1,140,850,688"),
+        ("masks", 129, 2**26, "bundle", "at most 8,589,934,592 bytes in all files together, found 8,657,"),
+    ],
+)
+def test_a_bundle_that_is_too_large_is_not_read(tmp_path, monkeypatch, folder, count, size, where, words):
+    """Sixty-four megabytes are allowed of a file, but not of all files; the sizes alone say so."""
+    (root := tmp_path / "bundle").mkdir()
+    (root / folder).mkdir()
+    for number in range(count):
+        name = f"{number}.jsonl" if folder == "records" else f"{number:064x}.safetensors"
+        (root / folder / name).touch()
+        os.truncate(root / folder / name, size)  # sparse: nothing is written
+    (root / "submission.json").write_text("{}")
+    monkeypatch.setattr(bundle, "_open", lambda path: pytest.fail(f"{path} was opened"))
+    (line,) = problems(root)
+    assert line.startswith(f"{root if where == 'bundle' else where}: expected {words}")
+
+
+def peak_of(folder: Path) -> tuple[list[str], int]:
+    """The problems of a bundle, and the most bytes that Python held while it was validated."""
+    tracemalloc.start()
+    try:
+        return problems(folder), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_line_without_end_is_not_held(copy):
+    file = runs(copy)[0]
+    with open(file, "a") as out:
+        out.write('{"x": "' + 32 * 2**20 * "y")
+    resum(copy)
+    told, peak = peak_of(copy)
+    assert f"{name_of(file)}: line 4: expected at most 262,144 bytes, found more" in told
+    assert peak < 16 * 2**20
+
+
+def test_records_repeat_in_memory_only_what_differs(copy):
+    """Five hundred records that repeat a text of 15 kB hold it once."""
+    file = runs(copy)[0]
+    record = json.loads(file.read_text().splitlines()[-1])
+    record["args"]["hparams"] = json.dumps({**json.loads(record["args"]["hparams"]), "note": 15_000 * "x"})
+    with open(file, "w") as out:
+        for step in range(500):
+            out.write(json.dumps({**record, "step": step}) + "\n")
+    resum(copy)
+    told, peak = peak_of(copy)
+    assert any("hparams of Magnitude" in line for line in told) and file.stat().st_size > 7 * 2**20
+    assert peak < 5 * 2**20, peak
+
+
+def test_values_without_end(copy, monkeypatch):
+    """Numbers take far more memory than text; no run has so many."""
+    monkeypatch.setattr(bundle, "MOST_VALUES", 2000)
+    for file in runs(copy):
+        edit(file, lambda record: record.update({f"x{n}": n for n in range(800)}))
+    resum(copy)
+    told = problems(copy)
+    first = min(file.name for file in runs(copy))
+    assert f"records/{first}: line 3: expected at most 2,000 values in all records, found more" in told
+    monkeypatch.undo()
+    edit(runs(copy)[0], lambda record: record.update({f"x{n}": n for n in range(1000)}))
+    assert any(
+        line.startswith(name_of(runs(copy)[0]) + ": line 1: expected at most 1000 fields") for line in problems(copy)
+    )
+
+
+def test_more_runs_than_the_grid_has_are_not_read(copy, monkeypatch):
+    whole = runs(copy)[0].read_bytes()
+    for number in range(5):
+        (copy / "records" / f"more{number}.jsonl").write_bytes(whole)
+    resum(copy)
+    monkeypatch.setattr(bundle.Tree, "lines", lambda tree, name: pytest.fail(f"{name} was read"))
+    assert problems(copy) == ["records: expected 4 files, one for each run of the protocol's grid, found 9"]
+
+
+def test_a_list_of_problems_has_an_end(copy, monkeypatch):
+    monkeypatch.setattr(validation, "MOST_TOLD", 7)
+    for file in runs(copy):
+        edit(file, lambda record: record.update(env0_in_acc=0.50001, env1_in_acc=0.50001, epoch=9.0))
+    resum(copy)
+    assert len(problems(copy)) == 7
+
+
+def masks_file(tensors: dict, shapes: str, data: bytes) -> bytes:
+    """A safetensors file whose header may say anything."""
+    header = json.dumps({"__metadata__": {"shapes": shapes}, **tensors}).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def one_mask(shape: list[int], size: int, **changes) -> tuple[dict, str]:
+    return {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size], **changes}}, json.dumps({"w": shape})
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"", "a header of 0 bytes in a file of 0"),
+        ((2**40).to_bytes(8, "little") + b"{}", "a header of 1,099,511,627,776 bytes in a file of 10"),
+        (masks_file({}, "[" * 100_000, b""), "nested too deeply"),
+        (masks_file({"w": [[[]]]}, "{}", b""), "header.w: expected object, found [[[]]]"),
+        (masks_file(*one_mask([8], 1, dtype="F32"), b"\0"), 'header.w.dtype: expected "U8", found "F32"'),
+        (masks_file(*one_mask([2**30, 2**30], 1), b"\0"), "'w' is not one bit for each of [1073741824, 1073741824]"),
+        (masks_file(*one_mask([8, -1], 1), b"\0"), "shapes.w[1]: expected at least 1, found -1"),
+        (masks_file(*one_mask([8], 1, data_offsets=[1, 2]), b"\0\0"), "from byte 0 on"),
+        (masks_file(*one_mask([8], 1), b"\0" * 9), "9 bytes of masks, the header declares 1"),
+        (masks_file(one_mask([8], 1)[0], "{}", b"\0"), "do not name the same masks: 'w'"),
+        (b"\2" + b"\0" * 7 + b"[]", "header: expected object, found []"),
+    ],
+)  # fmt: skip
+def test_headers_of_masks_are_read_before_the_masks(copy, monkeypatch, data, words):
+    monkeypatch.setattr(mask_files, "unpack", lambda data: pytest.fail("the masks were unpacked"))
+    names = sorted((copy / "masks").iterdir())
+    for file in names:
+        file.write_bytes(data)
+    resum(copy)
+    for file in names:
+        told = [line for line in problems(copy) if line.startswith(f"masks/{file.name}: ")]
+        assert len(told) == 1 and "masks, one bit a weight" in told[0] and words in told[0], told
+
+
+def test_masks_that_no_network_has_are_not_unpacked(copy, monkeypatch):
+    """Shapes and sums fit each other: only the network says that there is no such parameter, or not so many."""
+    monkeypatch.setattr(mask_files, "unpack", lambda data: pytest.fail("the masks were unpacked"))
+    names = sorted((copy / "masks").iterdir())
+    for file in names:
+        file.write_bytes(masks_file(*one_mask([1000, 8000], 10**6), bytes(10**6)))
+    resum(copy)
+    words = "at most 373,002 weights, the parameters of records/"
+    assert any(f"masks/{names[0].name}: masks: expected {words}" in line for line in problems(copy))
+    for file in names:
+        file.write_bytes(masks_file(*one_mask([8], 1), b"\0"))
+    resum(copy)
+    told = problems(copy)
+    assert f"masks/{names[0].name}: mask w: expected a parameter of Magnitude, found shape [8]" in told
+
+
+def test_what_pack_writes_has_the_header_that_is_read():
+    masks = {"a": torch.ones(3, 5, dtype=torch.bool), "b.c": torch.zeros(16, dtype=torch.bool)}
+    assert mask_headers.shapes_of(mask_files.pack(masks)) == {"a": (3, 5), "b.c": (16,)}
 
 
 def test_a_pickle_is_not_opened(copy, tmp_path):

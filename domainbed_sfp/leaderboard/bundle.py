@@ -17,8 +17,9 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from domainbed_sfp.leaderboard import entries
 from domainbed_sfp.leaderboard.entries import list_of, object_of, or_null
@@ -36,13 +37,22 @@ FILES: Mapping[str, int] = {
     r"submission\.json": 2**24,
     r"SHA256SUMS": 2**24,
     r"records/[A-Za-z0-9][A-Za-z0-9_.-]*\.jsonl": 2**26,
-    r"masks/[0-9a-f]{64}\.safetensors": 2**28,
+    r"masks/[0-9a-f]{64}\.safetensors": 2**26,
 }
+# Read at once where a file is only looked through.
+CHUNK = 2**20
 LAYOUT = f"{SUBMISSION}, {SUMS}, {RECORDS}/<run>.jsonl or {MASKS}/<digest>.safetensors"
+# Of all files together, and of all records.
 LARGEST_BUNDLE = 2**33
+LARGEST_RECORDS = 2**30
 MOST_FILES = 100_000
 # Of a run: a checkpoint each.
 MOST_RECORDS = 100_000
+# Bytes of a record, whose longest part is the evaluation on degraded copies: some kilobytes.
+LONGEST_LINE = 2**18
+# Numbers and texts in all records, not counting what a run's records share. Seven data sets with pairs of test
+# environments, 20 draws and 3 trials have five million; more of them would take gigabytes of memory.
+MOST_VALUES = 2**23
 
 _FINGERPRINT = {
     "type": "object",
@@ -149,6 +159,8 @@ RECORD_SCHEMA: dict[str, Any] = {
         },
         optional=("granularity", "masks"),
     ),
+    "maxProperties": 1000,
+    "propertyNames": {"maxLength": 120},
     "patternProperties": {r"^env\d+_(in|out|uda)_acc$": entries.FRACTION, r"^env\d+_degraded$": _DEGRADED},
     "additionalProperties": _NUMBER_OR_NULL,
 }
@@ -156,11 +168,13 @@ RECORD_SCHEMA: dict[str, Any] = {
 
 @dataclass
 class Tree:
-    """The files of a bundle by their names in it, with their SHA-256, and what must not be there."""
+    """The files of a bundle by their names in it, with their SHA-256, and what must not be there. `is_refused`: there
+    is too much of it, and nothing was read."""
 
     root: Path
     sums: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    is_refused: bool = False
 
     def names(self, folder: str) -> list[str]:
         """The files below `folder`, sorted."""
@@ -168,23 +182,41 @@ class Tree:
 
     def read(self, name: str) -> bytes:
         """The contents of a file that `sums` names. Raises OSError if it has changed since."""
-        data = _read(self.root / name, _limit(name) or 0)
-        if hashlib.sha256(data).hexdigest() != self.sums[name]:
-            raise OSError(f"{name} has changed while the bundle was read")
+        data = b"".join(_chunks(self.root / name, _limit(name) or 0))
+        self._expect(name, hashlib.sha256(data))
         return data
+
+    def lines(self, name: str) -> Iterator[bytes]:
+        """The lines of such a file, one in memory at a time. One that is longer than LONGEST_LINE is cut behind it and
+        is the last. Raises OSError at the end if the file has changed since."""
+        digest = hashlib.sha256()
+        with _open(self.root / name) as file:
+            while line := file.readline(LONGEST_LINE + 1):
+                digest.update(line)
+                yield line
+                if not line.endswith(b"\n"):
+                    while rest := file.read(CHUNK):
+                        digest.update(rest)
+        self._expect(name, digest)
+
+    def _expect(self, name: str, digest: Any) -> None:
+        if digest.hexdigest() != self.sums[name]:
+            raise OSError(f"{name} has changed while the bundle was read")
 
 
 def read_tree(root: Path) -> Tree:
-    """Looks through a bundle's folder without following a link; every file is hashed once.
+    """Looks through a bundle's folder without following a link; every file is hashed once, but none before the sizes of
+    all are known to be within bounds.
 
     Raises OSError where the folder itself cannot be read.
     """
     tree = Tree(root)
-    total = 0
+    sizes: dict[str, int] = {}
     for count, (name, entry) in enumerate(_walk(root, "")):
         if count == MOST_FILES:
             tree.problems.append(Problem(str(root), "", f"at most {MOST_FILES:,} files", "more"))
-            break
+            tree.is_refused = True
+            return tree
         limit, status = _limit(name), entry.stat(follow_symlinks=False)
         if entry.is_symlink():
             tree.problems.append(Problem(name, "", "a plain file", "a symbolic link"))
@@ -198,15 +230,24 @@ def read_tree(root: Path) -> Tree:
             tree.problems.append(Problem(name, "", "a file of its own", "a hard link to a file elsewhere"))
         elif status.st_mode & 0o111:
             tree.problems.append(Problem(name, "", "a file that cannot be executed", oct(status.st_mode & 0o777)))
-        elif status.st_size > limit or total + status.st_size > LARGEST_BUNDLE:
-            allowed = min(limit, LARGEST_BUNDLE - total)
-            tree.problems.append(Problem(name, "", f"at most {allowed:,} bytes", f"{status.st_size:,}"))
+        elif status.st_size > limit:
+            tree.problems.append(Problem(name, "", f"at most {limit:,} bytes", f"{status.st_size:,}"))
         else:
-            total += status.st_size
-            try:
-                tree.sums[name] = hashlib.sha256(_read(Path(entry.path), limit)).hexdigest()
-            except OSError as error:
-                tree.problems.append(Problem(name, "", "a file that can be read", str(error.strerror or error)))
+            sizes[name] = status.st_size
+    for folder, most in ((RECORDS, LARGEST_RECORDS), ("", LARGEST_BUNDLE)):
+        size = sum(size for name, size in sizes.items() if name.startswith(folder))
+        if size > most:
+            words = f"at most {most:,} bytes in all files together"
+            tree.problems.append(Problem(folder or str(root), "", words, f"{size:,}"))
+            tree.is_refused = True
+    for name in () if tree.is_refused else sizes:
+        try:
+            digest = hashlib.sha256()
+            for chunk in _chunks(root / name, _limit(name) or 0):
+                digest.update(chunk)
+            tree.sums[name] = digest.hexdigest()
+        except OSError as error:
+            tree.problems.append(Problem(name, "", "a file that can be read", str(error.strerror or error)))
     return tree
 
 
@@ -251,7 +292,7 @@ def _limit(name: str) -> int | None:
 def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Everything in a folder, by its name in the bundle; only the folders of the layout are entered."""
     with os.scandir(folder) as found:
-        for entry in sorted(found, key=lambda entry: entry.name):
+        for entry in sorted(islice(found, MOST_FILES + 1), key=lambda entry: entry.name):
             name = prefix + entry.name
             if name in (RECORDS, MASKS) and entry.is_dir(follow_symlinks=False):
                 yield from _walk(folder / entry.name, name + "/")
@@ -259,13 +300,22 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
                 yield name, entry
 
 
-def _read(path: Path, limit: int) -> bytes:
-    """A plain file's contents, at most `limit` bytes, even if it was exchanged for a link or a pipe a moment ago."""
+def _open(path: Path) -> BinaryIO:
+    """A plain file, even if it was exchanged for a link or a pipe a moment ago: then it is an OSError."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(f"{path} is not a plain file")
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise OSError(f"{path} has more than {limit:,} bytes")
-    return data
+    file = open(os.open(path, flags), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path} is not a plain file")
+    return file
+
+
+def _chunks(path: Path, limit: int) -> Iterator[bytes]:
+    """A plain file's contents; OSError behind `limit` bytes, whatever its size was a moment ago."""
+    total = 0
+    with _open(path) as file:
+        while chunk := file.read(CHUNK):
+            total += len(chunk)
+            if total > limit:
+                raise OSError(f"{path} has more than {limit:,} bytes")
+            yield chunk

@@ -153,6 +153,7 @@ def _expected(error: Any) -> str:
         "maximum": lambda: f"at most {value}",
         "minItems": lambda: f"at least {value} of them",
         "maxItems": lambda: f"at most {value} of them",
+        "maxProperties": lambda: f"at most {value} fields",
         "maxLength": lambda: f"at most {value} characters",
         "uniqueItems": lambda: "each only once",
     }

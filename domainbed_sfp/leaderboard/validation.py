@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from domainbed_sfp import hparams, registry
+from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.analysis.selection import ORACLE
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.leaderboard import bundle, summary, tracks
+from domainbed_sfp.leaderboard import bundle, mask_headers, summary, tracks
 from domainbed_sfp.leaderboard.bundle import MASKS, RECORDS, SUBMISSION, Tree
 from domainbed_sfp.leaderboard.facts import facts_of, split_sizes
 from domainbed_sfp.leaderboard.schema import MOST_PROBLEMS, Problem, parse, printable, problems_of, shown
@@ -35,19 +36,15 @@ ROUNDING = 1e-9
 # The claimed sparsity is a ratio of counts that the masks give as well.
 SPARSITY_ROUNDING = 1e-6
 
+# So many problems of a bundle are told: past them the list would be the largest thing in memory.
+MOST_TOLD = 50 * MOST_PROBLEMS
+# A bundle of more than this many times the runs of its own grid is not read.
+GRID_EXCESS = 2
+
 # Fields that all records of a run share.
 SHARED = ("args", "hparams", "environments", "input_shape", "data_digest", "standing", "precision", "granularity")
-# Wrong in one of these, a record can be in no table.
-ESSENTIAL = (
-    "args",
-    "hparams",
-    "environment",
-    "environments",
-    "input_shape",
-    "step",
-    "final_compression",
-    "data_digest",
-)
+# And those that are alike in most records: kept once.
+REPEATED = frozenset((*SHARED, "environment"))
 
 
 @dataclass
@@ -90,6 +87,16 @@ def validate(folder: str | Path) -> Validation:
         raise UserError(f"bundle {str(folder)!r} cannot be read: {error.strerror or error}") from error
 
 
+@dataclass(frozen=True)
+class _Network:
+    """A run's algorithm as it begins, how often each of its weights is used, the parameters and costs of `predict`."""
+
+    algorithm: Algorithm
+    positions: Mapping[str, int]
+    deployed: Mapping[str, torch.Tensor]
+    costs: Mapping[str, float]
+
+
 class _Check:
     """One bundle while it is being checked."""
 
@@ -98,12 +105,22 @@ class _Check:
         self.outcome = Validation(root, list(tree.problems), sums=tree.sums.get(bundle.SUMS, ""))
         # Runs whose fields have the right form, and all that are there at all.
         self.is_whole = True
+        self.values = 0
 
     def complete(self) -> Validation:
         outcome = self.outcome
+        if self.tree.is_refused:
+            return outcome
         self._add(bundle.check_sums(self.tree))
         claimed = self._claimed()
+        files = len(self.tree.names(RECORDS))
+        if claimed is not None and files > GRID_EXCESS * (runs := _planned(claimed)):
+            self._problem(RECORDS, "", f"{runs:,} files, one for each run of the protocol's grid", f"{files:,}")
+            return outcome
         for name in self.tree.names(RECORDS):
+            if self.values > bundle.MOST_VALUES:
+                self.is_whole = False
+                break
             run = self._read_run(name)
             if run is None:
                 self.is_whole = False
@@ -122,10 +139,11 @@ class _Check:
         return outcome
 
     def _add(self, problems: Iterable[Problem]) -> None:
-        self.outcome.problems += islice(problems, MOST_PROBLEMS)
+        left = max(0, MOST_TOLD - len(self.outcome.problems))
+        self.outcome.problems += islice(problems, min(MOST_PROBLEMS, left))
 
     def _problem(self, file: str, where: str, expected: str, found: str) -> None:
-        self.outcome.problems.append(Problem(file, where, expected, found))
+        self._add([Problem(file, where, expected, found)])
 
     def _cannot(self, what: str) -> None:
         if what not in self.outcome.unchecked:
@@ -151,20 +169,21 @@ class _Check:
 
     def _read_run(self, file: str) -> SubmittedRun | None:
         """The run of a file, None where its records cannot be understood."""
-        parsed: list[Mapping[str, Any]] = []
+        parsed: list[dict[str, Any]] = []
+        names: dict[str, str] = {}
         is_fit = True
-        data = self.tree.read(file)
-        if (count := data.count(b"\n")) > bundle.MOST_RECORDS:
-            self._problem(file, "", f"at most {bundle.MOST_RECORDS:,} records", f"{count:,} lines")
-            return None
-        lines = data.split(b"\n")
-        if lines[-1]:
-            self._problem(file, f"line {len(lines)}", "a line that ends", "the end of the file")
-            is_fit = False
         before = len(self.outcome.problems)
-        for number, line in enumerate(lines[:-1], start=1):
+        for number, line in enumerate(self.tree.lines(file), start=1):
+            if number > bundle.MOST_RECORDS:
+                self._problem(file, "", f"at most {bundle.MOST_RECORDS:,} records", "more lines")
+                return None
+            if not line.endswith(b"\n"):
+                is_long = len(line) > bundle.LONGEST_LINE
+                words = f"at most {bundle.LONGEST_LINE:,} bytes" if is_long else "a line that ends"
+                self._problem(file, f"line {number}", words, "more" if is_long else "the end of the file")
+                return None
             if len(self.outcome.problems) - before > MOST_PROBLEMS:
-                break
+                return None
             try:
                 record = parse(line)
             except ValueError as error:
@@ -174,8 +193,19 @@ class _Check:
             found = list(problems_of(file, record, bundle.RECORD_SCHEMA, f"line {number}"))
             self._add(found)
             is_fit &= not found
+            if found:
+                continue
+            record = _compact(record, parsed[0] if parsed else {}, names)
+            self.values += sum(
+                _count_values(value)
+                for name, value in record.items()
+                if not (parsed and name in REPEATED and value is parsed[0].get(name))
+            )
             parsed.append(record)
-        if not parsed:
+            if self.values > bundle.MOST_VALUES:
+                self._problem(file, f"line {number}", f"at most {bundle.MOST_VALUES:,} values in all records", "more")
+                return None
+        if is_fit and not parsed:
             self._problem(file, "", "records, one a line", "none")
         if not is_fit or not parsed:
             return None
@@ -437,9 +467,10 @@ class _Check:
                 chosen.update(dict.fromkeys((one.run.directory, one.run.steps[one.checkpoint]) for one in choices))
         needed: dict[str, None] = {}
         for run in runs:
-            for number, record in enumerate(run.records, start=1):
-                if (run.name, record["step"]) in chosen:
-                    needed.update(self._check_masks(run, number, record))
+            numbers = [n for n, one in enumerate(run.records, start=1) if (run.name, one["step"]) in chosen]
+            network = self._network(run) if numbers else None
+            for number in numbers:
+                needed.update(self._check_masks(run, number, network))
         for name in self.tree.names(MASKS):
             if name not in needed:
                 self._problem(name, "", "masks of a checkpoint that a selection rule chooses", "others")
@@ -460,53 +491,68 @@ class _Check:
                 told += _peeking(path, claimed, best)
             self._problem(SUBMISSION, where, words, told)
 
-    def _check_masks(self, run: SubmittedRun, number: int, record: Mapping[str, Any]) -> dict[str, None]:
-        """The masks of a chosen checkpoint, and its costs by a network built anew; the files that were needed."""
-        where, file = f"{RECORDS}/{run.name}.jsonl", None
-        masks = {}
-        if "masks" in record:
-            file = f"{MASKS}/{record['masks']}{mask_files.SUFFIX}"
-            if file not in self.tree.sums:
-                self._problem(file, "", f"the masks of {where}, line {number}", "no file")
-                return {}
-            try:
-                masks = mask_files.unpack(self.tree.read(file))
-            except UserError as error:
-                self._problem(file, "", "masks, one bit a weight", str(error))
-                return {file: None}
-            if (digest := mask_files.digest(masks)) != record["masks"]:
-                self._problem(file, "digest of the masks", record["masks"], digest)
-                return {file: None}
-        self._compare_costs(run, number, record, masks, file or where)
-        return {file: None} if file else {}
-
-    def _compare_costs(
-        self, run: SubmittedRun, number: int, record: Mapping[str, Any], masks: Mapping[str, Any], file: str
-    ) -> None:
-        where, facts = f"{RECORDS}/{run.name}.jsonl", facts_of(run.run.dataset)
+    def _network(self, run: SubmittedRun) -> _Network | None:
+        """The run's network built anew, None where that cannot be done here."""
+        facts, shape = facts_of(run.run.dataset), tuple(run.records[0]["input_shape"])
         if facts is None:
             self._cannot(f"costs on {run.run.dataset}: its number of classes is not known here")
-            return
+            return None
         values = {**run.run.hparams, "weights": "none"}  # what is counted does not depend on them
-        domains = len(record["environments"]) - len(run.run.test_envs)
+        domains = len(run.records[0]["environments"]) - len(run.run.test_envs)
         try:
-            algorithm = registry.get(run.run.algorithm).cls(
-                tuple(record["input_shape"]), facts.classes, domains, values
-            )
+            algorithm = registry.get(run.run.algorithm).cls(shape, facts.classes, domains, values)
             algorithm.total_steps = run.run.args["steps"] or get_dataset_class(run.run.dataset).N_STEPS
-            positions = accounting.count_positions(algorithm, tuple(record["input_shape"]), algorithm.predict)
-            deployed, others = algorithm.deployed_parameters(), algorithm.costs()
+            positions = accounting.count_positions(algorithm, shape, algorithm.predict)
+            return _Network(algorithm, positions, algorithm.deployed_parameters(), algorithm.costs())
         except Exception as error:  # an optional package that is not here, or hparams that fit no network
             self._cannot(f"masks and costs of {run.run.algorithm}: its network cannot be built here ({error})")
-            return
-        parameters = dict(algorithm.named_parameters())
-        for name, mask in masks.items():
-            shape = list(parameters[name].shape) if name in parameters else None
-            if shape != list(mask.shape):
-                words = f"a mask of shape {shape}" if shape else f"a parameter of {run.run.algorithm}"
-                self._problem(file, f"mask {name}", words, f"shape {list(mask.shape)}")
-                return
-        cost = accounting.measure_cost(deployed, positions, masks)
+            return None
+
+    def _check_masks(self, run: SubmittedRun, number: int, network: _Network | None) -> dict[str, None]:
+        """The masks of a chosen checkpoint, and its costs by a network built anew; the files that were needed."""
+        where, record = f"{RECORDS}/{run.name}.jsonl", run.records[number - 1]
+        if "masks" not in record:
+            if network is not None:
+                self._compare_costs(run, number, network, {}, where)
+            return {}
+        file = f"{MASKS}/{record['masks']}{mask_files.SUFFIX}"
+        if file not in self.tree.sums:
+            self._problem(file, "", f"the masks of {where}, line {number}", "no file")
+            return {}
+        data = self.tree.read(file)
+        try:
+            declared = mask_headers.shapes_of(data)
+        except ValueError as error:
+            self._problem(file, "", "masks, one bit a weight", f"not a file of masks ({error})")
+            return {file: None}
+        # What the network cannot have is not unpacked.
+        weights = sum(map(math.prod, declared.values()))
+        if weights > record["parameters"]:
+            words = f"at most {record['parameters']:,} weights, the parameters of {where}, line {number}"
+            self._problem(file, "masks", words, f"{weights:,}")
+            return {file: None}
+        if network is not None:
+            shapes = {name: parameter.shape for name, parameter in network.algorithm.named_parameters()}
+            if misfit := mask_headers.misfits(file, declared, shapes, run.run.algorithm):
+                self.outcome.problems.append(misfit)
+                return {file: None}
+        try:
+            masks = mask_files.unpack(data)
+        except UserError as error:
+            self._problem(file, "", "masks, one bit a weight", str(error))
+            return {file: None}
+        if (digest := mask_files.digest(masks)) != record["masks"]:
+            self._problem(file, "digest of the masks", record["masks"], digest)
+        elif network is not None:
+            self._compare_costs(run, number, network, masks, file)
+        return {file: None}
+
+    def _compare_costs(
+        self, run: SubmittedRun, number: int, network: _Network, masks: Mapping[str, Any], file: str
+    ) -> None:
+        where, record = f"{RECORDS}/{run.name}.jsonl", run.records[number - 1]
+        algorithm, others = network.algorithm, network.costs
+        cost = accounting.measure_cost(network.deployed, network.positions, masks)
         for name in ("parameters", "surviving_parameters", "dense_macs", "macs"):
             if (expected := getattr(cost, name)) != record[name]:
                 self._problem(where, f"line {number}.{name}", f"{expected:,}, by {file}", f"{record[name]:,}")
@@ -539,6 +585,28 @@ def differences(expected: Any, found: Any, path: tuple[str | int, ...] = ()) -> 
         same = math.isclose(expected, found, rel_tol=ROUNDING, abs_tol=ROUNDING) if numbers else expected == found
         if not same or isinstance(expected, bool) != isinstance(found, bool):
             yield path, expected, found
+
+
+def _planned(claimed: Mapping[str, Any]) -> int:
+    """How many runs a submission says it has."""
+    axes = ("test_envs", "hparams_seeds", "trial_seeds")
+    protocols = [one["protocol"] for one in claimed["datasets"].values()]
+    return sum(math.prod(len(protocol[axis]) for axis in axes) for protocol in protocols)
+
+
+def _compact(record: Mapping[str, Any], first: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """A record in little memory: its names, and what it repeats of the first one, are kept once."""
+    shared = REPEATED & set(first)
+    return {
+        names.setdefault(name, name): first[name] if name in shared and first[name] == value else value
+        for name, value in record.items()
+    }
+
+
+def _count_values(value: Any) -> int:
+    if isinstance(value, (dict, list)):
+        return 1 + sum(map(_count_values, value.values() if isinstance(value, dict) else value))
+    return 1
 
 
 def _grid(runs: Sequence[SubmittedRun]) -> dict[str, Any]:
