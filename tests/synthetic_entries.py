@@ -104,6 +104,7 @@ def entry(
             "task": "domain_generalization", "hparams_seeds": list(range(20)), "trial_seeds": [0, 1, 2], "data_digest": None,
         },
         results={rule: result(seed + rule, sparsity, bitops, environments, tested) for rule in ("training-domain", "oracle")},
+        unverified=("bitops",) if bitops else (),
         rerun=None, bundle=f"{random.Random(seed).getrandbits(256):064x}", date="2026-03-14",
         package="domainbed_sfp 0.1.0", commit="0123456789ab",
         notes=("Open track: 300 steps, closed takes 5,000.",) if open_ else (),

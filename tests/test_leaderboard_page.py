@@ -220,6 +220,34 @@ def test_bands(sparsity, band):
     assert band_of(sparsity) == band
 
 
+def test_costs_that_nobody_recomputed_are_marked_everywhere():
+    """The BitOPs of learned widths, in the row, in its details, on the plot's axis and in a footnote; no other cost."""
+    one, other = (entry("PACS", method) for method in METHODS[:2])
+    learned = next(entry("PACS", method) for method in METHODS if method[0] == "Quantized")
+    board = board_of([learned, one, other])
+    line = next(line for line in board.rankings[0].lines if line.entry.name == "Quantized")
+    assert board_formats.bitops_text(line) == "65.6G ‡" and "‡" not in board_formats.part_text(
+        line, "macs", "dense_macs"
+    )
+    assert board_formats.unverified_axes(line) == ["bitops"]
+    text = page.html_text(board)
+    assert text.count('data-unverified="bitops"') == 2 and text.count('data-unverified=""') == 4  # under two rules
+    assert text.count("65.6G ‡") == 2 and "bitops 65,600,000,000 ‡;" in text and text.count("‡ not recomputed") == 2
+    markdown, latex = board_formats.markdown_text(board), board_formats.latex_text(board)
+    assert markdown.count("65.6G ‡") == 2 and markdown.count("- ‡ not recomputed") == 2
+    assert latex.count("65.6G $^\\ddagger$") == 2 and "‡" not in latex
+    rows = csv.DictReader(io.StringIO(board_formats.csv_text(board)))
+    assert {row["name"]: row["unverified"] for row in rows} == {"Quantized": "bitops", one.name: "", other.name: ""}
+    document = json.loads(board_formats.json_text(board))
+    told = {row["name"]: row["unverified"] for row in document["rankings"][0]["rows"]}
+    assert told == {"Quantized": ["bitops"], one.name: [], other.name: []}
+    # Where nobody is quantized BitOPs come from the MACs, and so does their mark.
+    assert "‡" not in page.html_text(board_of([one])).partition("<script>")[0]
+    assert board_formats.unverified_axes(board_of([replace(one, unverified=("macs",))]).rankings[0].lines[0]) == [
+        "macs", "bitops"
+    ]  # fmt: skip
+
+
 # input of every kind ------------------------------------------------------------------------------------------------
 
 

@@ -133,22 +133,60 @@ def test_a_bundle_holds_records_masks_and_sums_and_no_paths(made, sweep):
     assert size < sum(mask.numel() for mask in masks.values()) / 8 + 4000
 
 
-def test_a_quantized_row_with_its_degraded_evaluation(tmp_path):
+def one_run(root: Path, algorithm: str, **hparams) -> Path:
+    """The bundle of a sweep of one run of two steps."""
     spec = SweepSpec(
-        [DATASET], ["UniformQuant"], n_hparams=1, n_trials=1, steps=2, checkpoint_freq=1, test_envs=[[0]],
-        hparams={"batch_size": 8}, skip_model_save=True,
+        [DATASET], [algorithm], n_hparams=1, n_trials=1, steps=2, checkpoint_freq=1, test_envs=[[0]],
+        hparams={"batch_size": 8, **hparams}, skip_model_save=True,
     )  # fmt: skip
     (job,) = make_jobs(spec, None)
-    directory = SweepDirectory(tmp_path / "sweep")
+    directory = SweepDirectory(root / "sweep")
     directory.register([job])
     with contextlib.redirect_stdout(io.StringIO()):
         training.train(job.train_args(None, directory.job_dir(job), skip_model_save=True))
-    assert submit(str(tmp_path / "sweep"), "UniformQuant", str(tmp_path / "bundle")).tier == "records-verified"
-    (file,) = runs(tmp_path / "bundle")
+    assert submit(str(root / "sweep"), algorithm, str(root / "bundle")).tier == "records-verified"
+    return root / "bundle"
+
+
+def test_a_quantized_row_with_its_degraded_evaluation(tmp_path):
+    folder = one_run(tmp_path, "UniformQuant", bits=3)
+    (file,) = runs(folder)
     assert len(json.loads(file.read_text().splitlines()[-1])["env0_degraded"]) == 26
+    # One width for all layers: every cost follows from the architecture.
+    outcome = validation.validate(folder)
+    assert outcome.unverified == {DATASET: []} and entries_of(outcome)[0].unverified == ()
+    assert "not recomputed" not in validation.text_of(outcome)
+    true = json.loads(file.read_text().splitlines()[-1])
+    edit(file, lambda r: r.update(mean_bits=2.0, bitops=1e6, exported_bytes=9), slice(-1, None))
+    resum(folder)
+    told = problems(folder)
+    for name in ("mean_bits", "bitops", "exported_bytes"):
+        start = f"{name_of(file)}: line 2.{name}: expected {true[name]:,}, by"
+        assert any(line.startswith(start) for line in told), (start, told)
     edit(file, lambda record: record["env0_degraded"][3].update(accuracy=1.5), slice(-1, None))
-    resum(tmp_path / "bundle")
-    assert_told(tmp_path / "bundle", name_of(file), "line 2.env0_degraded[3].accuracy", "at most 1", "1.5")
+    resum(folder)
+    assert_told(folder, name_of(file), "line 2.env0_degraded[3].accuracy", "at most 1", "1.5")
+
+
+def test_learned_widths_are_marked_and_kept_in_bounds(tmp_path):
+    """No bundle holds the weights that decide them."""
+    folder = one_run(tmp_path, "StaticMixedPrecision", degraded_evaluation=False)
+    outcome = validation.validate(folder)
+    assert outcome.tier == "records-verified"
+    assert outcome.unverified == {DATASET: ["exported_bytes", "bitops", "mean_bits"]}
+    assert f"not recomputed on {DATASET}, and marked so: exported_bytes, bitops, mean_bits" in validation.text_of(
+        outcome
+    )
+    assert json.loads(validation.json_of(outcome))["unverified"] == outcome.unverified
+    (entry,) = entries_of(outcome)
+    assert entries.as_json(entry)["unverified"] == ["exported_bytes", "bitops", "mean_bits"]
+    assert entries.from_json(entries.as_json(entry)) == entry
+    (file,) = runs(folder)
+    edit(file, lambda record: record.update(mean_bits=1.0, bitops=1.0, bitops_8bit=1.0), slice(-1, None))
+    resum(folder)
+    told = problems(folder)
+    for words in ("mean_bits: expected from 2.0 to 8.0, by Static", "bitops: expected from ", "bitops_8bit: expected "):
+        assert any(line.startswith(f"{name_of(file)}: line 2.{words}") for line in told), (words, told)
 
 
 def test_the_numbers_are_those_of_the_table(main, made, sweep):
@@ -504,9 +542,13 @@ def test_a_sparsity_that_the_masks_do_not_have(copy):
 
 def test_costs_that_the_masks_do_not_have(copy):
     for file in runs(copy):
-        edit(file, lambda record: record.update(macs=10, dense_macs=record["dense_macs"] + 1), slice(2, 3))
+        edit(
+            file, lambda r: r.update(macs=10, dense_macs=r["dense_macs"] + 1, exported_bytes=r["exported_bytes"] - 4),
+            slice(2, 3),
+        )  # fmt: skip
     resum(copy)
     told = problems(copy)
+    assert any(": line 3.exported_bytes: expected " in line and "by masks/" in line for line in told)
     assert any(": line 3.macs: expected 1," in line and "by masks/" in line and "found 10" in line for line in told)
     assert any(": line 3.dense_macs: expected 6,010,112, by" in line and "6,010,113" in line for line in told)
 
@@ -595,6 +637,8 @@ def test_an_algorithm_that_is_not_installed_is_self_reported(made, monkeypatch):
     monkeypatch.delitem(registry._algorithms, "Magnitude")
     outcome = validation.validate(made)
     assert outcome.tier == "self-reported" and "unknown algorithm 'Magnitude'" in outcome.unchecked[0]
+    # Not one of its costs has been counted anew.
+    assert entries_of(outcome)[0].unverified == ("sparsity", "parameters", "surviving_parameters", "dense_macs", "macs", "exported_bytes")  # fmt: skip
     assert "not checked: hparams, masks and costs of Magnitude" in validation.text_of(outcome)
 
 

@@ -54,6 +54,11 @@ class Line:
         costs = self.result.costs
         return costs.get("bitops", FP32_BITOPS * costs["macs"] if "macs" in costs else None)
 
+    @property
+    def source_of_bitops(self) -> str:
+        """The cost that `bitops` comes from."""
+        return "bitops" if "bitops" in self.result.costs else "macs"
+
     def cell(self, environment: str) -> EntryCell | None:
         """The result on an environment, where it was tested."""
         return next((cell for cell in self.result.cells if cell and cell.environment == environment), None)

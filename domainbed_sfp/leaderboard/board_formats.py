@@ -31,6 +31,12 @@ from domainbed_sfp.records import COST_FIELDS
 
 RECONSTRUCTION = "reconstruction"
 
+UNVERIFIED = "\N{DOUBLE DAGGER}"
+UNVERIFIED_NOTE = (
+    f"{UNVERIFIED} not recomputed: what the runs say of themselves. The records do not determine it, as with the "
+    "BitOPs of learned bit-widths."
+)
+
 NOTES = (
     "Accuracy in percent on held-out environments ± standard error over trials (sample standard deviation / sqrt(n)); "
     f"{ABSENT} where one trial has none.",
@@ -53,6 +59,7 @@ _COLUMNS = (
     "family",
     "standing",
     "tier",
+    "unverified",
     "environment",
     "accuracy",
     "std_err",
@@ -96,7 +103,7 @@ def trials_text(line: Line) -> str:
 def sparsity_text(line: Line) -> str:
     """The part of the method's own units that is removed."""
     sparsity = line.result.costs.get("sparsity")
-    return ABSENT if sparsity is None else f"{100 * sparsity:.1f}%"
+    return ABSENT if sparsity is None else marked_if_unverified(f"{100 * sparsity:.1f}%", line, "sparsity")
 
 
 def part_text(line: Line, left: str, dense: str) -> str:
@@ -105,12 +112,23 @@ def part_text(line: Line, left: str, dense: str) -> str:
     if left not in costs:
         return ABSENT
     part = f" ({100 * costs[left] / costs[dense]:.0f}%)" if costs.get(dense) else ""
-    return magnitude(costs[left]) + part
+    return marked_if_unverified(magnitude(costs[left]) + part, line, left, *([dense] if part else []))
 
 
 def bitops_text(line: Line) -> str:
     """Its BitOPs."""
-    return ABSENT if line.bitops is None else magnitude(line.bitops)
+    return ABSENT if line.bitops is None else marked_if_unverified(magnitude(line.bitops), line, line.source_of_bitops)
+
+
+def marked_if_unverified(text: str, line: Line, *names: str) -> str:
+    """A number as readers see it: one that nobody recomputed is marked."""
+    return f"{text} {UNVERIFIED}" if set(names) & set(line.entry.unverified) else text
+
+
+def unverified_axes(line: Line) -> list[str]:
+    """The axes of the page's plots on which this line's cost was not recomputed."""
+    sources = {"macs": "macs", "bitops": line.source_of_bitops, "parameters": "surviving_parameters"}
+    return [axis for axis, name in sources.items() if name in line.entry.unverified]
 
 
 def has_bitops(ranking: Ranking) -> bool:
@@ -159,7 +177,8 @@ def markdown_text(board: Board) -> str:
 
 def latex_text(board: Board) -> str:
     """A `table` a ranking; needs booktabs."""
-    return latex_of(list(map(grid_of, board.rankings)), _notes(board))
+    text = latex_of(list(map(grid_of, board.rankings)), _notes(board))
+    return text.replace(UNVERIFIED, "$^\\ddagger$")
 
 
 def grid_of(ranking: Ranking) -> Grid:
@@ -210,6 +229,8 @@ def notes_of(ranking: Ranking) -> tuple[str, ...]:
         notes.append(f"{MISSING}: not tested. No average is taken over fewer environments, and no rank given.")
     if any(line.entry.standing == RECONSTRUCTION for line in ranking.lines):
         notes.append(RECONSTRUCTION_NOTE)
+    if any(set(line.entry.unverified) & set(line.result.costs) for line in ranking.lines):
+        notes.append(UNVERIFIED_NOTE)
     return tuple(notes)
 
 
@@ -302,6 +323,7 @@ def json_text(board: Board) -> str:
                         "average": as_json(line.entry)["results"][ranking.rule.key]["average"],
                         "worst": as_json(line.entry)["results"][ranking.rule.key]["worst"],
                         "costs": dict(line.result.costs),
+                        "unverified": list(line.entry.unverified),
                     }
                     for line in ranking.lines
                 ],
@@ -329,6 +351,7 @@ def _facts(ranking: Ranking, line: Line) -> dict[str, Any]:
         "family": line.family,
         "standing": entry.standing,
         "tier": entry.tier,
+        "unverified": " ".join(entry.unverified),
         **{name: line.result.costs[name] for name in COST_FIELDS if name in line.result.costs},
         **{name: entry.protocol[name] for name in _PROTOCOL},
         "bundle": entry.bundle,

@@ -60,6 +60,7 @@ def entries_of(outcome: Validation, again: dict[str, Any] | None = None) -> list
                 reference=document["reference"],
                 protocol=one["protocol"],
                 results={key: entries.result_from_json(result) for key, result in one["results"].items()},
+                unverified=tuple(outcome.unverified[dataset]),
                 rerun=again,
                 bundle=outcome.sums,
                 date=datetime.now(timezone.utc).date().isoformat(),

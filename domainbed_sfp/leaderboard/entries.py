@@ -26,6 +26,8 @@ and unrounded; standard errors are sample ones (ddof = 1) over trials, null with
                         worst: {environment, accuracy} or null where an environment is missing
                         costs: {sparsity, parameters, surviving_parameters, dense_macs, macs, ...}: means over the
                             selected checkpoints; sparsity is a fraction in the method's own units, MACs are per image}
+    unverified      names of costs that the records do not determine (the BitOPs of learned bit-widths): they are what
+                    the runs say of themselves, whatever the tier, and are marked wherever they are shown
     rerun           null, or {seed, cells: [{run, agreement: "identical" or "within tolerance", difference}],
                     tolerance}: what was computed anew, `difference` in points of accuracy
     bundle          SHA-256 of the bundle's SHA256SUMS
@@ -51,6 +53,7 @@ from typing import Any
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.files import write_atomically
 from domainbed_sfp.leaderboard.schema import Problem, parse, problems_of, shown
+from domainbed_sfp.records import COST_FIELDS
 from domainbed_sfp.registry import STANDINGS
 
 FORMAT = 1
@@ -110,6 +113,7 @@ class Entry:
     reference: str
     protocol: Mapping[str, Any]
     results: Mapping[str, Result]
+    unverified: tuple[str, ...]
     rerun: Mapping[str, Any] | None
     bundle: str
     date: str
@@ -132,7 +136,7 @@ def slug(name: str) -> str:
 def as_json(entry: Entry) -> dict[str, Any]:
     """The entry's JSON document."""
     document = {"format": FORMAT, **asdict(entry)}
-    document["notes"] = list(entry.notes)
+    document |= {"notes": list(entry.notes), "unverified": list(entry.unverified)}
     document["results"] = {key: result_as_json(result) for key, result in entry.results.items()}
     return document
 
@@ -169,7 +173,7 @@ def from_json(document: Any, file: str = "entry") -> Entry:
     for problem in problems(document, file):
         raise UserError(problem.line())
     fields = {name: value for name, value in document.items() if name != "format"}
-    fields["notes"] = tuple(document["notes"])
+    fields |= {"notes": tuple(document["notes"]), "unverified": tuple(document["unverified"])}
     fields["results"] = {key: result_from_json(result) for key, result in document["results"].items()}
     return Entry(**fields)
 
@@ -376,6 +380,7 @@ SCHEMA = object_of(
         "reference": TEXT,
         "protocol": PROTOCOL_SCHEMA,
         "results": RESULTS_SCHEMA,
+        "unverified": list_of({"enum": list(COST_FIELDS)}, uniqueItems=True),
         "rerun": or_null(RERUN_SCHEMA),
         "bundle": SHA256,
         "date": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}$"},

@@ -200,6 +200,7 @@
         accuracy: parseFloat(row.dataset.accuracy),
         error: row.dataset.error === "" ? null : parseFloat(row.dataset.error),
         cost: parseFloat(row.dataset[cost]),
+        mark: row.dataset.unverified.split(" ").includes(cost) ? " \u2021" : "",
       }));
     for (const point of points) point.best = !points.some((other) => beats(other, point));
     return points.sort((a, b) => a.cost - b.cost || b.accuracy - a.accuracy);
@@ -259,7 +260,7 @@
     const hide = () => { tip.hidden = true; };
     const show = (point) => {
       clearTimeout(leaving);
-      tip.textContent = `${point.name}\n${told(point)}, ${magnitude(point.cost)} ${COSTS[cost]}${point.best ? "\non the front" : ""}`;
+      tip.textContent = `${point.name}\n${told(point)}, ${magnitude(point.cost)}${point.mark} ${COSTS[cost]}${point.best ? "\non the front" : ""}`;
       tip.hidden = false;
       const scale = picture.getBoundingClientRect().width / width;
       const [across, down] = [x(point.cost) * scale, y(point.accuracy) * scale];
@@ -277,7 +278,7 @@
           transform: `translate(${x(point.cost)} ${y(point.accuracy)})`,
           role: "button",
           tabindex: at ? -1 : 0,
-          "aria-label": `${point.name}: ${told(point)} at ${magnitude(point.cost)} ${COSTS[cost]}${point.best ? ", on the front" : ""}`,
+          "aria-label": `${point.name}: ${told(point)} at ${magnitude(point.cost)}${point.mark} ${COSTS[cost]}${point.best ? ", on the front" : ""}`,
         },
         svg("circle", { class: "target-area", r: 11 }),
       );
@@ -342,6 +343,7 @@
     const without = shown - points.length;
     const words = `Filled and joined: the front, where no other shown method is as accurate and as cheap, and better in one. ${key}. Bars: standard error.`
       + (cost === "bitops" ? " Networks that are not quantized count 32 \u00D7 32 BitOPs a MAC." : "")
+      + (points.some((point) => point.mark) ? " \u2021 not recomputed: what the runs say of themselves." : "")
       + (without ? ` ${plural(without, "row")} without average or cost left out.` : "");
     const headers = ["Method", COSTS[cost], "Average accuracy (%)", "On the front"];
     const cells = (values) => [
@@ -352,7 +354,7 @@
       "table", {},
       make("caption", { textContent: `${title}: average accuracy against ${COSTS[cost]}` }),
       make("thead", {}, make("tr", {}, ...headers.map((text, at) => make("th", { scope: "col", textContent: text, className: at ? "" : "text" })))),
-      make("tbody", {}, ...points.map((point) => make("tr", {}, ...cells([point.name, magnitude(point.cost), told(point), point.best ? "yes" : "no"])))),
+      make("tbody", {}, ...points.map((point) => make("tr", {}, ...cells([point.name, magnitude(point.cost) + point.mark, told(point), point.best ? "yes" : "no"])))),
     );
     const wasOpen = figure.querySelector("details")?.open || false;
     const details = make("details", { open: wasOpen }, make("summary", { textContent: "The plot as a table" }), table);

@@ -22,13 +22,13 @@ from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.analysis.selection import ORACLE
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.leaderboard import bundle, mask_headers, summary, tracks
+from domainbed_sfp.leaderboard import bundle, costs, mask_headers, summary, tracks
 from domainbed_sfp.leaderboard.bundle import MASKS, RECORDS, SUBMISSION, Tree
 from domainbed_sfp.leaderboard.facts import facts_of, split_sizes
 from domainbed_sfp.leaderboard.schema import MOST_PROBLEMS, Problem, parse, printable, problems_of, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.pruning import accounting, mask_files
-from domainbed_sfp.records import run_of
+from domainbed_sfp.records import COST_FIELDS, run_of
 from domainbed_sfp.seeds import seed_hash
 
 # Fractions are written with all their digits; this much a sum in another order may differ.
@@ -49,12 +49,14 @@ REPEATED = frozenset((*SHARED, "environment"))
 
 @dataclass
 class Validation:
-    """The outcome. problems: what must be mended. unchecked: what could not be checked here. submission: the document
-    as recomputed from the records, None where they are not fit for it; sums: SHA-256 of SHA256SUMS."""
+    """The outcome. problems: what must be mended. unchecked: what could not be checked here. unverified: by data set,
+    the costs that the records do not determine. submission: the document as recomputed from the records, None where
+    they are not fit for it; sums: SHA-256 of SHA256SUMS."""
 
     root: Path
     problems: list[Problem] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
+    unverified: dict[str, list[str]] = field(default_factory=dict)
     submission: dict[str, Any] | None = None
     runs: list[SubmittedRun] = field(default_factory=list)
     sums: str = ""
@@ -106,6 +108,8 @@ class _Check:
         # Runs whose fields have the right form, and all that are there at all.
         self.is_whole = True
         self.values = 0
+        # By data set: costs of the results that every chosen checkpoint's network gives as well.
+        self.recomputed: dict[str, set[str]] = {}
 
     def complete(self) -> Validation:
         outcome = self.outcome
@@ -466,11 +470,20 @@ class _Check:
             for _, choices in summary.results_of([one.run for one in runs if one.run.dataset == dataset]).values():
                 chosen.update(dict.fromkeys((one.run.directory, one.run.steps[one.checkpoint]) for one in choices))
         needed: dict[str, None] = {}
+        self.recomputed = {
+            dataset: {name for result in one["results"].values() for name in result["costs"]}
+            for dataset, one in document["datasets"].items()
+        }
+        claimed_costs = {dataset: set(names) for dataset, names in self.recomputed.items()}
         for run in runs:
             numbers = [n for n, one in enumerate(run.records, start=1) if (run.name, one["step"]) in chosen]
             network = self._network(run) if numbers else None
             for number in numbers:
                 needed.update(self._check_masks(run, number, network))
+        for dataset, names in claimed_costs.items():
+            self.outcome.unverified[dataset] = [
+                name for name in COST_FIELDS if name in names - self.recomputed[dataset]
+            ]
         for name in self.tree.names(MASKS):
             if name not in needed:
                 self._problem(name, "", "masks of a checkpoint that a selection rule chooses", "others")
@@ -511,6 +524,8 @@ class _Check:
     def _check_masks(self, run: SubmittedRun, number: int, network: _Network | None) -> dict[str, None]:
         """The masks of a chosen checkpoint, and its costs by a network built anew; the files that were needed."""
         where, record = f"{RECORDS}/{run.name}.jsonl", run.records[number - 1]
+        if network is None:
+            self.recomputed[run.run.dataset].clear()
         if "masks" not in record:
             if network is not None:
                 self._compare_costs(run, number, network, {}, where)
@@ -553,16 +568,21 @@ class _Check:
         where, record = f"{RECORDS}/{run.name}.jsonl", run.records[number - 1]
         algorithm, others = network.algorithm, network.costs
         cost = accounting.measure_cost(network.deployed, network.positions, masks)
-        for name in ("parameters", "surviving_parameters", "dense_macs", "macs"):
-            if (expected := getattr(cost, name)) != record[name]:
-                self._problem(where, f"line {number}.{name}", f"{expected:,}, by {file}", f"{record[name]:,}")
+        known = {name: getattr(cost, name) for name in ("parameters", "surviving_parameters", "dense_macs", "macs")}
+        known |= costs.settled(algorithm, others, masks)
+        for name in known.keys() & record.keys():
+            if (expected := known[name]) != record[name]:
+                words = "null" if expected is None else f"{expected:,}"
+                self._problem(where, f"line {number}.{name}", f"{words}, by {file}", _counted(record[name]))
         for name in ("bitops", "bitops_8bit", "mean_bits"):
             if (name in others) != (record.get(name) is not None):
                 words = f"a number, as {run.run.algorithm} is quantized" if name in others else "no such field"
                 self._problem(where, f"line {number}.{name}", words, shown(record.get(name)))
-        if "bitops_8bit" in others and record.get("bitops_8bit") != others["bitops_8bit"]:
-            words = f"{others['bitops_8bit']!r}, by {run.run.algorithm}'s layers"
-            self._problem(where, f"line {number}.bitops_8bit", words, shown(record.get("bitops_8bit")))
+        for name, (low, high) in costs.limits(algorithm).items():
+            if record.get(name) is not None and not low <= record[name] <= high:
+                words = f"from {low:,} to {high:,}, by {run.run.algorithm}'s layers"
+                self._problem(where, f"line {number}.{name}", words, _counted(record[name]))
+        self.recomputed[run.run.dataset] &= {*(known.keys() & record.keys()), "sparsity"}
         removed = accounting.sparsities_of(algorithm, masks) or {"weight": 0.0}
         if all(abs(value - record["sparsity"]) > SPARSITY_ROUNDING for value in removed.values()):
             words = " or ".join(f"{value:.6g} of the {unit}s" for unit, value in removed.items())
@@ -592,6 +612,10 @@ def _planned(claimed: Mapping[str, Any]) -> int:
     axes = ("test_envs", "hparams_seeds", "trial_seeds")
     protocols = [one["protocol"] for one in claimed["datasets"].values()]
     return sum(math.prod(len(protocol[axis]) for axis in axes) for protocol in protocols)
+
+
+def _counted(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, (int, float)) else shown(value)
 
 
 def _compact(record: Mapping[str, Any], first: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any]:
@@ -677,6 +701,8 @@ def text_of(outcome: Validation, limit: int = 200) -> str:
         return "\n".join(lines) + "\n"
     kinds = "transductive, " if document["transductive"] else ""
     for dataset, one in document["datasets"].items():
+        if names := outcome.unverified.get(dataset):
+            lines.append(printable(f"not recomputed on {dataset}, and marked so: {', '.join(names)}"))
         reasons = outcome.reasons_for_open(dataset)
         track = f"open track ({'; '.join(reasons)})" if reasons else "closed track"
         lines.append(printable(f"{document['name']} on {dataset}: {kinds}{track}."))
@@ -696,6 +722,7 @@ def json_of(outcome: Validation) -> str:
         "tier": outcome.tier,
         "problems": [vars(problem) for problem in outcome.problems],
         "unchecked": outcome.unchecked,
+        "unverified": outcome.unverified,
         "submission": outcome.submission,
     }
     return json.dumps(document, indent=1) + "\n"
