@@ -74,13 +74,14 @@ def peers(one: Entry, rule: str) -> list[Entry]:
         for other in many()
         if other.superseded_by is None
         and (other.dataset, other.track, other.transductive) == (one.dataset, one.track, one.transductive)
+        and (other.tier == "self-reported") == (one.tier == "self-reported")
         and rule in other.results
     ]
 
 
 def rank_of(one: Entry, rule: str) -> int | None:
-    """One more than the number of competitors whose average reads higher."""
-    if one.results[rule].average is None:
+    """One more than the number of competitors whose average reads higher; none where nobody checked the entry."""
+    if one.results[rule].average is None or one.tier == "self-reported":
         return None
     shown = [
         float(f"{other.results[rule].average[0]:.1f}") for other in peers(one, rule) if other.results[rule].average
@@ -180,15 +181,49 @@ def test_page_has_every_value(built):
                 assert all(trial.run in text for trial in cell.trials)
 
 
-def test_tracks_and_transductive_methods_are_ranked_apart(built):
-    for ranking in board_of(many()).rankings:
-        assert {(line.entry.track, line.entry.transductive) for line in ranking.lines} == {
-            (ranking.track, ranking.transductive)
+def test_tracks_transductive_methods_and_tiers_are_ranked_apart():
+    found = board_of(many()).rankings
+    for ranking in found:
+        kinds = {
+            (one.track, one.transductive, one.tier != "self-reported") for one in (line.entry for line in ranking.lines)
         }
-    kinds = [
-        (ranking.track, ranking.transductive) for ranking in board_of(many()).rankings if ranking.dataset == "PACS"
-    ]
+        assert kinds == {(ranking.track, ranking.transductive, ranking.is_verified)}
+    kinds = [(one.track, one.transductive) for one in found if one.dataset == "PACS" and one.is_verified]
     assert kinds == 2 * [("closed", False), ("open", False), ("closed", True)]
+    # Behind all others, whatever the data set.
+    verified = [ranking.is_verified for ranking in found]
+    assert verified == sorted(verified, reverse=True) and not verified[-1]
+
+
+def test_self_reported_entries_take_no_rank_in_any_format():
+    """The best one by far, of which nobody has checked anything, stands behind the worst that was checked."""
+    low, high = (replace(entry("PACS", METHODS[0]), name=name, tier="records-verified") for name in ("Low", "High"))
+    best = replace(low, name="Best", tier="self-reported")
+    found = []
+    for one, accuracy in ((low, 50.0), (high, 60.0), (best, 99.9)):
+        cells = tuple(replace(cell, accuracy=accuracy) for cell in one.results["oracle"].cells)
+        found.append(
+            replace(one, results={"oracle": replace(one.results["oracle"], cells=cells, average=(accuracy, 0.1))})
+        )
+    board = board_of(found)
+    assert [[(line.entry.name, line.rank) for line in ranking.lines] for ranking in board.rankings] == [
+        [("High", 1), ("Low", 2)], [("Best", None)]
+    ]  # fmt: skip
+    rows = list(csv.DictReader(io.StringIO(board_formats.csv_text(board))))
+    assert [row["name"] for row in rows] == 6 * ["High"] + 6 * ["Low"] + 6 * ["Best"]
+    assert {row["name"]: (row["rank"], row["tier"]) for row in rows}["Best"] == ("", "self-reported")
+    document = json.loads(board_formats.json_text(board))
+    assert [one["verified"] for one in document["rankings"]] == [True, False]
+    assert document["rankings"][1]["rows"][0]["rank"] is None
+    title = "PACS, closed track, self-reported (not ranked), model selection: "
+    for text, best_mark in ((board_formats.markdown_text(board), "**"), (board_formats.latex_text(board), "\\textbf{")):
+        verified, _, apart = text.partition(title)
+        assert best_mark + "60.0" in verified and "99.9" not in verified
+        assert "99.9" in apart and best_mark not in apart and "Self-reported: something could not be checked" in apart
+    text = page.html_text(board)
+    assert text.index("PACS: closed track</h2>") < text.index("PACS: closed track, self-reported (not ranked)</h2>")
+    cells = {row["data-name"]: (section["id"], row_cells[0]) for section, row, row_cells in Rows(text).rows}
+    assert cells == {"High": ("ranking-1", "1"), "Low": ("ranking-1", "2"), "Best": ("ranking-2", ABSENT)}
 
 
 def test_data_that_the_name_does_not_determine_is_ranked_apart():
@@ -202,7 +237,7 @@ def test_equal_averages_share_a_rank():
     def with_average(method, accuracy):
         made = entry("PACS", method)
         result = replace(made.results["oracle"], average=(accuracy, 0.1))
-        return replace(made, results={"oracle": result})
+        return replace(made, tier="records-verified", results={"oracle": result})
 
     values = (70.04, 69.96, 69.94, 71.0)
     (ranking,) = board_of([with_average(method, value) for method, value in zip(METHODS, values)]).rankings
@@ -242,7 +277,7 @@ def test_costs_that_nobody_recomputed_are_marked_everywhere():
     told = {row["name"]: row["unverified"] for row in document["rankings"][0]["rows"]}
     assert told == {"Quantized": ["bitops"], one.name: [], other.name: []}
     # Where nobody is quantized BitOPs come from the MACs, and so does their mark.
-    assert "‡" not in page.html_text(board_of([one])).partition("<script>")[0]
+    assert "‡ not recomputed" not in page.html_text(board_of([one])).partition("<script>")[0]
     assert board_formats.unverified_axes(board_of([replace(one, unverified=("macs",))]).rankings[0].lines[0]) == [
         "macs", "bitops"
     ]  # fmt: skip
@@ -519,13 +554,14 @@ def test_sorting(opened, header, key, first):
     browser = opened("#dataset=PACS&track=open")
     click = f"[...{FIRST}.querySelectorAll('thead button')].find(one => one.textContent === {header!r})"
     others = {"ascending": "descending", "descending": "ascending"}
-    known = {one.name: one for one in CURRENT if one.dataset == "PACS" and one.track == "open"}
+    found = (one for one in CURRENT if one.dataset == "PACS" and one.track == "open" and one.tier != "self-reported")
+    known = {one.name: one for one in found}
     for direction in (first, others[first]):
         browser.run(f"{click}.focus()")
         browser.key("Enter", 13, "\r")
         assert browser.run(f"{click}.closest('th').ariaSort") == direction
         assert browser.run(f"{FIRST}.querySelectorAll('[aria-sort]').length") == 1
-        order = [name for _, _, name in browser.run(SHOWN)]
+        order = browser.run(f"[...{FIRST}.querySelectorAll('tr.entry')].map(row => row.dataset.name.replace(' †', ''))")
         values = [key(known[name], known[name].results["training-domain"]) for name in order]
         given = [value for value in values if value is not None]
         assert sorted(order) == sorted(known)
@@ -542,7 +578,8 @@ def test_rows_open_by_mouse_and_keyboard(opened):
     assert not browser.run(f"{detail}.checkVisibility()")
     browser.run(f"{button}.click()")
     assert browser.run(f"{detail}.checkVisibility() && {button}.ariaExpanded") == "true"
-    best = next(one for one in peers(CURRENT[0], "training-domain") if rank_of(one, "training-domain") == 1)
+    ranked = next(one for one in CURRENT if one.dataset == "PACS" and one.tier != "self-reported")
+    best = next(one for one in peers(ranked, "training-domain") if rank_of(one, "training-domain") == 1)
     text = browser.run(f"{detail}.innerText").replace("\xa0", " ")
     for environment, accuracy in zip(ENVIRONMENTS["PACS"], texts_of(best, "training-domain")):
         assert f"{environment} {accuracy}" in text
@@ -633,6 +670,7 @@ COSTS = {
 def test_plot(opened, cost):
     browser = opened(f"#dataset=TerraIncognita&track=closed&transductive=no&cost={cost}")
     found = [one for one in CURRENT if one.dataset == "TerraIncognita" and not one.transductive]
+    found = [one for one in found if one.tier != "self-reported"]
     labels = browser.run(f"[...{FIRST}.querySelectorAll('.point')].map(point => point.ariaLabel)")
     assert {label.partition(":")[0].removesuffix(" †") for label in labels} == {one.name for one in found}
     front = {label.partition(":")[0].removesuffix(" †") for label in labels if label.endswith(", on the front")}

@@ -1,8 +1,9 @@
 """The leaderboard before anything is drawn: which entries are ranked together, in what order, and what was before.
 
 Entries are ranked together where the data set (and its data, where the name does not determine them), the selection
-rule and the track agree and both, or neither, saw unlabelled images of the test environment. Everything in a ranking is
-measured: numbers that are only published have no entry.
+rule and the track agree and both, or neither, saw unlabelled images of the test environment. Self-reported entries are
+listed behind all of these, in tables of their own and without ranks: nobody has checked them. Everything in a ranking
+is measured: numbers that are only published have no entry.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from domainbed_sfp import registry
 from domainbed_sfp.analysis.plot_data import FP32_BITOPS
 from domainbed_sfp.analysis.selection import RULES, Rule
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.leaderboard.entries import TRACKS, Entry, EntryCell, Result
+from domainbed_sfp.leaderboard.entries import TIERS, TRACKS, Entry, EntryCell, Result
 
 # Of algorithms that no installed package registers.
 UNREGISTERED = "not registered"
@@ -34,8 +36,8 @@ BANDS = {
 
 @dataclass(frozen=True)
 class Line:
-    """An entry under one selection rule. `rank` is None without an average; `before` holds the entries that it
-    replaced, the latest first."""
+    """An entry under one selection rule. `rank` is None without an average, and of a self-reported entry; `before`
+    holds the entries that it replaced, the latest first."""
 
     rank: int | None
     entry: Entry
@@ -66,20 +68,22 @@ class Line:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Lines that compete with each other, the best first."""
+    """Lines that compete with each other, the best first; of self-reported entries, which do not, by name."""
 
     dataset: str
     data_digest: str | None
     rule: Rule
     track: str
     transductive: bool
+    is_verified: bool
     environments: tuple[str, ...]
     lines: tuple[Line, ...]
 
     @property
     def track_title(self) -> str:
-        """The track, and whether the methods are transductive."""
-        return f"{self.track} track" + (", transductive methods" if self.transductive else "")
+        """The track, whether the methods are transductive, and whether nobody has checked them."""
+        kind = ", transductive methods" if self.transductive else ""
+        return f"{self.track} track{kind}" + ("" if self.is_verified else ", self-reported (not ranked)")
 
     @property
     def title(self) -> str:
@@ -119,18 +123,17 @@ def board_of(found: Sequence[Entry]) -> Board:
     rankings = []
     for dataset, digest in sorted({(entry.dataset, _digest(entry) or "") for entry in current}):
         here = [entry for entry in current if (entry.dataset, _digest(entry) or "") == (dataset, digest)]
-        for rule in RULES:
-            for transductive in (False, True):
-                for track in TRACKS:
-                    ranked = [
-                        entry
-                        for entry in here
-                        if rule.key in entry.results and (entry.track, entry.transductive) == (track, transductive)
-                    ]
-                    if ranked:
-                        lines = tuple(_lines(ranked, rule, history))
-                        names = _environments(lines)
-                        rankings.append(Ranking(dataset, digest or None, rule, track, transductive, names, lines))
+        for rule, transductive, track, is_verified in product(RULES, (False, True), TRACKS, (True, False)):
+            kind = (track, transductive, is_verified)
+            ranked = [
+                entry
+                for entry in here
+                if rule.key in entry.results and (entry.track, entry.transductive, _is_verified(entry)) == kind
+            ]
+            if ranked:
+                lines = tuple(_lines(ranked, rule, history))
+                rankings.append(Ranking(dataset, digest or None, rule, *kind, _environments(lines), lines))
+    rankings.sort(key=lambda ranking: not ranking.is_verified)
     return Board(tuple(rankings), tuple(current), history)
 
 
@@ -147,8 +150,8 @@ def family_of(algorithm: str) -> str:
 
 
 def _lines(ranked: Sequence[Entry], rule: Rule, history: Sequence[Entry]) -> list[Line]:
-    """By average, as rounded for readers: equal ones share a rank; those without an average come last."""
-    averages = {entry.name: _average(entry.results[rule.key]) for entry in ranked}
+    """By average, as rounded for readers: equal ones share a rank; those that have none come last."""
+    averages = {entry.name: _average(entry.results[rule.key]) if _is_verified(entry) else -1.0 for entry in ranked}
     lines = []
     for entry in sorted(ranked, key=lambda entry: (-averages[entry.name], entry.name)):
         own = averages[entry.name]
@@ -168,6 +171,10 @@ def _environments(lines: Sequence[Line]) -> tuple[str, ...]:
 
 def _average(result: Result) -> float:
     return -1.0 if result.average is None else round(result.average[0], 1)
+
+
+def _is_verified(entry: Entry) -> bool:
+    return entry.tier in TIERS[1:]
 
 
 def _digest(entry: Entry) -> str | None:

@@ -41,8 +41,10 @@ NOTES = (
     "Accuracy in percent on held-out environments ± standard error over trials (sample standard deviation / sqrt(n)); "
     f"{ABSENT} where one trial has none.",
     "Ranks follow the average as shown. Transductive methods, which see unlabelled images of the test environment, and "
-    "the open track are ranked apart.",
-    "Every number follows from an entry's records; published numbers that nobody measured here are not in it.",
+    "the open track are ranked apart. Self-reported entries, of which something could not be checked, have no rank and "
+    "stand in tables of their own behind the others.",
+    f"Every accuracy of a verified entry follows from its records, and every cost that is not marked {UNVERIFIED}; "
+    "published numbers that nobody measured here are not in it.",
 )
 
 _PROTOCOL = ("backbone", "weights", "image_size", "steps", "checkpoint_freq", "holdout_fraction", "precision", "task")
@@ -184,6 +186,10 @@ def latex_text(board: Board) -> str:
 def grid_of(ranking: Ranking) -> Grid:
     """A ranking as the tables of `collect` draw one, its environments as columns."""
     lines = ranking.lines
+
+    def marked(texts: list[str], values: list[float | None]) -> list[Shown]:
+        return _marked(texts, values) if ranking.is_verified else list(map(Shown, texts))
+
     columns: list[tuple[str, list[Shown]]] = [
         ("Method", [Shown(printable(label_of(line))) for line in lines]),
         ("Rank", [Shown(ABSENT if line.rank is None else str(line.rank)) for line in lines]),
@@ -192,13 +198,13 @@ def grid_of(ranking: Ranking) -> Grid:
         cells = [line.cell(environment) for line in lines]
         texts = [MISSING if cell is None else accuracy_text(cell.accuracy, cell.std_err) for cell in cells]
         columns.append(
-            (printable(environment), _marked(texts, [None if cell is None else cell.accuracy for cell in cells]))
+            (printable(environment), marked(texts, [None if cell is None else cell.accuracy for cell in cells]))
         )
     averages = [line.result.average and line.result.average[0] for line in lines]
     worst = [line.result.worst and line.result.worst[1] for line in lines]
     columns += [
-        ("Average", _marked([average_text(line) for line in lines], averages)),
-        ("Worst", _marked([worst_text(line) for line in lines], worst)),
+        ("Average", marked([average_text(line) for line in lines], averages)),
+        ("Worst", marked([worst_text(line) for line in lines], worst)),
         ("Trials", [Shown(trials_text(line)) for line in lines]),
         ("Sparsity", [Shown(sparsity_text(line)) for line in lines]),
         ("Parameters left", [Shown(part_text(line, "surviving_parameters", "parameters")) for line in lines]),
@@ -209,7 +215,7 @@ def grid_of(ranking: Ranking) -> Grid:
     columns.append(("Tier", [Shown(line.entry.tier) for line in lines]))
     if "backbone" in shared_protocol(ranking)[1]:
         columns.append(("Backbone", [Shown(printable(line.entry.protocol["backbone"])) for line in lines]))
-    kind = "-transductive" if ranking.transductive else ""
+    kind = ("-transductive" if ranking.transductive else "") + ("" if ranking.is_verified else "-self-reported")
     digest = f"-{ranking.data_digest}" if ranking.data_digest else ""
     name = f"{ranking.dataset}{digest}-{ranking.rule.key}-{ranking.track}{kind}"
     return Grid(
@@ -225,6 +231,8 @@ def grid_of(ranking: Ranking) -> Grid:
 def notes_of(ranking: Ranking) -> tuple[str, ...]:
     """What has to be said about this ranking alone."""
     notes = []
+    if not ranking.is_verified:
+        notes.append("Self-reported: something could not be checked, see each entry's notes. Not ranked.")
     if any(cell is None for line in ranking.lines for cell in map(line.cell, ranking.environments)):
         notes.append(f"{MISSING}: not tested. No average is taken over fewer environments, and no rank given.")
     if any(line.entry.standing == RECONSTRUCTION for line in ranking.lines):
@@ -311,6 +319,7 @@ def json_text(board: Board) -> str:
                 "selection": ranking.rule.key,
                 "track": ranking.track,
                 "transductive": ranking.transductive,
+                "verified": ranking.is_verified,
                 "environments": list(ranking.environments),
                 "rows": [
                     {

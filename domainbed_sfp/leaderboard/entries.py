@@ -8,8 +8,10 @@ and unrounded; standard errors are sample ones (ddof = 1) over trials, null with
     dataset         the registered name
     algorithm       the registered name
     settings        hparams the method was given on purpose, name -> value; `name` tells them where rows differ by them
-    tier            "self-reported": nothing but the sums and the form was checked
-                    "records-verified": every number follows from the records, and the records from the protocol
+    tier            "self-reported": something could not be checked, such as an algorithm that is not installed: the
+                        entry is listed apart and has no rank
+                    "records-verified": every number but the `unverified` ones follows from the records, and the records
+                        from the protocol
                     "rerun-verified": and cells computed anew agreed with them
     track           "closed" (a fixed backbone, weights, steps and data: see `tracks`) or "open"
     transductive    true where training saw unlabelled images of the test environment: ranked apart
