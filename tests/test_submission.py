@@ -204,12 +204,14 @@ def test_the_numbers_are_those_of_the_table(main, made, sweep):
 def test_validate_and_add_and_supersede(main, made, tmp_path):
     told = main("leaderboard", "validate", made).stdout
     assert "tier records-verified" in told and "open track" in told
+    assert "a checkpoint every 2 steps, closed takes 100; 2 trials, closed takes at least 3" in told
     report = json.loads(main("leaderboard", "validate", made, "--json").stdout)
     assert report["tier"] == "records-verified" and report["problems"] == []
     folder = tmp_path / "entries"
     main("leaderboard", "add", made, "--results_dir", folder)
     (entry,) = entries.read_all(folder)
     assert (folder / DATASET / "Magnitude_sparsity=0.5.json").is_file()
+    assert "Open track: 2 trials, closed takes at least 3." in entry.notes
     assert entry.name == ROW and entry.tier == "records-verified" and entry.track == "open" and not entry.transductive
     assert entry.bundle == hashlib.sha256((made / "SHA256SUMS").read_bytes()).hexdigest()
     result = entry.results["training-domain"]
@@ -1062,8 +1064,26 @@ def test_the_closed_track():
     protocol = {
         "environments": ["95%", "90%", "10%"], "test_envs": [[0], [1], [2]], "steps": 1001, "backbone": "MNIST_CNN",
         "weights": "none", "image_size": 8, "holdout_fraction": 0.2, "task": "domain_generalization",
+        "checkpoint_freq": 100, "trial_seeds": [0, 1, 2],
     }  # fmt: skip
     assert list(tracks.reasons_for_open(DATASET, protocol, [])) == []
+    assert list(tracks.reasons_for_open(DATASET, {**protocol, "trial_seeds": [0, 1, 2, 3]}, [])) == []
+    # Each alone, and both ways: fewer checkpoints are another selection too.
+    for changes, words in (
+        ({"checkpoint_freq": 10}, "a checkpoint every 10 steps, closed takes 100"),
+        ({"checkpoint_freq": 1000}, "a checkpoint every 1,000 steps, closed takes 100"),
+        ({"trial_seeds": [0, 1]}, "2 trials, closed takes at least 3"),
+        ({"trial_seeds": [0]}, "1 trial, closed takes at least 3"),
+    ):
+        assert list(tracks.reasons_for_open(DATASET, {**protocol, **changes}, [])) == [words]
+    photographs = {
+        **protocol, "steps": 5001, "backbone": "resnet50 (augmix)", "weights": "imagenet", "image_size": 224,
+        "environments": ["a", "b", "c"], "checkpoint_freq": 300,
+    }  # fmt: skip
+    assert list(tracks.reasons_for_open("PACS", photographs, [])) == []
+    assert list(tracks.reasons_for_open("DomainNet", photographs, [])) == [
+        "a checkpoint every 300 steps, closed takes 1,000"
+    ]
     changed = {**protocol, "steps": 7, "test_envs": [[0]], "backbone": "resnet18", "holdout_fraction": 0.5}
     assert list(tracks.reasons_for_open(DATASET, changed, [])) == [
         "7 steps, closed takes 1,001", "backbone resnet18, closed takes MNIST_CNN or MNIST_CNN (BatchNorm)",

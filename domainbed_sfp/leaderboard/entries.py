@@ -13,7 +13,8 @@ and unrounded; standard errors are sample ones (ddof = 1) over trials, null with
                     "records-verified": every number but the `unverified` ones follows from the records, and the records
                         from the protocol
                     "rerun-verified": and cells computed anew agreed with them
-    track           "closed" (a fixed backbone, weights, steps and data: see `tracks`) or "open"
+    track           "closed" (a fixed backbone, weights, steps, checkpoints and data, and three trials or more: see
+                    `tracks`) or "open"
     transductive    true where training saw unlabelled images of the test environment: ranked apart
     standing        "reference", "published" or "reconstruction", as registered
     reference       where the method comes from

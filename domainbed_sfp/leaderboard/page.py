@@ -17,7 +17,7 @@ from domainbed_sfp import __version__
 from domainbed_sfp.analysis.display import ABSENT, MISSING, RECONSTRUCTION_NOTE
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.files import write_atomically
-from domainbed_sfp.leaderboard import board_formats, entries
+from domainbed_sfp.leaderboard import board_formats, entries, tracks
 from domainbed_sfp.leaderboard.board import BANDS, DENSE, UNKNOWN, Board, board_of
 
 # format -> (its title, the file's name)
@@ -87,6 +87,7 @@ def html_text(board: Board, siblings: Sequence[tuple[str, str]] = ()) -> str:
         filters=_filters(board),
         siblings=siblings,
         notes=board_formats.NOTES,
+        trials_of_closed=tracks.TRIALS,
         reconstruction_note=RECONSTRUCTION_NOTE,
         bitops=any(map(board_formats.has_bitops, board.rankings)),
         absent=ABSENT,

@@ -16,6 +16,8 @@ SMALL_IMAGES = ("MNIST_CNN", "MNIST_CNN (BatchNorm)")
 BACKBONES = ("auto", "resnet50", "mnist_cnn", "mnist_cnn_bn")
 WEIGHTS = ("imagenet", "none")
 HOLDOUT_FRACTION = 0.2
+# As DomainBed's tables have them: with fewer, a lucky split is taken for a good method.
+TRIALS = 3
 
 # How training samples reach the network.
 SAMPLING = {"data_augmentation": True, "class_balanced": False}
@@ -24,13 +26,18 @@ SAMPLING = {"data_augmentation": True, "class_balanced": False}
 def reasons_for_open(dataset: str, protocol: Mapping[str, Any], runs: Sequence[Run]) -> Iterator[str]:
     """Why a submission is not of the closed track; nothing where it is.
 
-    Closed: the data set's own number of steps and DomainBed's held-out fraction; DomainBed's backbone for it with its
-    usual weights; photographs at 224 px; plain sampling with DomainBed's augmentation; every environment tested.
+    Closed: the data set's own number of steps and steps between checkpoints (more checkpoints are more to select from)
+    and DomainBed's held-out fraction; DomainBed's backbone for it with its usual weights; photographs at 224 px; plain
+    sampling with DomainBed's augmentation; every environment tested, in at least TRIALS trials.
     """
     cls = get_dataset_class(dataset)
     backbones, weights = (SMALL_IMAGES, "none") if cls.SMALL_IMAGES else (PHOTOGRAPHS, "imagenet")
     if protocol["steps"] != cls.N_STEPS:
         yield f"{protocol['steps']:,} steps, closed takes {cls.N_STEPS:,}"
+    if protocol["checkpoint_freq"] != cls.CHECKPOINT_FREQ:
+        yield f"a checkpoint every {protocol['checkpoint_freq']:,} steps, closed takes {cls.CHECKPOINT_FREQ:,}"
+    if (trials := len(protocol["trial_seeds"])) < TRIALS:
+        yield f"{trials} trial{'s' * (trials != 1)}, closed takes at least {TRIALS}"
     if protocol["backbone"] not in backbones:
         yield f"backbone {protocol['backbone']}, closed takes {' or '.join(backbones)}"
     if protocol["weights"] != weights:
