@@ -338,6 +338,85 @@ def test_a_broken_entry_is_told_by_file_and_field(main, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+ORACLE = ("results", "oracle")
+CELL = (*ORACLE, "cells", 0)
+
+
+@pytest.mark.parametrize(
+    "path, value, told",
+    [
+        (("tier",), None, 'tier: expected one of self-reported, records-verified, rerun-verified, found null'),
+        (("extra",), 1, "extra: expected no such field, found 1"),
+        (("date",), "2026-02-30", 'date: expected a day of the calendar, found "2026-02-30" (day is out of range'),
+        (("tier",), "rerun-verified", "rerun: expected a value with tier rerun-verified, null with records-verified, found null"),
+        (("unverified",), ["accuracy"], "unverified[0]: expected one of sparsity, parameters, "),
+        (("settings", "sparsity"), 10**4000, "settings.sparsity: expected at most 1e+18, found 1000"),
+        (("superseded_by",), "0" * 64, "superseded_by: expected null: a file without number is the current entry"),
+        (("dataset",), "VLCS", 'dataset: expected that of the folder, "PACS", found "VLCS"'),
+        (("name",), "VREx2", 'name: expected one whose file is VREx.json, found "VREx2"'),
+        (("protocol", "test_envs"), [[1], [2], [3]], "results.oracle.cells[0]: expected null, because"),
+        (("protocol", "steps"), 600, "results.oracle.cells[0].trials[1].step: expected below 600"),
+        (("protocol", "trial_seeds"), [0, 1], "results.oracle.cells[0].trials[2].trial_seed: expected one of"),
+        ((*ORACLE, "cells"), [None], "results.oracle.cells: expected 4 of them, one for each environment, found 1"),
+        ((*CELL, "environment"), "photo", 'results.oracle.cells[0].environment: expected "art_painting", as in'),
+        ((*CELL, "accuracy"), 99.0, "results.oracle.cells[0].accuracy: expected 6"),
+        ((*CELL, "std_err"), 0.0, "results.oracle.cells[0].std_err: expected "),
+        ((*CELL, "trials", 1, "trial_seed"), 0, "results.oracle.cells[0].trials: expected each trial_seed only once"),
+        ((*ORACLE, "average", "accuracy"), 99.0, "results.oracle.average: expected 7"),
+        ((*ORACLE, "average"), None, "results.oracle.average: expected 7"),
+        ((*ORACLE, "worst", "environment"), "photo", 'results.oracle.worst.environment: expected "art_painting", found'),
+        ((*ORACLE, "worst", "accuracy"), 99.0, "results.oracle.worst: expected 6"),
+        ((*ORACLE, "costs", "macs"), 1e12, "results.oracle.costs.macs: expected at most dense_macs, 4100000000.0, found"),
+        ((*ORACLE, "costs", "macs"), 10**400, "results.oracle.costs.macs: expected at most 1e+18, found 1000"),
+        ((*ORACLE, "costs", "speed"), 1, "results.oracle.costs.speed: expected no such field, found 1"),
+    ],
+)  # fmt: skip
+def test_an_entry_that_contradicts_itself_or_its_place(main, tmp_path, path, value, told):
+    """Whoever edits an entry by hand is told file and field, on one line; nothing is built."""
+    write(tmp_path / "entries", [entry("PACS", METHODS[2])])
+    file = tmp_path / "entries" / "PACS" / "VREx.json"
+    inner = document = json.loads(file.read_text())
+    for part in path[:-1]:
+        inner = inner[part]
+    inner[path[-1]] = value
+    file.write_text(json.dumps(document))
+    done = main("leaderboard", "build", "--entries_dir", "entries", "--output_dir", "out", check=False)
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert done.stderr.startswith(f"error: entries/PACS/VREx.json: {told}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "data, told",
+    [
+        (b"[" * 10**6, "expected a JSON document (nested too deeply)"),
+        (b"\xff\xfe", "expected a JSON document ('utf-8' codec"),
+        (b"", "expected a JSON document (Expecting value"),
+        (b"1" * 5000, "expected a JSON document (Exceeds the limit"),
+        (b"[]", "expected object, found []"),
+        (b" " * (entries.LARGEST_FILE + 1), "expected an entry of at most 4,194,304 bytes"),
+    ],
+    ids=["deep", "binary", "empty", "number", "list", "large"],
+)
+def test_files_that_are_no_entries(main, tmp_path, data, told):
+    path = tmp_path / "entries" / "PACS" / "ERM.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+    done = main("leaderboard", "build", "--entries_dir", "entries", "--output_dir", "out", check=False)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: entries/PACS/ERM.json: {told}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_folders_pipes_and_links_are_no_entries(main, tmp_path):
+    folder = tmp_path / "entries" / "PACS"
+    folder.mkdir(parents=True)
+    makers = (Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero"))
+    for number, make in enumerate(makers):
+        make(folder / f"{number}.json")
+        done = main("leaderboard", "build", "--entries_dir", "entries", "--output_dir", "out", check=False)
+        assert done.returncode == 2 and f"entries/PACS/{number}.json cannot be read" in done.stderr
+        (folder / f"{number}.json").rename(tmp_path / str(number))
+
+
 def test_two_current_entries_of_one_name():
     one = entry("PACS", METHODS[0])
     with pytest.raises(UserError, match="2 current entries are called 'ERM' on PACS"):
@@ -442,7 +521,8 @@ def test_texts_are_no_markup_in_the_other_formats():
     one = entry("PACS", METHODS[0])
     names = ["=HYPERLINK(1)", "a\n\n# b | c", "<img src=x>[x](javascript:1)", "\\input{x}%\u202e"]
     cells = tuple(replace(cell, environment=name) for cell, name in zip(one.results["oracle"].cells, names))
-    result = replace(one.results["oracle"], cells=cells, worst=(names[0], 1.0))
+    low = min(cells, key=lambda cell: cell.accuracy)
+    result = replace(one.results["oracle"], cells=cells, worst=(low.environment, low.accuracy))
     one = replace(one, results={"oracle": result}, protocol={**one.protocol, "environments": names})
     entries.text_of(one)  # an entry may be called so
     board = board_of([one])

@@ -287,7 +287,13 @@ def test_an_entry_gives_way_to_no_weaker_one(made, tmp_path):
     entries.write(tmp_path, replace(entry, tier="rerun-verified", rerun=again))
     with pytest.raises(UserError, match="the entry there is rerun-verified, this one only records-verified"):
         entries.write(tmp_path, replace(entry, bundle="0" * 64))
-    fewer = replace(entry, tier="rerun-verified", bundle="0" * 64, protocol={**entry.protocol, "trial_seeds": [0]})
+    fewer = replace(
+        entry, tier="rerun-verified", rerun=again, bundle="0" * 64, protocol={**entry.protocol, "trial_seeds": [0]}
+    )
+    for rule, result in entry.results.items():
+        (cell, *rest) = result.cells
+        one = replace(cell, trials=cell.trials[:1], accuracy=cell.trials[0].accuracy, std_err=None)
+        fewer = replace(fewer, results={**fewer.results, rule: replace(result, cells=(one, *rest))})
     with pytest.raises(UserError, match="has 2 trial_seeds, this one only 1"):
         entries.write(tmp_path, fewer)
     with pytest.raises(UserError, match="cannot tell the names apart"):
@@ -724,7 +730,7 @@ def test_a_bundle_that_is_too_large_is_not_read(tmp_path, monkeypatch, folder, c
         (root / folder / name).touch()
         os.truncate(root / folder / name, size)  # sparse: nothing is written
     (root / "submission.json").write_text("{}")
-    monkeypatch.setattr(bundle, "_open", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(bundle, "open_plain", lambda path: pytest.fail(f"{path} was opened"))
     (line,) = problems(root)
     assert line.startswith(f"{root if where == 'bundle' else where}: expected {words}")
 

@@ -19,10 +19,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from domainbed_sfp.leaderboard import entries
 from domainbed_sfp.leaderboard.entries import list_of, object_of, or_null
+from domainbed_sfp.leaderboard.plain_files import open_plain
 from domainbed_sfp.leaderboard.schema import Problem
 from domainbed_sfp.training import TrainArgs
 
@@ -190,7 +191,7 @@ class Tree:
         """The lines of such a file, one in memory at a time. One that is longer than LONGEST_LINE is cut behind it and
         is the last. Raises OSError at the end if the file has changed since."""
         digest = hashlib.sha256()
-        with _open(self.root / name) as file:
+        with open_plain(self.root / name) as file:
             while line := file.readline(LONGEST_LINE + 1):
                 digest.update(line)
                 yield line
@@ -300,20 +301,10 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
                 yield name, entry
 
 
-def _open(path: Path) -> BinaryIO:
-    """A plain file, even if it was exchanged for a link or a pipe a moment ago: then it is an OSError."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    file = open(os.open(path, flags), "rb")  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(f"{path} is not a plain file")
-    return file
-
-
 def _chunks(path: Path, limit: int) -> Iterator[bytes]:
     """A plain file's contents; OSError behind `limit` bytes, whatever its size was a moment ago."""
     total = 0
-    with _open(path) as file:
+    with open_plain(path) as file:
         while chunk := file.read(CHUNK):
             total += len(chunk)
             if total > limit:

@@ -47,14 +47,18 @@ Nothing is deleted: an entry that is replaced is kept beside the new one as `<Na
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.files import write_atomically
+from domainbed_sfp.leaderboard.plain_files import open_plain
 from domainbed_sfp.leaderboard.schema import Problem, parse, problems_of, shown
 from domainbed_sfp.records import COST_FIELDS
 from domainbed_sfp.registry import STANDINGS
@@ -182,30 +186,112 @@ def from_json(document: Any, file: str = "entry") -> Entry:
 
 
 def problems(document: Any, file: str = "entry") -> Iterator[Problem]:
-    """What a JSON document has that an entry must not have."""
-    yield from problems_of(file, document, SCHEMA)
+    """What a JSON document has that an entry must not have: a field that the schema does not allow or, where there is
+    none, fields that contradict each other."""
+    found = False
+    for problem in problems_of(file, document, SCHEMA):
+        found = True
+        yield problem
+    if not found:
+        yield from (Problem(file, *told) for told in _contradictions(document))
+
+
+def _contradictions(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(field, expected, found) where an entry that the schema allows says two things that cannot both be."""
+    if entry["tier"] != TIERS[0] and (entry["rerun"] is not None) != (entry["tier"] == TIERS[2]):
+        yield "rerun", f"a value with tier {TIERS[2]}, null with {TIERS[1]}", shown(entry["rerun"])
+    try:
+        date.fromisoformat(entry["date"])
+    except ValueError as error:
+        yield "date", "a day of the calendar", f"{shown(entry['date'])} ({error})"
+    protocol = entry["protocol"]
+    names, seeds = protocol["environments"], {"trial_seed": "trial_seeds", "hparams_seed": "hparams_seeds"}
+    tested = {env for envs in protocol["test_envs"] for env in envs}
+    for rule, result in entry["results"].items():
+        where, cells = f"results.{rule}", result["cells"]
+        if len(cells) != len(names):
+            yield f"{where}.cells", f"{len(names)} of them, one for each environment", str(len(cells))
+            continue
+        for at, (name, cell) in enumerate(zip(names, cells)):
+            if cell is None:
+                continue
+            here = f"{where}.cells[{at}]"
+            if at not in tested:
+                yield here, f"null, because protocol.test_envs has no {at}", "a cell"
+            if cell["environment"] != name:
+                yield f"{here}.environment", f"{shown(name)}, as in protocol.environments", shown(cell["environment"])
+            for number, trial in enumerate(cell["trials"]):
+                for field, axis in seeds.items():
+                    if trial[field] not in protocol[axis]:
+                        yield f"{here}.trials[{number}].{field}", f"one of protocol.{axis}", str(trial[field])
+                if trial["step"] >= protocol["steps"]:
+                    words = f"below {protocol['steps']}, protocol.steps"
+                    yield f"{here}.trials[{number}].step", words, str(trial["step"])
+            if len({trial["trial_seed"] for trial in cell["trials"]}) < len(cell["trials"]):
+                yield f"{here}.trials", "each trial_seed only once", "one twice"
+            values = [trial["accuracy"] for trial in cell["trials"]]
+            yield from _differing(f"{here}.accuracy", fmean(values), cell["accuracy"], "the mean of its trials")
+            std_err = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+            yield from _differing(f"{here}.std_err", std_err, cell["std_err"], "of its trials")
+        whole = [cell for cell in cells if cell is not None] if None not in cells else []
+        average, worst = result["average"], result["worst"]
+        mean = fmean(cell["accuracy"] for cell in whole) if whole else None
+        given = average and average["accuracy"]
+        yield from _differing(f"{where}.average", mean, given, "the mean of all environments")
+        lowest = min((cell["accuracy"] for cell in whole), default=None)
+        given = worst and worst["accuracy"]
+        yield from _differing(f"{where}.worst", lowest, given, "the lowest of all environments")
+        lowest_names = [cell["environment"] for cell in whole if cell["accuracy"] == lowest]
+        if whole and worst and worst["environment"] not in lowest_names:
+            yield f"{where}.worst.environment", " or ".join(map(shown, lowest_names)), shown(worst["environment"])
+        for part, dense in (("surviving_parameters", "parameters"), ("macs", "dense_macs")):
+            costs = result["costs"]
+            if costs.get(part, 0) > costs.get(dense, math.inf):
+                yield f"{where}.costs.{part}", f"at most {dense}, {shown(costs[dense])}", shown(costs[part])
+
+
+def _differing(field: str, expected: float | None, found: float | None, words: str) -> Iterator[tuple[str, str, str]]:
+    if expected is None or found is None:
+        if expected is not found:
+            yield field, "null" if expected is None else f"{expected!r}, {words}", shown(found)
+    elif not math.isclose(expected, found, rel_tol=1e-9, abs_tol=1e-9):
+        yield field, f"{expected!r}, {words}", shown(found)
 
 
 def read(path: str | Path) -> Entry:
     """One entry. Raises UserError, naming file and field, where it is none."""
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             data = file.read(LARGEST_FILE + 1)
         if len(data) > LARGEST_FILE:
             raise UserError(f"{path}: expected an entry of at most {LARGEST_FILE:,} bytes")
         return from_json(parse(data), str(path))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"{path}: expected a JSON document ({error})") from error
 
 
 def read_all(folder: str | Path, history: bool = False) -> list[Entry]:
     """The current entries under `folder`, by data set and name; with `history` the superseded ones too, each after
-    the entry that is current. A folder that is not there holds none. Raises UserError for a file that is no entry."""
-    found = [read(path) for path in sorted(Path(folder).glob("*/*.json"))]
+    the entry that is current. A folder that is not there holds none. Raises UserError, naming file and field, for a
+    file that is no entry, or not the one that its place and name say."""
+    found = [_at_its_place(path, read(path)) for path in sorted(Path(folder).glob("*/*.json"))]
     kept = [entry for entry in found if history or entry.superseded_by is None]
     return sorted(kept, key=lambda entry: (entry.dataset, entry.name, entry.superseded_by is not None, entry.date))
+
+
+def _at_its_place(path: Path, entry: Entry) -> Entry:
+    if path.parent.name != slug(entry.dataset):
+        problem = Problem(str(path), "dataset", f"that of the folder, {shown(path.parent.name)}", shown(entry.dataset))
+        raise UserError(problem.line())
+    number = path.name.removeprefix(f"{slug(entry.name)}.").removesuffix("json")
+    if re.fullmatch(r"(\d+\.)?", number) is None or not path.name.startswith(f"{slug(entry.name)}."):
+        raise UserError(Problem(str(path), "name", f"one whose file is {path.name}", shown(entry.name)).line())
+    if bool(number) != (entry.superseded_by is not None):
+        words = "the bundle that took its place" if number else "null: a file without number is the current entry"
+        raise UserError(Problem(str(path), "superseded_by", words, shown(entry.superseded_by)).line())
+    return entry
 
 
 def write(folder: str | Path, entry: Entry) -> Path:
@@ -299,7 +385,19 @@ SEEDS = list_of(SEED, minItems=1, maxItems=1000, uniqueItems=True)
 TEST_ENVS = list_of(
     list_of(SEED, minItems=1, maxItems=2, uniqueItems=True), minItems=1, maxItems=1000, uniqueItems=True
 )
-SETTINGS = {"type": "object", "maxProperties": 200, "additionalProperties": {"type": ["number", "string", "boolean"]}}
+# Larger numbers than any hparam or cost are, and such as every format can show.
+LARGEST = 1e18
+SETTINGS = {
+    "type": "object",
+    "maxProperties": 200,
+    "propertyNames": {"maxLength": 120},
+    "additionalProperties": {
+        "type": ["number", "string", "boolean"],
+        "minimum": -LARGEST,
+        "maximum": LARGEST,
+        "maxLength": 500,
+    },
+}
 
 TRIAL_SCHEMA = object_of(
     {
@@ -324,7 +422,11 @@ RESULT_SCHEMA = object_of(
         "cells": list_of(or_null(CELL_SCHEMA), minItems=1),
         "average": or_null(object_of({"accuracy": PERCENT, "std_err": or_null(PERCENT)})),
         "worst": or_null(object_of({"environment": ENVIRONMENT_NAME, "accuracy": PERCENT})),
-        "costs": {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}},
+        "costs": {
+            "type": "object",
+            "properties": {key: {"type": "number", "minimum": 0, "maximum": LARGEST} for key in COST_FIELDS},
+            "additionalProperties": False,
+        },
     }
 )
 RESULTS_SCHEMA = {
