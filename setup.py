@@ -36,12 +36,13 @@ EXTRAS["test"] = [
     *EXTRAS["plots"],
     *EXTRAS["export"],
     *EXTRAS["slurm"],
+    *EXTRAS["timm"],
     "hypothesis>=6.90",
     "pytest>=7.4",
     "pytest-timeout>=2.2",
     "pytest-xdist>=3.3",
 ]
-EXTRAS["dev"] = [*EXTRAS["test"], *EXTRAS["timm"], "mypy>=1.8", "ruff>=0.5", "types-PyYAML", "types-jsonschema"]
+EXTRAS["dev"] = [*EXTRAS["test"], "mypy>=1.8", "ruff>=0.5", "types-PyYAML", "types-jsonschema"]
 
 setup(
     name="domainbed_sfp",
