@@ -228,6 +228,43 @@ def test_validate_and_add_and_supersede(main, made, tmp_path):
     assert current == entry and old.superseded_by == entry.bundle and old.tier == "records-verified"
 
 
+def test_a_rerun_as_json_is_one_document(main, made, copy):
+    """Whether runs agree, disagree, or wait because the records are wrong."""
+    report = json.loads(main("leaderboard", "validate", made, "--json").stdout)
+    assert report["rerun"] is None and report["tier"] == "records-verified"
+    report = json.loads(main("leaderboard", "validate", made, "--json", "--rerun", 1, "--rerun_seed", 3).stdout)
+    again = report["rerun"]
+    assert report["tier"] == "rerun-verified" and report["problems"] == []
+    assert (again["outcome"], again["seed"], again["tolerance"], len(again["runs"])) == ("agreed", 3, 3.0, 1)
+    assert again["agreed"] == [{"run": again["runs"][0], "agreement": "identical", "difference": 0.0}]
+    told = main("leaderboard", "validate", made, "--rerun", 1, "--rerun_seed", 3).stdout.splitlines()
+    assert told[-2] == f"computed anew: {again['runs'][0]} identical (difference 0.00 points)"
+    assert told[-1] == f"{made}: 4 runs, tier rerun-verified (tolerance between machines 3 points, seed 3)."
+    # The loss says nothing of the results: only computing it anew tells.
+    edit(copy / "records" / f"{again['runs'][0]}.jsonl", lambda record: record.update(loss=0.5))
+    resum(copy)
+    done = main("leaderboard", "validate", copy, "--json", "--rerun", 1, "--rerun_seed", 3, check=False)
+    report = json.loads(done.stdout)
+    assert done.returncode == 1 and report["tier"] is None and report["problems"][0]["field"] == "line 1.loss"
+    assert report["rerun"]["outcome"] == "disagreed" and report["rerun"]["agreed"] == []
+    edit_submission(copy, lambda document: document.update(reference="mine"))
+    done = main("leaderboard", "validate", copy, "--json", "--rerun", 1, check=False)
+    report = json.loads(done.stdout)
+    assert done.returncode == 1 and report["rerun"]["outcome"] == "not computed" and report["rerun"]["runs"] == []
+
+
+def test_a_rerun_raises_only_the_data_sets_it_was_of(made):
+    """Runs of one data set say nothing of another's."""
+    outcome = validation.validate(made)
+    outcome.submission["datasets"]["Other"] = outcome.submission["datasets"][DATASET]
+    name = outcome.runs[0].name
+    outcome.rerun = rerun.Rerun(0, 3.0, [name], [rerun.Recomputed(name, "identical", 0.0)])
+    assert (outcome.tier_of(DATASET), outcome.tier_of("Other")) == ("rerun-verified", "records-verified")
+    assert outcome.tier == "records-verified" and outcome.rerun_of("Other") is None
+    outcome.unchecked.append("something")
+    assert outcome.tier == outcome.tier_of(DATASET) == "self-reported"
+
+
 def test_another_protocol_does_not_take_an_entrys_place(made, tmp_path):
     (entry,) = entries_of(validation.validate(made))
     entries.write(tmp_path, entry)

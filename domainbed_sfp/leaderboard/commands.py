@@ -6,7 +6,6 @@ import argparse
 import secrets
 import sys
 from datetime import datetime, timezone
-from typing import Any
 
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import entries, rerun, validation
@@ -15,35 +14,30 @@ from domainbed_sfp.leaderboard.validation import Validation
 
 def validate(args: argparse.Namespace) -> int:
     """Prints what is wrong with a bundle, or what it shows; 1 where something is wrong."""
-    outcome, again = _examine(args)
-    if args.json:
-        sys.stdout.write(validation.json_of(outcome))
-    else:
-        sys.stdout.write(validation.text_of(outcome))
-        if again is not None:
-            _tell(again)
+    outcome = _examine(args)
+    sys.stdout.write(validation.json_of(outcome) if args.json else validation.text_of(outcome))
     return 0 if outcome.tier else 1
 
 
 def add(args: argparse.Namespace) -> int:
     """Writes the entries of a bundle that is right; 1 where it is not."""
-    outcome, again = _examine(args)
+    outcome = _examine(args)
     if outcome.tier is None:
         sys.stdout.write(validation.text_of(outcome))
         return 1
-    for entry in entries_of(outcome, again):
+    for entry in entries_of(outcome):
         print(f"{entries.write(args.results_dir, entry)}: {entry.name} on {entry.dataset}, {entry.track}, {entry.tier}")
     return 0
 
 
-def entries_of(outcome: Validation, again: dict[str, Any] | None = None) -> list[entries.Entry]:
+def entries_of(outcome: Validation) -> list[entries.Entry]:
     """An entry for each data set of a bundle without problems."""
-    document, tier = outcome.submission, outcome.tier
-    if document is None or tier is None:
+    document = outcome.submission
+    if document is None or outcome.tier is None:
         raise UserError(f"{outcome.root} is rejected; `leaderboard validate` says why")
     found = []
     for dataset, one in document["datasets"].items():
-        reasons = outcome.reasons_for_open(dataset)
+        reasons, again = outcome.reasons_for_open(dataset), outcome.rerun_of(dataset)
         notes = [f"Open track: {reason}." for reason in reasons] + [
             f"Not checked: {what}." for what in outcome.unchecked
         ]
@@ -53,7 +47,7 @@ def entries_of(outcome: Validation, again: dict[str, Any] | None = None) -> list
                 dataset=dataset,
                 algorithm=document["algorithm"],
                 settings=document["settings"],
-                tier="rerun-verified" if again is not None and tier == "records-verified" else tier,
+                tier=outcome.tier_of(dataset),
                 track="open" if reasons else "closed",
                 transductive=document["transductive"],
                 standing=document["standing"],
@@ -72,7 +66,7 @@ def entries_of(outcome: Validation, again: dict[str, Any] | None = None) -> list
     return found
 
 
-def _examine(args: argparse.Namespace) -> tuple[Validation, dict[str, Any] | None]:
+def _examine(args: argparse.Namespace) -> Validation:
     """Validates, and computes anew what `--rerun` asks for; what disagrees is among the problems then."""
     tolerance = rerun.TOLERANCE if args.tolerance is None else args.tolerance
     if not 0 <= tolerance <= 100:
@@ -81,27 +75,22 @@ def _examine(args: argparse.Namespace) -> tuple[Validation, dict[str, Any] | Non
         raise UserError(f"--rerun_seed: expected a whole number from 0 to {2**31 - 1}, got {args.rerun_seed}")
     outcome = validation.validate(args.bundle)
     if args.rerun is None:
-        return outcome, None
+        return outcome
+    seed = secrets.randbelow(2**31) if args.rerun_seed is None else args.rerun_seed
+    outcome.rerun = rerun.Rerun(seed, tolerance)
     if outcome.tier is None:
         print("--rerun waits until the records are right", file=sys.stderr)
-        return outcome, None
-    seed = secrets.randbelow(2**31) if args.rerun_seed is None else args.rerun_seed
+        return outcome
     chosen = rerun.choose(outcome.runs, args.rerun, seed)
     print(
         f"Computing {len(chosen)} of {len(outcome.runs)} runs anew (--rerun_seed {seed}): {rerun.here()}",
         file=sys.stderr,
     )
-    agreed = []
     for run in chosen:
         print(f"    {run.name}: {run.run.dataset} {run.run.algorithm} {run.job[1:]}", file=sys.stderr, flush=True)
         one, problems = rerun.recompute(run, args.data_dir, args.cache_dir, tolerance)
         outcome.problems += problems
+        outcome.rerun.runs.append(run.name)
         if one is not None:
-            agreed.append(one)
-    return outcome, None if outcome.problems else rerun.document_of(seed, tolerance, agreed)
-
-
-def _tell(again: dict[str, Any]) -> None:
-    for one in again["cells"]:
-        print(f"computed anew: {one['run']} {one['agreement']} (difference {one['difference']:.2f} points)")
-    print(f"tier rerun-verified (tolerance between machines {again['tolerance']:g} points, seed {again['seed']}).")
+            outcome.rerun.agreed.append(one)
+    return outcome

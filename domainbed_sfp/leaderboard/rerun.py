@@ -8,8 +8,8 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,33 @@ class Recomputed:
     run: str
     agreement: str
     difference: float
+
+
+@dataclass
+class Rerun:
+    """What was computed anew: the choice's seed, points that accuracies may differ by, the runs, and which agreed."""
+
+    seed: int
+    tolerance: float
+    runs: list[str] = field(default_factory=list)
+    agreed: list[Recomputed] = field(default_factory=list)
+
+    @property
+    def outcome(self) -> str:
+        """In a word: "not computed" where the records themselves are wrong."""
+        if not self.runs:
+            return "not computed"
+        return "agreed" if len(self.agreed) == len(self.runs) else "disagreed"
+
+    def document(self, names: Collection[str]) -> dict[str, Any] | None:
+        """The `rerun` of an entry whose runs have these names; None where not one of them was computed anew, or one of
+        all disagreed."""
+        cells = [asdict(one) for one in self.agreed if one.run in names]
+        return (
+            {"seed": self.seed, "tolerance": self.tolerance, "cells": cells}
+            if self.outcome == "agreed" and cells
+            else None
+        )
 
 
 def choose(runs: Sequence[SubmittedRun], count: int, seed: int) -> list[SubmittedRun]:
@@ -128,11 +155,6 @@ def compare(
     if problems:
         return None, problems
     return Recomputed(run.name, "within tolerance", max(differences.values())), []
-
-
-def document_of(seed: int, tolerance: float, recomputed: Sequence[Recomputed]) -> dict[str, Any]:
-    """The `rerun` of an entry."""
-    return {"seed": seed, "tolerance": tolerance, "cells": [asdict(one) for one in recomputed]}
 
 
 def here() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import bundle, costs, mask_headers, summary, tracks
 from domainbed_sfp.leaderboard.bundle import MASKS, RECORDS, SUBMISSION, Tree
+from domainbed_sfp.leaderboard.entries import TIERS
 from domainbed_sfp.leaderboard.facts import facts_of, split_sizes
+from domainbed_sfp.leaderboard.rerun import Rerun
 from domainbed_sfp.leaderboard.schema import MOST_PROBLEMS, Problem, parse, printable, problems_of, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.pruning import accounting, mask_files
@@ -51,7 +53,7 @@ REPEATED = frozenset((*SHARED, "environment"))
 class Validation:
     """The outcome. problems: what must be mended. unchecked: what could not be checked here. unverified: by data set,
     the costs that the records do not determine. submission: the document as recomputed from the records, None where
-    they are not fit for it; sums: SHA-256 of SHA256SUMS."""
+    they are not fit for it; sums: SHA-256 of SHA256SUMS. rerun: None where nothing was to be computed anew."""
 
     root: Path
     problems: list[Problem] = field(default_factory=list)
@@ -60,14 +62,26 @@ class Validation:
     submission: dict[str, Any] | None = None
     runs: list[SubmittedRun] = field(default_factory=list)
     sums: str = ""
+    rerun: Rerun | None = None
 
     @property
     def tier(self) -> str | None:
         """None for a bundle with problems; else "self-reported" where a number could not be checked, or
-        "records-verified"."""
+        "records-verified", or "rerun-verified" where a run of every data set was computed anew and agreed."""
         if self.problems or self.submission is None:
             return None
-        return "self-reported" if self.unchecked else "records-verified"
+        return min(map(self.tier_of, self.submission["datasets"]), key=TIERS.index)
+
+    def tier_of(self, dataset: str) -> str:
+        """The tier of one data set of a bundle without problems."""
+        if self.unchecked:
+            return TIERS[0]
+        return TIERS[1] if self.rerun_of(dataset) is None else TIERS[2]
+
+    def rerun_of(self, dataset: str) -> dict[str, Any] | None:
+        """What was computed anew of a data set, as an entry tells it; None where nothing was."""
+        names = {one.name for one in self.runs if one.run.dataset == dataset}
+        return None if self.rerun is None else self.rerun.document(names)
 
     def reasons_for_open(self, dataset: str) -> list[str]:
         """Why the submission is not of the closed track on a data set; empty where it is."""
@@ -711,18 +725,24 @@ def text_of(outcome: Validation, limit: int = 200) -> str:
             average = result["average"]
             mean = f"; average {average['accuracy']:.1f}" if average else ""
             lines.append(printable(f"    {rule}: {', '.join(cells)}{mean}"))
-    lines.append(f"{outcome.root}: {len(outcome.runs)} runs, tier {outcome.tier}.")
+    again = outcome.rerun
+    for one in again.agreed if again else ():
+        lines.append(printable(f"computed anew: {one.run} {one.agreement} (difference {one.difference:.2f} points)"))
+    words = f" (tolerance between machines {again.tolerance:g} points, seed {again.seed})" if again else ""
+    lines.append(f"{outcome.root}: {len(outcome.runs)} runs, tier {outcome.tier}{words}.")
     return "\n".join(lines) + "\n"
 
 
 def json_of(outcome: Validation) -> str:
-    """The outcome for programs."""
+    """The outcome for programs, one document whether runs were computed anew or not: `rerun` is null where not."""
+    again = outcome.rerun
     document = {
         "bundle": str(outcome.root),
         "tier": outcome.tier,
         "problems": [vars(problem) for problem in outcome.problems],
         "unchecked": outcome.unchecked,
         "unverified": outcome.unverified,
+        "rerun": again and {"outcome": again.outcome, **asdict(again)},
         "submission": outcome.submission,
     }
     return json.dumps(document, indent=1) + "\n"
