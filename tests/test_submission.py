@@ -17,8 +17,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from domainbed_sfp import registry, training
+from domainbed_sfp import hparams, networks, records, registry, training
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import bundle, entries, mask_headers, rerun, summary, tracks, validation
 from domainbed_sfp.leaderboard.commands import entries_of
@@ -187,6 +188,68 @@ def test_learned_widths_are_marked_and_kept_in_bounds(tmp_path):
     told = problems(folder)
     for words in ("mean_bits: expected from 2.0 to 8.0, by Static", "bitops: expected from ", "bitops_8bit: expected "):
         assert any(line.startswith(f"{name_of(file)}: line 2.{words}") for line in told), (words, told)
+
+
+def test_weights_of_ones_own_go_by_their_files_name(tmp_path):
+    """Where they lie on their author's machine is in the records of the sweep, and nowhere in bundle or entry."""
+    facts, hp = facts_of(DATASET), hparams.resolve_hparams("ERM", DATASET)
+    featurizer = networks.make_featurizer((facts.channels, 8, 8), hp)
+    file = tmp_path / "home" / "alice" / "mine.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file(featurizer.state_dict(), file)
+    folder = one_run(tmp_path, "ERM", weights=str(file))
+    (sweep_run,) = (tmp_path / "sweep").glob("*/results.jsonl")
+    assert "alice" in sweep_run.read_text()
+    (records,) = runs(folder)
+    kept, before = (json.loads(one.read_text().splitlines()[0]) for one in (records, sweep_run))
+    assert kept["args"].keys() == before["args"].keys() and kept["hparams"].keys() == before["hparams"].keys()
+    assert kept["hparams"]["weights"] == "./mine.safetensors" == json.loads(kept["args"]["hparams"])["weights"]
+    assert {name for name in kept["args"] if kept["args"][name] != before["args"][name]} == {"hparams", "output_dir"}
+    (entry,) = entries_of(validation.validate(folder))
+    whole = "".join(one.read_text() for one in (records, folder / "submission.json")) + entries.text_of(entry)
+    assert "alice" not in whole and str(tmp_path) not in whole
+    assert entry.settings["weights"] == "./mine.safetensors" and entry.protocol["weights"] == "mine.safetensors"
+    # What DomainBed's reader takes from records is there.
+    (loaded,) = load_records_of(folder, tmp_path / "read")
+    assert loaded.args["output_dir"] is None and loaded.hparams["weights"] == "./mine.safetensors"
+    # Nor does a bundle pass that was made by hand.
+    edit(records, lambda record: record["hparams"].update(weights=str(file)))
+    resum(folder)
+    assert_told(
+        folder, name_of(records), "line 1.hparams.weights", '"./mine.safetensors", no path of a machine', "alice"
+    )
+
+
+def load_records_of(folder: Path, target: Path):
+    """A bundle's records, read as those of a sweep."""
+    for file in runs(folder):
+        (target / file.stem).mkdir(parents=True)
+        shutil.copy(file, target / file.stem / "results.jsonl")
+    return records.load_records(target, warn=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    "name, value, kept",
+    [
+        ("weights", "imagenet", "imagenet"),
+        ("weights", "none", "none"),
+        ("weights", "/home/alice/none", "./none"),
+        ("weights", "runs/alice/mine.pth", "./mine.pth"),
+        ("weights", "C:\\Users\\alice\\mine.pth", "./mine.pth"),
+        ("weights", "./mine.pth", "./mine.pth"),
+        ("teacher", "~alice/teacher/", "./teacher"),
+        ("teacher", "../alice/t.pth", "./t.pth"),
+        ("teacher", "\\\\server\\alice\\t.pth", "./t.pth"),
+        ("teacher", "file:///home/alice/t.pth", "./t.pth"),
+        ("teacher", "/", "./folder"),
+        ("backbone", "hf_hub:timm/resnet50.a1_in1k", "hf_hub:timm/resnet50.a1_in1k"),
+        ("objective", "ERM", "ERM"),
+        ("sparsity", 0.5, 0.5),
+    ],
+)
+def test_paths_of_a_machine_are_told_from_names(name, value, kept):
+    assert bundle.without_places({name: value}) == {name: kept}
+    assert bundle.without_places({name: kept}) == {name: kept}
 
 
 def test_the_numbers_are_those_of_the_table(main, made, sweep):

@@ -17,7 +17,7 @@ import torch
 
 from domainbed_sfp import environment, records, training
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.leaderboard.bundle import RECORDS
+from domainbed_sfp.leaderboard.bundle import RECORDS, WEIGHTS
 from domainbed_sfp.leaderboard.schema import Problem, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 
@@ -73,7 +73,7 @@ def choose(runs: Sequence[SubmittedRun], count: int, seed: int) -> list[Submitte
         raise UserError(f"--rerun: expected a number of runs from 1 to {len(runs)}, which the bundle has, got {count}")
     for run in runs:
         weights = run.run.hparams.get("weights", "imagenet")
-        if weights not in ("imagenet", "none"):
+        if weights not in WEIGHTS:
             raise UserError(
                 f"--rerun: {RECORDS}/{run.name}.jsonl begins from a file of its author (hparam weights "
                 f"{shown(weights)}); no file that a bundle names is opened, expected imagenet or none"

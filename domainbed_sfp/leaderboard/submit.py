@@ -18,6 +18,7 @@ from domainbed_sfp.analysis.jobs import Account, Method, explain_missing, label_
 from domainbed_sfp.analysis.tables import environment_names
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.files import write_atomically
+from domainbed_sfp.hparams import parse_overrides
 from domainbed_sfp.leaderboard import bundle, summary, validation
 from domainbed_sfp.leaderboard.schema import problems_of
 from domainbed_sfp.leaderboard.summary import SubmittedRun
@@ -125,8 +126,7 @@ def _take_records(folder: Path, part: Path) -> SubmittedRun:
     parsed = []
     for number, record in enumerate(records.read_records(folder / records.RESULTS, _warn), start=1):
         plain = _finite(record)
-        for name in ("data_dir", "output_dir"):
-            plain["args"][name] = None
+        _forget_places(plain)
         where = str(folder / records.RESULTS)
         for problem in problems_of(where, plain, bundle.RECORD_SCHEMA, f"line {number}"):
             raise UserError(
@@ -136,6 +136,18 @@ def _take_records(folder: Path, part: Path) -> SubmittedRun:
     lines = [json.dumps(record, sort_keys=True, allow_nan=False) + "\n" for record in parsed]
     write_atomically(part / bundle.RECORDS / f"{folder.name}.jsonl", "".join(lines))
     return SubmittedRun(folder.name, parsed, records.run_of(folder.name, parsed))
+
+
+def _forget_places(record: dict[str, Any]) -> None:
+    """Takes out of a record where on this machine things lie; every argument and hparam keeps its name."""
+    args = record["args"]
+    for name in ("data_dir", "output_dir"):
+        args[name] = None
+    if "hparams" in record:
+        record["hparams"] = bundle.without_places(record["hparams"])
+    overrides = parse_overrides(args.get("hparams"))
+    if (plain := bundle.without_places(overrides)) != overrides:
+        args["hparams"] = json.dumps(plain)
 
 
 def _take_masks(input_dir: Path, runs: list[SubmittedRun], part: Path) -> None:

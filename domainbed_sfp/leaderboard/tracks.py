@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from domainbed_sfp.data import get_dataset_class
+from domainbed_sfp.leaderboard.bundle import WEIGHTS
 from domainbed_sfp.records import Run
 
 # Words of `analysis.protocol.backbone_of`. DomainBed's networks: of its tables of 2020, its default of today, and that
@@ -14,7 +15,6 @@ PHOTOGRAPHS = ("resnet50 (tv V1, frozen BN)", "resnet50 (tv V1)", "resnet50 (aug
 SMALL_IMAGES = ("MNIST_CNN", "MNIST_CNN (BatchNorm)")
 # The hparams behind these words: a backbone or a file may be called anything, such as "MNIST_CNN" or "./none".
 BACKBONES = ("auto", "resnet50", "mnist_cnn", "mnist_cnn_bn")
-WEIGHTS = ("imagenet", "none")
 HOLDOUT_FRACTION = 0.2
 # As DomainBed's tables have them: with fewer, a lucky split is taken for a good method.
 TRIALS = 3

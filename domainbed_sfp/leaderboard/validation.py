@@ -308,6 +308,11 @@ class _Check:
         except ValueError as error:
             self._problem(file, "line 1.args.hparams", "a JSON object as text", f"{shown(args['hparams'])} ({error})")
             return False
+        for where, values in (("args.hparams", overrides), ("hparams", run.run.hparams)):
+            for name, plain in bundle.without_places(values).items():
+                if plain != values[name]:
+                    words = f"{shown(plain)}, no path of a machine"
+                    self._problem(file, f"line 1.{where}.{name}", words, shown(values[name]))
         try:
             info = registry.get(args["algorithm"])
         except UserError as error:
