@@ -538,6 +538,67 @@ def test_texts_are_no_markup_in_the_other_formats():
     assert environments[:4] == ["'=HYPERLINK(1)", *names[1:]]
 
 
+def board_with(environments: list[str]):
+    """A board whose four environments are called so."""
+    one = replace(entry("PACS", METHODS[0]), tier="records-verified")
+    cells = tuple(replace(cell, environment=name) for cell, name in zip(one.results["oracle"].cells, environments))
+    low = min(cells, key=lambda cell: cell.accuracy)
+    result = replace(one.results["oracle"], cells=cells, worst=(low.environment, low.accuracy))
+    one = replace(one, results={"oracle": result}, protocol={**one.protocol, "environments": environments})
+    entries.text_of(one)  # an entry may be called so
+    return board_of([one])
+
+
+@pytest.mark.parametrize(
+    "text, written",
+    [
+        ("a|b", "a\\|b"), ("a\\|b", "a\\\\\\|b"), ("`rm`", "\\`rm\\`"), ("**a**", "\\*\\*a\\*\\*"),
+        ("_a_ b_c", "\\_a\\_ b_c"), ("~~a~~", "\\~\\~a\\~\\~"), ("$x$", "\\$x\\$"), ("&lt;b&gt;", "\\&lt;b\\&gt;"),
+        ("![x](https://a.example)", "!\\[x\\](https\\://a.example)"), ("<javascript:1>", "\\<javascript:1\\>"),
+        ("www.a.example", "www\\.a.example"), ("a\u2028b", "a\\\\u2028b"), ("a\r\n| b", "a\\\\r\\\\n\\| b"),
+    ],
+)  # fmt: skip
+def test_markdown_shows_texts_as_they_are(text, written):
+    markdown = board_formats.markdown_text(board_with([text, "b", "c", "d"]))
+    (header,) = (line for line in markdown.splitlines() if line.startswith("| Method"))
+    cells = [cell.strip() for cell in re.split(r" \| ", header.strip("| "))] if "| b" not in text else [header]
+    assert written in cells[2 if "| b" not in text else 0]
+    # No cell more than there would be: pipes that divide are not behind a backslash.
+    rule = markdown.splitlines()[markdown.splitlines().index(header) + 1]
+    assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", header)) == rule.count("|")
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", " =1", "\uff1d1", "\x001"])
+def test_csv_texts_are_no_formulas(text):
+    written = board_formats.csv_text(board_with([text, "x;=1+1", "c", "d"]))
+    rows = list(csv.DictReader(io.StringIO(written, newline="")))
+    assert [row["environment"] for row in rows][:2] == [f"'{text}", "x;=1+1"]
+    # Divided by semicolons, a text is one cell still; numbers stay numbers.
+    assert '"x;=1+1"' in written and ";=1+1" not in written.replace('"x;=1+1"', "")
+    assert not math.isnan(float(rows[0]["accuracy"])) and f",{rows[0]['accuracy']}," in written
+
+
+def test_latex_texts_are_no_commands():
+    names = ["\\input{x}", "a & b % c", "$x^2_1$ #1 ~", "\\\\[1cm] {\\bf"]
+    latex = board_formats.latex_text(board_with(names))
+    (header,) = (line for line in latex.splitlines() if line.startswith("Method"))
+    assert header.startswith(
+        "Method & Rank & \\textbackslash{}input\\{x\\} & a \\& b \\% c & "
+        "\\$x\\textasciicircum{}2\\_1\\$ \\#1 \\textasciitilde{} & "
+        "\\textbackslash{}\\textbackslash{}[1cm] \\{\\textbackslash{}bf & Average"
+    )
+
+
+def test_the_page_links_nothing_that_an_entry_says():
+    """A reference is a text: no address in it becomes a link, whatever its scheme."""
+    one = replace(
+        entry("PACS", METHODS[0]), reference="https://a.example javascript:alert(1)", notes=("http://b.example",)
+    )
+    text = page.html_text(board_of([one]))
+    assert "https://a.example javascript:alert(1)" in text and "http://b.example" in text
+    assert set(re.findall(r'href="([^"]*)"', text)) == {"#tables", "data:,"}
+
+
 # in the browser -----------------------------------------------------------------------------------------------------
 
 # Rows that are shown, as [data set, rule, name].

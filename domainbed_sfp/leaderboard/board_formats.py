@@ -256,10 +256,13 @@ def _marked(texts: list[str], values: list[float | None]) -> list[Shown]:
 
 
 def _inert(grid: Grid) -> Grid:
-    """A grid whose texts are no Markdown and no HTML."""
+    """A grid whose texts are no Markdown and no HTML: no emphasis, no code, no formulas, no links, not even bare ones.
+    `markdown_of` itself escapes what would end a cell."""
 
     def plain(text: str) -> str:
-        return re.sub(r"([\\`*\[\]<>&])", r"\\\1", text)
+        # An underscore within a word is one everywhere; elsewhere it may begin emphasis.
+        text = re.sub(r"([\\`*\[\]<>&$~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", text)
+        return re.sub(r"(:(?=//)|(?<=\bwww)\.)", r"\\\1", text, flags=re.IGNORECASE)
 
     return replace(
         grid,
@@ -277,11 +280,12 @@ def csv_text(board: Board) -> str:
     """Unrounded: a line for every environment of every line of a ranking and, as environment "average" and "worst", for
     these; missing values are empty.
 
-    A text that a spreadsheet would take for a formula (it begins with = + - @ or a control character) gets an
-    apostrophe before it.
+    A text that a spreadsheet would take for a formula (it begins with = + - @, their wide forms, or a control
+    character) gets an apostrophe before it; all texts are quoted, because a spreadsheet that divides by semicolons
+    would otherwise begin a cell in their midst.
     """
     out = io.StringIO()
-    writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writeheader()
     for ranking in board.rankings:
         for line in ranking.lines:
@@ -371,4 +375,5 @@ def _facts(ranking: Ranking, line: Line) -> dict[str, Any]:
 
 
 def _no_formula(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and re.match(r"[=+\-@\t\r\n]", value) else value
+    is_formula = isinstance(value, str) and re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\x00-\x1f]", value)
+    return f"'{value}" if is_formula else value
