@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import shutil
 import tracemalloc
 from dataclasses import replace
@@ -271,7 +272,9 @@ def test_validate_and_add_and_supersede(main, made, tmp_path):
     report = json.loads(main("leaderboard", "validate", made, "--json").stdout)
     assert report["tier"] == "records-verified" and report["problems"] == []
     folder = tmp_path / "entries"
-    main("leaderboard", "add", made, "--results_dir", folder)
+    told = main("leaderboard", "add", made, "--results_dir", folder).stdout.splitlines()
+    command = f"domainbed-sfp leaderboard add {made} --rerun 1 --results_dir {folder}"
+    assert told[-1] == f"`{command}` computes runs anew and raises it to rerun-verified; an earlier `validate --rerun` does not count."  # fmt: skip
     (entry,) = entries.read_all(folder)
     assert (folder / DATASET / "Magnitude_sparsity=0.5.json").is_file()
     assert "Open track: 2 trials, closed takes at least 3." in entry.notes
@@ -282,8 +285,12 @@ def test_validate_and_add_and_supersede(main, made, tmp_path):
     assert len(result.cells[0].trials) == 2 and 0 < result.costs["sparsity"] < 1
     assert entries.from_json(entries.as_json(entry)) == entry
     again = main("leaderboard", "add", made, "--results_dir", folder, check=False)
-    assert again.returncode == 2 and "there already" in again.stderr
-    main("leaderboard", "add", made, "--results_dir", folder, "--rerun", 1, "--rerun_seed", 3)
+    assert again.returncode == 2 and again.stderr.endswith(
+        f"this bundle is there already, at tier records-verified; `{command}` computes runs anew and raises it to rerun-verified\n"
+    )
+    # The command that was told does it.
+    told = main(*shlex.split(command)[1:], "--rerun_seed", 3).stdout
+    assert "does not count" not in told
     (entry,) = entries.read_all(folder)
     assert entry.tier == "rerun-verified" and entry.rerun["seed"] == 3 and len(entry.rerun["cells"]) == 1
     assert entry.rerun["cells"][0]["agreement"] == "identical"
@@ -301,8 +308,11 @@ def test_a_rerun_as_json_is_one_document(main, made, copy):
     assert (again["outcome"], again["seed"], again["tolerance"], len(again["runs"])) == ("agreed", 3, 3.0, 1)
     assert again["agreed"] == [{"run": again["runs"][0], "agreement": "identical", "difference": 0.0}]
     told = main("leaderboard", "validate", made, "--rerun", 1, "--rerun_seed", 3).stdout.splitlines()
-    assert told[-2] == f"computed anew: {again['runs'][0]} identical (difference 0.00 points)"
-    assert told[-1] == f"{made}: 4 runs, tier rerun-verified (tolerance between machines 3 points, seed 3)."
+    assert told[-3] == f"computed anew: {again['runs'][0]} identical (difference 0.00 points)"
+    assert told[-1] == (
+        f"Its entry gets this tier from the rerun of `domainbed-sfp leaderboard add {made} --rerun 1`; a report of one does not count."
+    )
+    assert told[-2] == f"{made}: 4 runs, tier rerun-verified (tolerance between machines 3 points, seed 3)."
     # The loss says nothing of the results: only computing it anew tells.
     edit(copy / "records" / f"{again['runs'][0]}.jsonl", lambda record: record.update(loss=0.5))
     resum(copy)
@@ -333,6 +343,9 @@ def test_another_protocol_does_not_take_an_entrys_place(made, tmp_path):
     entries.write(tmp_path, entry)
     other = replace(entry, bundle="0" * 64, protocol={**entry.protocol, "steps": 7})
     with pytest.raises(UserError, match=r"protocol\.steps \(5 there, 7 here\).*submit --name"):
+        entries.write(tmp_path, other)
+    other = replace(entry, bundle="0" * 64, protocol={**entry.protocol, "checkpoint_freq": 1})
+    with pytest.raises(UserError, match=r"protocol\.checkpoint_freq \(2 there, 1 here\)"):
         entries.write(tmp_path, other)
     with pytest.raises(UserError, match=r"entry: tier: expected one of .*, found \"best\""):
         entries.from_json({**entries.as_json(entry), "tier": "best"})
@@ -385,7 +398,7 @@ def test_an_entry_gives_way_to_no_weaker_one(made, tmp_path):
     (entry,) = entries_of(validation.validate(made))
     again = {"seed": 0, "tolerance": 3.0, "cells": [{"run": "a", "agreement": "identical", "difference": 0.0}]}
     entries.write(tmp_path, replace(entry, tier="rerun-verified", rerun=again))
-    with pytest.raises(UserError, match="the entry there is rerun-verified, this one only records-verified"):
+    with pytest.raises(UserError, match="only records-verified; `leaderboard add BUNDLE --rerun N` computes"):
         entries.write(tmp_path, replace(entry, bundle="0" * 64))
     fewer = replace(
         entry, tier="rerun-verified", rerun=again, bundle="0" * 64, protocol={**entry.protocol, "trial_seeds": [0]}

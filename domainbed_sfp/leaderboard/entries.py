@@ -294,8 +294,9 @@ def _at_its_place(path: Path, entry: Entry) -> Entry:
     return entry
 
 
-def write(folder: str | Path, entry: Entry) -> Path:
-    """Writes an entry as the current one of its name; the one before it is kept as `<Name>.<k>.json`.
+def write(folder: str | Path, entry: Entry, rerun_command: str = "leaderboard add BUNDLE --rerun N") -> Path:
+    """Writes an entry as the current one of its name; the one before it is kept as `<Name>.<k>.json`. `rerun_command`
+    is told where a rerun would make the difference.
 
     Raises UserError where the entry of this name is of another algorithm or protocol (it would vanish behind a number
     that cannot be compared with it), of a higher tier, of more draws or trials, or is this very bundle's at the same
@@ -313,7 +314,7 @@ def write(folder: str | Path, entry: Entry) -> Path:
                 )
         if path.exists():
             before = read(path)
-            _refuse_another(before, entry, path)
+            _refuse_another(before, entry, path, rerun_command)
             number = 1
             while (kept := path.with_name(f"{path.stem}.{number}.json")).exists():
                 number += 1
@@ -330,16 +331,18 @@ def text_of(entry: Entry) -> str:
     return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _refuse_another(before: Entry, entry: Entry, path: Path) -> None:
+def _refuse_another(before: Entry, entry: Entry, path: Path, rerun_command: str) -> None:
+    way = f"; `{rerun_command}` computes runs anew and raises it to {TIERS[2]}" if entry.tier == TIERS[1] else ""
     if (before.bundle, before.tier) == (entry.bundle, entry.tier):
-        raise UserError(f"{path}: this bundle is there already, at tier {entry.tier}")
+        raise UserError(f"{path}: this bundle is there already, at tier {entry.tier}{way}")
     named: dict[str, tuple[Any, Any]] = {
         "name": (before.name, entry.name),
         "algorithm": (before.algorithm, entry.algorithm),
     }
     named["settings"] = (before.settings, entry.settings)
     for field in (
-        "steps", "backbone", "weights", "image_size", "test_envs", "data_digest", "holdout_fraction", "task",
+        "steps", "checkpoint_freq", "backbone", "weights", "image_size", "test_envs", "data_digest", "holdout_fraction",
+        "task",
     ):  # fmt: skip
         named[f"protocol.{field}"] = (before.protocol[field], entry.protocol[field])
     for field, (there, here) in named.items():
@@ -349,7 +352,7 @@ def _refuse_another(before: Entry, entry: Entry, path: Path) -> None:
                 f"{shown(here)} here); give yours a name of its own with `submit --name`"
             )
     if TIERS.index(entry.tier) < TIERS.index(before.tier):
-        raise UserError(f"{path}: the entry there is {before.tier}, this one only {entry.tier}; `--rerun N` raises it")
+        raise UserError(f"{path}: the entry there is {before.tier}, this one only {entry.tier}{way}")
     for field in ("hparams_seeds", "trial_seeds"):
         there, here = len(before.protocol[field]), len(entry.protocol[field])
         if here < there:
