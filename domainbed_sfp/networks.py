@@ -265,6 +265,14 @@ def backbone_name(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) -> s
     return _automatic_backbone(input_shape, hparams) if backbone == "auto" else backbone
 
 
+def is_pretrained(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) -> bool:
+    """Whether the featurizer of `hparams` starts from trained weights: ImageNet's, where it has any, or a file's."""
+    weights = hparams.get("weights", "imagenet")
+    if backbone_name(input_shape, hparams).startswith("mnist_cnn"):
+        return weights not in ("imagenet", "none")
+    return weights != "none"
+
+
 @contextmanager
 def without_weights() -> Iterator[None]:
     """While it lasts, featurizers are built as their hparams say, but with random weights: those that a checkpoint

@@ -312,6 +312,31 @@ def test_prediction_under_open_gates_is_fixed_and_exported(name, granularity):
 # SparseIRM ------------------------------------------------------------------------------------------------------------
 
 
+def test_both_optimizers_begin_anew_where_the_penalty_jumps():
+    algorithm = make("SparseIRM", irm_penalty_anneal_iters=9)
+    fresh = []
+    while algorithm.step < 14:
+        before = algorithm.optimizer, algorithm.gate_optimizer
+        train(algorithm, algorithm.step + 1)
+        fresh.append((algorithm.optimizer is not before[0], algorithm.gate_optimizer is not before[1]))
+    assert algorithm.first_gate_step() < 9
+    assert [step for step, renewed in enumerate(fresh) if any(renewed)] == [9] and fresh[9] == (True, True)
+    state = algorithm.gate_optimizer.state[next(iter(algorithm.gates.parameters()))]
+    assert state["step"] == 14 - 9
+
+
+@pytest.mark.parametrize("name", ["SparseIRM", "NetworkSlimming", "SNIP", "GraSP", "Magnitude"])
+def test_a_mistyped_scope_is_told_at_once(name):
+    with pytest.raises(UserError, match="did you mean 'global'"):
+        make(name, pruning_scope="globl")
+
+
+@pytest.mark.parametrize("overrides", [{"mask_lr": -1.0}, {"mask_alpha": -5.0}])
+def test_rates_of_gates_are_checked(overrides):
+    with pytest.raises(UserError, match=next(iter(overrides))):
+        make("MRM", **overrides)
+
+
 def test_sharpness_and_budget():
     algorithm = make("SparseIRM", 101, mask_end=1.0)
     for step, expected in ((0, 1.0), (50, 1 / (0.97 * 0.5 + 0.03)), (100, 1 / 0.03)):

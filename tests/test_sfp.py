@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from domainbed_sfp import contract, hparams, registry, training
-from domainbed_sfp.algorithms.sfp import SFP
+from domainbed_sfp import contract, hparams, networks, registry, training
+from domainbed_sfp.algorithms.sfp import SFP, _channel_means
 from domainbed_sfp.data.loaders import Minibatch
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.pruning.spurious import DECAY, ConditionalMoments, remove_directions, spurious_directions
@@ -91,9 +91,15 @@ def make(name="SFP", total=20, **overrides) -> SFP:
     return algorithm
 
 
-def batch(n=8, aligned=True):
-    x, y = torch.randn(n, 3, 8, 8), torch.arange(n) % 4
+def batch(n=8, aligned=True, side=8):
+    x, y = torch.randn(n, 3, side, side), torch.arange(n) % 4
     return Minibatch(x, y, torch.arange(n) % 3 > 0 if aligned else None)
+
+
+def train(algorithm, end, begin=0):
+    for step in range(begin, end):
+        torch.manual_seed(step)
+        algorithm.update([batch(), batch()])
 
 
 class FixedLogits(nn.Module):
@@ -120,10 +126,10 @@ def test_samples_below_the_domains_mean_are_flagged():
         flags = algorithm._flag([batch(), batch()])
         assert [set(torch.nonzero(f).flatten().tolist()) for f in flags] == [expected, expected]
         assert algorithm.thresholds.flatten().tolist() == pytest.approx([0.75] * 8, abs=1e-4)
-        assert algorithm.diagnostics["flagged_env0"] == len(expected) / 8
+        assert algorithm.diagnostics["flagged_domain0"] == len(expected) / 8
     truth = {i for i in range(8) if i % 3}
-    assert algorithm.diagnostics["flag_precision_env0"] == pytest.approx(len(expected & truth) / len(expected))
-    assert algorithm.diagnostics["flag_recall_env0"] == pytest.approx(len(expected & truth) / len(truth))
+    assert algorithm.diagnostics["flag_precision_domain0"] == pytest.approx(len(expected & truth) / len(expected))
+    assert algorithm.diagnostics["flag_recall_domain0"] == pytest.approx(len(expected & truth) / len(truth))
 
 
 def test_each_class_may_have_a_threshold_of_its_own():
@@ -179,7 +185,9 @@ def test_soft_penalty_is_the_share_that_the_layer_passes_on():
     only_red = x.clone()
     only_red[:, 1:] = 0
     layer = algorithm.featurizer.conv1
-    expected = (layer(only_red) - layer.bias.view(1, -1, 1, 1)).square().mean() / x.square().mean()
+    expected = (layer(only_red) - layer.bias.view(1, -1, 1, 1)).square().sum((1, 2, 3)).mean() / x.square().sum(
+        (1, 2, 3)
+    ).mean()
     assert algorithm._projection(name, x).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -206,7 +214,13 @@ def test_regularised_layers():
         ({"granularity": "weight"}, "must be 'channel'"),
         ({"objective": "Mixup"}, "mixes them"),
         ({"risk_weight": 5.0, "objective": "VREx"}, "'VREx' has none"),
-        ({"statistics_every": 0}, "positive"),
+        ({"statistics_every": 0}, "at least 1"),
+        ({"risk_weight": 0}, "a number above 0"),
+        ({"flag_kappa": -1.0}, "a number above 0"),
+        ({"removal_rank": -3}, "share in"),
+        ({"removal_energy": 7}, "probability"),
+        ({"removal_strength": -5.0}, "at least 0"),
+        ({"refresh": -2}, "a fraction in"),
     ],
 )
 def test_bad_hparams(overrides, part):
@@ -216,10 +230,109 @@ def test_bad_hparams(overrides, part):
 
 def test_no_contrast_anywhere_is_an_error():
     algorithm = make(flag_kappa=1e-9)
-    with pytest.raises(UserError, match="no contrast in any domain"):
-        for step in range(20):
-            torch.manual_seed(step)
-            algorithm.update([batch(), batch()])
+    with pytest.raises(UserError, match="no contrast in any domain"), pytest.warns(UserWarning):
+        train(algorithm, 20)
+
+
+@pytest.mark.parametrize(
+    "name, overrides",
+    [("SFP", {}), ("SFPWeighted", {"removal": "none"}), ("SFP", {"removal": "none", "channel_score": "class_conditional"})],
+)  # fmt: skip
+def test_no_contrast_is_an_error_whatever_the_score(name, overrides):
+    algorithm = make(name, flag_kappa=1e-9, **{"channel_score": "taylor", **overrides})
+    with pytest.raises(UserError, match="no contrast in any domain"), pytest.warns(UserWarning):
+        train(algorithm, 20)
+
+
+def test_a_domain_without_contrast_is_told_once_and_left_out():
+    algorithm = make()
+    algorithm.diagnostics = {}
+    x, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 4
+    inputs = {algorithm.layers[0]: x}
+    batches = [(x[:8], labels[:8]), (x[8:], labels[8:])]
+    flags = [torch.ones(8, dtype=torch.bool), torch.arange(8) < 5]
+    with pytest.warns(UserWarning, match="100% of the samples of training domain 0") as told:
+        for _ in range(3):
+            algorithm._take_statistics(batches, flags, inputs)
+    moments = algorithm._moments(algorithm.layers[0])
+    assert len(told) == 1 and algorithm.has_contrast
+    seen = sum(0.97**k for k in range(3))
+    assert moments.counts[1].tolist() == pytest.approx([2 * seen, seen, seen, seen])
+    assert moments.counts[0].tolist() == pytest.approx([0, seen, seen, seen])
+
+
+def test_directions_are_renewed_unless_the_network_is_pretrained(monkeypatch):
+    """40 steps: the reference is kept at step 6, directions come every second step from 8 on, or once."""
+    renewed: list[int] = []
+    real = SFP._renew_directions
+    monkeypatch.setattr(SFP, "_renew_directions", lambda self: (renewed.append(self.step), real(self))[1])
+    for layers in ("first", "all"):
+        renewed.clear()
+        algorithm = make(total=40, removal_layers=layers)
+        train(algorithm, 6)
+        weights = {name: value.clone() for name, value in algorithm.network.state_dict().items()}
+        train(algorithm, 14, begin=6)
+        assert renewed == [8, 10, 12]
+        assert all(torch.equal(value, weights[name]) for name, value in algorithm.reference.state_dict().items())
+    renewed.clear()
+    algorithm = make(total=40)
+    algorithm.is_pretrained = True
+    train(algorithm, 20)
+    assert renewed == [8] and algorithm._rank(algorithm.layers[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "shape, overrides, expected",
+    [
+        ((3, 32, 32), {"backbone": "mnist_cnn_bn"}, False),
+        ((3, 28, 28), {"backbone": "resnet18"}, True),
+        ((3, 64, 64), {"backbone": "resnet18", "weights": "none"}, False),
+        ((2, 28, 28), {"backbone": "mnist_cnn", "weights": "net.safetensors"}, True),
+        ((2, 14, 14), {}, False),
+    ],
+)
+def test_what_counts_as_pretrained(shape, overrides, expected):
+    assert networks.is_pretrained(shape, overrides) is expected
+
+
+def test_the_soft_penalty_runs_in_bf16_on_inner_layers():
+    overrides = {
+        "backbone": "resnet18",
+        "weights": "none",
+        "image_size": 32,
+        "removal": "soft",
+        "removal_layers": "last",
+    }
+    values = hparams.resolve_hparams("SFP", "PACS", overrides=overrides)
+    algorithm = SFP((3, 32, 32), 4, 2, values)
+    algorithm.total_steps = 40
+    networks.set_precision(algorithm, "bf16", channels_last=True)
+    for step in range(11):
+        torch.manual_seed(step)
+        metrics = algorithm.update([batch(side=32), batch(side=32)])
+    directions = {name: value for name, value in metrics.items() if name.startswith("directions_")}
+    assert len(directions) == len(algorithm.layers) == 5 and max(directions.values()) > 0
+
+
+def test_features_that_end_with_channels_have_the_mean_of_their_positions():
+    x = torch.arange(24.0).view(2, 3, 4)
+    linear = torch.nn.Linear(4, 1)
+    assert _channel_means(x, linear, 4).tolist() == x.mean(1).tolist()
+    assert _channel_means(x.view(2, 1, 3, 4), linear, 4).tolist() == x.mean(1).tolist()
+    # A flattened map: two positions of each of two channels.
+    assert _channel_means(x[:, 0], linear, 2).tolist() == [[0.5, 2.5], [12.5, 14.5]]
+    assert _channel_means(x.view(2, 3, 2, 2), torch.nn.Conv2d(3, 1, 1), 3).tolist() == x.mean(2).tolist()
+
+
+def test_sfp_prunes_a_network_with_channels_last():
+    pytest.importorskip("timm", reason="timm is not installed")
+    overrides = {"backbone": "test_convnext", "weights": "none", "image_size": 32, "channel_score": "class_conditional"}
+    algorithm = SFP((3, 32, 32), 4, 2, hparams.resolve_hparams("SFP", "PACS", overrides=overrides))
+    algorithm.total_steps = 12
+    for step in range(12):
+        torch.manual_seed(step)
+        algorithm.update([batch(side=32), batch(side=32)])
+    assert algorithm.sparsity() == pytest.approx(0.5, abs=0.02)
 
 
 def test_taylor_score_is_that_of_taylor():
@@ -265,5 +378,5 @@ def test_sfp_finds_the_colour(tmp_path):
     assert sfp["env2_in_acc"] > magnitude["env2_in_acc"] + 0.15
     assert sfp["sparsity"] == magnitude["sparsity"] == 0.5 and sfp["macs"] == magnitude["macs"]
     assert sfp["parameters"] == magnitude["parameters"]  # the reference is not part of what is deployed
-    for env in (0, 1):
-        assert sfp[f"flag_precision_env{env}"] > 0.9 and sfp[f"flag_recall_env{env}"] > 0.85
+    for domain in (0, 1):
+        assert sfp[f"flag_precision_domain{domain}"] > 0.9 and sfp[f"flag_recall_domain{domain}"] > 0.85

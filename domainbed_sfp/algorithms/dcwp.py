@@ -45,8 +45,10 @@ class DCWP(LearnedMaskPruning):
     rewound), with weight 20 and the contrastive loss. The stages have the proportions of the authors' code: 2,000,
     2,000 and 500 steps.
 
-    The authors draw samples with these weights from the whole set. Here a batch is what the loop gives, and its samples
-    are weighted instead, which has the same expectation: drawing 80:1 within a batch would repeat a few samples.
+    A deviation: the authors draw samples with these weights from the whole set. Here a batch is what the loop gives,
+    and its samples are weighted instead (drawing 80:1 within a batch would repeat a few of them), relative to the
+    weights of that batch; one without conflicting samples weighs aligned ones fully. In the contrastive loss the
+    anchors are weighted, positives and negatives are the batch's.
     """
 
     objective_name = "ERM"

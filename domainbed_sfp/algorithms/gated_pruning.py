@@ -13,7 +13,7 @@ from torch.func import functional_call
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, Hparam
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.gates import Gates, gated_weights, logistic_noise, straight_through
 from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
@@ -137,9 +137,14 @@ class GatedPruning(ScheduledPruning):
 
 LEARNED_MASK_HPARAMS = {
     **GATE_HPARAMS,
-    "mask_lr": Hparam(1e-2, doc="Adam's learning rate for the mask logits, at 1,000 mask steps; more where fewer"),
+    "mask_lr": Hparam(
+        1e-2, doc="Adam's learning rate for the mask logits, at 1,000 mask steps; more where fewer", valid=POSITIVE
+    ),
     "mask_alpha": Hparam(
-        1e-8, lambda r: 10 ** r.uniform(-9, -5.3), "weight of the sum of logits; each counts the weights behind it"
+        1e-8,
+        lambda r: 10 ** r.uniform(-9, -5.3),
+        "weight of the sum of logits; each counts the weights behind it",
+        valid=NOT_NEGATIVE,
     ),
 }
 

@@ -11,7 +11,7 @@ from torch import nn
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.schedules import OneShotSchedule
 from domainbed_sfp.pruning.structure import ChannelGroup
@@ -28,7 +28,9 @@ NORMALIZATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
         **UNIT_HPARAMS,
         "granularity": Hparam("channel", doc="channel: scales belong to channels"),
         "pruning_scope": Hparam(
-            "global", doc="global: one percentile of all scales, as published; layer: one for each"
+            "global",
+            doc="global: one percentile of all scales, as published; layer: one for each",
+            valid=one_of("layer", "global"),
         ),
         "slimming_penalty": Hparam(
             1e-4, lambda r: r.choice([1e-5, 1e-4, 1e-3]), "lambda; 1e-5 for ResNets in the code"

@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.schedules import OneShotSchedule
 
 AT_INITIALIZATION_HPARAMS = {
     **UNIT_HPARAMS,
-    "pruning_scope": Hparam("auto", doc="global, layer, or auto: global for weights, as published, layer for channels"),
+    "pruning_scope": Hparam(
+        "auto",
+        doc="global, layer, or auto: global for weights, as published, layer for channels",
+        valid=one_of("auto", "layer", "global"),
+    ),
 }
 
 

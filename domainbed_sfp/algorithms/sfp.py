@@ -14,6 +14,7 @@ where attribute and label agree and far above where they do not. The mean loss l
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -22,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domainbed_sfp import networks
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, PROBABILITY, Hparam, Range
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.spurious import ConditionalMoments, remove_directions, spurious_directions
 from domainbed_sfp.registry import register
@@ -48,17 +50,33 @@ LAST_PART = 0.25
 HPARAMS = {
     **PRUNING_HPARAMS,
     "flag_policy": Hparam("loss", doc="loss: below the threshold; random: as many at random; oracle: the truth"),
-    "flag_kappa": Hparam(1.0, lambda r: r.choice([0.75, 1.0]), "flagged below kappa times the domain's mean loss"),
+    "flag_kappa": Hparam(
+        1.0, lambda r: r.choice([0.75, 1.0]), "flagged below kappa times the domain's mean loss", valid=POSITIVE
+    ),
     "flag_threshold": Hparam("environment", doc="mean loss of the environment, or of each class in it (class)"),
     "removal": Hparam("hard", doc="hard: project weights; soft: penalise the projection; none"),
     "removal_layers": Hparam("auto", doc="first, last (quarter), all; auto: first, or last where pretrained"),
-    "removal_rank": Hparam(0.6, lambda r: r.choice([0.4, 0.6, 0.8]), "share of the possible directions removed"),
-    "removal_energy": Hparam(0.2, doc="energy a layer's input keeps at least"),
-    "removal_strength": Hparam(10.0, lambda r: 10 ** r.uniform(0, 3), "weight of the soft penalty"),
+    "removal_rank": Hparam(
+        0.6,
+        lambda r: r.choice([0.4, 0.6, 0.8]),
+        "share of the possible directions removed",
+        valid=Range("a share in (0, 1]", lambda value: 0 < value <= 1),
+    ),
+    "removal_energy": Hparam(0.2, doc="share of its energy a layer's input keeps at least", valid=PROBABILITY),
+    "removal_strength": Hparam(10.0, lambda r: 10 ** r.uniform(0, 3), "weight of the soft penalty", valid=NOT_NEGATIVE),
     "channel_score": Hparam("auto", doc="class_conditional, taylor; auto: the first, or the second where pretrained"),
-    "risk_weight": Hparam(1.0, doc="weight of unflagged samples in the risk; 1 weighs all alike"),
-    "statistics_every": Hparam(4, doc="steps between two evaluations of flags and statistics"),
-    "refresh": Hparam(0.05, doc="fraction of the run between two renewals of the directions"),
+    "risk_weight": Hparam(1.0, doc="weight of unflagged samples in the risk; 1 weighs all alike", valid=POSITIVE),
+    "statistics_every": Hparam(
+        4,
+        doc="steps between two updates of the statistics; of flags too, but with risk weights, which need them always",
+        valid=AT_LEAST_ONE,
+    ),
+    "refresh": Hparam(
+        0.05,
+        doc="fraction of the run between two renewals of the directions; a pretrained network's are found once, so "
+        "long after prune_start",
+        valid=FRACTION,
+    ),
 }
 
 
@@ -76,6 +94,9 @@ class SFP(ScheduledPruning):
     Flagged and unflagged samples of the same class are compared: input directions in which they differ are taken out of
     the weights of the regularised layers (W <- W (I - P P^T) after every step), and channels in which they differ most
     (in a pretrained network: those of the lowest Taylor score) are pruned on the cubic ramp. Granularity `channel`.
+
+    The directions are renewed on the way, but in a pretrained network they are found once and stay: moving ones take
+    out more and more of what it knows. Metrics of `domain{d}` are those of the d-th training environment.
     """
 
     thresholds: Tensor
@@ -85,7 +106,7 @@ class SFP(ScheduledPruning):
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self._check_hparams()
-        self.is_pretrained = self.hparams["weights"] != "none" and max(self.input_shape[1:]) > 28
+        self.is_pretrained = networks.is_pretrained(self.input_shape, self.hparams)
         self.channel_score = self.hparams["channel_score"]
         if self.channel_score == "auto":
             # The contrast alone takes channels a pretrained network cannot do without (PACS: 15 points in domain).
@@ -105,6 +126,7 @@ class SFP(ScheduledPruning):
             for group in self.groups:
                 self.register_buffer(f"taylor {_key(group.name)}", torch.zeros(group.channels))
         self.has_contrast = False
+        self.warned: set[int] = set()
 
     # training ---------------------------------------------------------------------------------------------------------
 
@@ -128,7 +150,8 @@ class SFP(ScheduledPruning):
         with _Capture(self) as inputs:
             loss, metrics = self._weighted_loss(minibatches, flags)
         for name in self.layers:
-            self.diagnostics[f"directions_{name.split('.')[-2]}"] = float(self._rank(name))
+            layer = name.removeprefix("featurizer.").removesuffix(".weight")
+            self.diagnostics[f"directions_{layer}"] = float(self._rank(name))
         return loss + self._take_statistics(minibatches, flags, inputs), metrics
 
     def after_backward(self) -> None:
@@ -141,15 +164,23 @@ class SFP(ScheduledPruning):
         self._remove_directions()
 
     def score(self, minibatches: Minibatches) -> scores.Scores:
-        if self.channel_score == "taylor":
-            return {group.name: getattr(self, f"taylor {_key(group.name)}").clone() for group in self.groups}
-        if not self.has_contrast:
+        if not self.has_contrast and self._needs_contrast():
             raise UserError(
                 f"SFP finds no contrast in any domain: the share of flagged samples is outside [{CONTRAST[0]}, "
                 f"{CONTRAST[1]}] everywhere (flag_policy {self.hparams['flag_policy']!r}, flag_kappa "
                 f"{self.hparams['flag_kappa']}); train longer before pruning (prune_start) or change flag_kappa"
             )
+        if self.channel_score == "taylor":
+            return {group.name: getattr(self, f"taylor {_key(group.name)}").clone() for group in self.groups}
         return {group.name: -self._moments(group.readers[0]).spuriousness() for group in self.groups}
+
+    def _needs_contrast(self) -> bool:
+        """Whether anything that SFP does depends on its flags: without it is Taylor."""
+        return (
+            self.hparams["removal"] != "none"
+            or self.hparams["risk_weight"] != 1
+            or self.channel_score == "class_conditional"
+        )
 
     def get_extra_state(self) -> dict[str, Any]:
         return {**super().get_extra_state(), "has_contrast": self.has_contrast}
@@ -189,12 +220,12 @@ class SFP(ScheduledPruning):
                     raise UserError("flag_policy 'oracle' needs a data set that knows its aligned samples")
                 flagged = truth.to(flagged.device)
             flags.append(flagged)
-            self.diagnostics[f"flagged_env{domain}"] = flagged.float().mean().item()
-            self.diagnostics[f"flag_threshold_env{domain}"] = self.thresholds[domain].mean().item()
+            self.diagnostics[f"flagged_domain{domain}"] = flagged.float().mean().item()
+            self.diagnostics[f"flag_threshold_domain{domain}"] = self.thresholds[domain].mean().item()
             if truth is not None and flagged.any() and truth.any():
                 hits = (flagged & truth.to(flagged.device)).sum()
-                self.diagnostics[f"flag_precision_env{domain}"] = (hits / flagged.sum()).item()
-                self.diagnostics[f"flag_recall_env{domain}"] = (hits / truth.sum()).item()
+                self.diagnostics[f"flag_precision_domain{domain}"] = (hits / flagged.sum()).item()
+                self.diagnostics[f"flag_recall_domain{domain}"] = (hits / truth.sum()).item()
         return flags
 
     def _move_thresholds(self, thresholds: Tensor, losses: Tensor, labels: Tensor) -> None:
@@ -211,6 +242,14 @@ class SFP(ScheduledPruning):
         """Updates the moments from what the layers have just seen; returns the soft penalty (0 unless asked for)."""
         shares = [flagged.float().mean().item() for flagged in flags]
         useful = [CONTRAST[0] <= share <= CONTRAST[1] for share in shares]
+        for domain, share in enumerate(shares):
+            if not useful[domain] and domain not in self.warned:
+                self.warned.add(domain)
+                warnings.warn(
+                    f"SFP, step {self.step}: {share:.0%} of the samples of training domain {domain} are flagged, which "
+                    "gives no contrast; statistics leave it out wherever that is so (told once)",
+                    stacklevel=2,
+                )
         penalty = self.thresholds.new_zeros(())
         if not any(useful):
             return penalty
@@ -218,9 +257,9 @@ class SFP(ScheduledPruning):
         kept = torch.cat([torch.full_like(flagged, use) for flagged, use in zip(flags, useful)])
         labels, flagged = torch.cat([y for _, y in minibatches])[kept], torch.cat(flags)[kept]
         for name, x in inputs.items():
-            vectors = x.detach().float()[kept]
-            vectors = vectors.mean((2, 3)) if vectors.dim() == 4 else vectors
-            self._moments(name).update(vectors, labels, flagged)
+            moments = self._moments(name)
+            vectors = _channel_means(x.detach().float()[kept], self._layer(name), moments.sums.shape[2])
+            moments.update(vectors, labels, flagged)
             if self.hparams["removal"] == "soft" and name in self.layers and flagged.any():
                 penalty = penalty + self._projection(name, x[kept][flagged])
         return self.hparams["removal_strength"] * penalty
@@ -233,12 +272,7 @@ class SFP(ScheduledPruning):
         since = self.step - begin
         if not self.has_contrast or since == 0 or since % every:
             return False
-        # Where a pretrained network is truncated the directions stay: moving ones take out more and more of it.
-        return self.first_layer_only() or since == every
-
-    def first_layer_only(self) -> bool:
-        """Whether the regularised layer is the first one, whose input training does not change."""
-        return len(self.layers) == 1 and self.layers[0] == self._convolutions()[0]
+        return not self.is_pretrained or not any(self._rank(name) for name in self.layers)
 
     @torch.no_grad()
     def _renew_directions(self) -> None:
@@ -263,14 +297,16 @@ class SFP(ScheduledPruning):
         return int(getattr(self, _directions(name)).any(1).sum())
 
     def _projection(self, name: str, x: Tensor) -> Tensor:
-        """mean ||W * (P P^T x)||^2 / mean ||x||^2 over the flagged samples: what the layer makes of that part."""
+        """mean ||W * (P P^T x)||^2 / mean ||x||^2 over the flagged samples and positions, where || || is over channels:
+        what the layer makes of that part."""
         layer, rank = self._layer(name), self._rank(name)
         if not rank:
             return x.new_zeros(())
         directions = getattr(self, _directions(name))[:rank]
-        part = torch.einsum("kc,kd,ndhw->nchw", directions, directions, x.detach())
+        x = x.detach().float()  # inner layers have bf16 inputs under autocast
+        part = torch.einsum("kc,kd,ndhw->nchw", directions, directions, x)
         out = F.conv2d(part, layer.weight, None, layer.stride, layer.padding, layer.dilation)
-        return out.square().mean() / x.detach().square().mean().clamp_min(1e-12)
+        return out.square().sum(1).mean() / x.square().sum(1).mean().clamp_min(1e-12)
 
     # the network ------------------------------------------------------------------------------------------------------
 
@@ -325,9 +361,6 @@ class SFP(ScheduledPruning):
                 f"hparam 'risk_weight' weighs the samples of ERM's risk; objective "
                 f"{self.hparams['objective']!r} has none"
             )
-        for name in ("statistics_every", "risk_weight"):
-            if self.hparams[name] <= 0:
-                raise UserError(f"hparam {name!r}: expected a positive number, got {self.hparams[name]}")
 
 
 @register(
@@ -337,7 +370,9 @@ class SFP(ScheduledPruning):
     standing="reconstruction",
     hparams={
         **HPARAMS,
-        "risk_weight": Hparam(20.0, lambda r: r.choice([5.0, 20.0, 50.0]), "weight of unflagged samples in the risk"),
+        "risk_weight": Hparam(
+            20.0, lambda r: r.choice([5.0, 20.0, 50.0]), "weight of unflagged samples in the risk", valid=POSITIVE
+        ),
     },
 )
 class SFPWeighted(SFP):
@@ -372,6 +407,17 @@ class _Capture(AbstractContextManager[dict[str, Tensor]]):
             self.inputs[name] = inputs[0] if earlier is None else torch.cat([earlier, inputs[0]])
 
         return note
+
+
+def _channel_means(x: Tensor, layer: nn.Module, channels: int) -> Tensor:
+    """What `layer` reads, averaged over positions: [N, channels] of [N, C, H, W], or of [N, ..., C] where it is linear.
+
+    A flattened map holds several numbers of each channel, channel by channel.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return x.mean((2, 3))
+    vectors = x.flatten(1, -2).mean(1) if x.dim() > 2 else x
+    return vectors.unflatten(1, (channels, -1)).mean(2)
 
 
 def _key(name: str) -> str:

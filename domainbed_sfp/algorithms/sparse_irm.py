@@ -11,7 +11,7 @@ from torch import Tensor
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.gated_pruning import GATE_HPARAMS, GatedPruning
 from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import POSITIVE, Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.gates import binary_concrete, log_odds, logistic_noise, projection_shift
 from domainbed_sfp.pruning.named_tensors import NamedTensors
@@ -27,9 +27,17 @@ OBJECTIVES = ("IRM", "VREx")
     reference="Zhou et al. 2022 (ICML), PMLR 162:27222-27244",
     hparams={
         **GATE_HPARAMS,
-        "pruning_scope": Hparam("global", doc="global: one budget for all layers, the paper's; layer: one for each"),
+        "pruning_scope": Hparam(
+            "global",
+            doc="global: one budget for all layers, the paper's; layer: one for each",
+            valid=one_of("layer", "global"),
+        ),
         "objective": Hparam("IRM", doc="IRM (IRMv1) or VREx, whose penalty it minimises"),
-        "mask_lr": Hparam(6e-3, doc="Adam's learning rate for the scores, at 1,000 steps with masks; more where fewer"),
+        "mask_lr": Hparam(
+            6e-3,
+            doc="Adam's learning rate for the scores, at 1,000 steps with masks; more where fewer",
+            valid=POSITIVE,
+        ),
         "mask_start": Hparam(0.28, doc="fraction of the run until which the network is dense"),
         "ramp_end": Hparam(0.6, doc="fraction of the run at which the budget of scores has reached its final size"),
         "mask_end": Hparam(0.9, doc="fraction of the run at which the mask is drawn; 1: at the last step, the paper's"),
@@ -83,6 +91,11 @@ class SparseIRM(GatedPruning):
         }
         with self.drawn(masks, self.deployed_parameters()):
             return super().compute_loss(minibatches)
+
+    def after_backward(self) -> None:
+        # Where the penalty jumps the scores' Adam begins anew, as that of the weights does.
+        if self.objective.wants_fresh_optimizer():
+            self.gate_optimizer = self.make_gate_optimizer()
 
     def before_masks(self) -> None:
         if not self.gates_are_open():
