@@ -837,6 +837,17 @@ def test_plot(opened, cost):
         assert (y < places[0][1]) == (accuracy > accuracies[0])
 
 
+def test_costs_that_nobody_recomputed_are_marked_in_the_plot(opened):
+    marked = f"[...{FIRST}.querySelectorAll('.point')].map(one => one.ariaLabel).filter(one => one.includes('‡'))"
+    for cost, names in (("bitops", ["Quantized"]), ("macs", [])):
+        browser = opened(f"#dataset=PACS&track=closed&transductive=no&tier=self-reported&cost={cost}")
+        labels = browser.run(marked)
+        assert [label.partition(":")[0] for label in labels] == names
+        assert ("‡ not recomputed" in browser.run(f"{FIRST}.querySelector('figcaption').textContent")) == bool(names)
+        cells = browser.run(f"[...{FIRST}.querySelectorAll('figure tbody tr')].map(row => row.children[1].textContent)")
+        assert sum("‡" in cell for cell in cells) == len(names)
+
+
 def test_plot_by_keyboard_and_pointer(opened):
     browser = opened("#dataset=PACS&track=closed&transductive=no")
     browser.run(f"{FIRST}.querySelector('.point').focus()")

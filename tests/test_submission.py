@@ -967,6 +967,13 @@ def test_masks_that_no_network_has_are_not_unpacked(copy, monkeypatch):
     assert f"masks/{names[0].name}: mask w: expected a parameter of Magnitude, found shape [8]" in told
 
 
+def test_a_network_that_is_too_large_is_not_built(made, monkeypatch):
+    monkeypatch.setattr(bundle, "MOST_PARAMETERS", 300_000)
+    monkeypatch.setattr(validation.accounting, "count_positions", lambda *args: pytest.fail("the network was built"))
+    words = "line 1.hparams.backbone: expected a network of at most 300,000 parameters, found 371,712"
+    assert any(line.startswith("records/") and line.endswith(words) for line in problems(made))
+
+
 def test_what_pack_writes_has_the_header_that_is_read():
     masks = {"a": torch.ones(3, 5, dtype=torch.bool), "b.c": torch.zeros(16, dtype=torch.bool)}
     assert mask_headers.shapes_of(mask_files.pack(masks)) == {"a": (3, 5), "b.c": (16,)}

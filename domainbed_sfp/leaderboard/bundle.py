@@ -40,6 +40,8 @@ FILES: Mapping[str, int] = {
     r"records/[A-Za-z0-9][A-Za-z0-9_.-]*\.jsonl": 2**26,
     r"masks/[0-9a-f]{64}\.safetensors": 2**26,
 }
+# Of a network that is built anew to count its costs: more would take gigabytes.
+MOST_PARAMETERS = 2**29
 # Read at once where a file is only looked through.
 CHUNK = 2**20
 LAYOUT = f"{SUBMISSION}, {SUMS}, {RECORDS}/<run>.jsonl or {MASKS}/<digest>.safetensors"

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from domainbed_sfp import hparams, registry
+from domainbed_sfp import hparams, networks, registry
 from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.analysis.selection import ORACLE
 from domainbed_sfp.data import get_dataset_class
@@ -531,6 +531,10 @@ class _Check:
             return None
         values = {**run.run.hparams, "weights": "none"}  # what is counted does not depend on them
         domains = len(run.records[0]["environments"]) - len(run.run.test_envs)
+        if (weights := _featurizer_weights(shape, values)) > bundle.MOST_PARAMETERS:
+            words = f"a network of at most {bundle.MOST_PARAMETERS:,} parameters"
+            self._problem(f"{RECORDS}/{run.name}.jsonl", "line 1.hparams.backbone", words, f"{weights:,}")
+            return None
         try:
             algorithm = registry.get(run.run.algorithm).cls(shape, facts.classes, domains, values)
             algorithm.total_steps = run.run.args["steps"] or get_dataset_class(run.run.dataset).N_STEPS
@@ -677,6 +681,15 @@ def _refusal(info: registry.AlgorithmInfo, values: Mapping[str, Any], dataset: s
         except Exception:  # it needs another network: nothing can be said
             return None
     return refused
+
+
+def _featurizer_weights(shape: tuple[int, ...], values: Mapping[str, Any]) -> int:
+    """How many parameters a featurizer would have, without the memory for them; 0 where it cannot be built here."""
+    try:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in networks.make_featurizer(shape, values).parameters())
+    except Exception:  # what is wrong is told where the whole network is built
+        return 0
 
 
 def _kind(value: Any) -> type:
