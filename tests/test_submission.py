@@ -897,6 +897,14 @@ def test_values_without_end(copy, monkeypatch):
     )
 
 
+def test_names_without_end(copy):
+    """Every record has fields of its own: their names would be most of what is held."""
+    file = runs(copy)[0]
+    edit(file, lambda record: record.update({f"x{record['step']}_{n}": n for n in range(900)}))
+    resum(copy)
+    assert f"{name_of(file)}: line 3: expected at most 2,000 names in all records, found more" in problems(copy)
+
+
 def test_more_runs_than_the_grid_has_are_not_read(copy, monkeypatch):
     whole = runs(copy)[0].read_bytes()
     for number in range(5):

@@ -53,6 +53,8 @@ MOST_FILES = 100_000
 MOST_RECORDS = 100_000
 # Bytes of a record, whose longest part is the evaluation on degraded copies: some kilobytes.
 LONGEST_LINE = 2**18
+# Of fields in all records of a run: all but the last have the same ones.
+MOST_NAMES = 2000
 # Numbers and texts in all records, not counting what a run's records share. Seven data sets with pairs of test
 # environments, 20 draws and 3 trials have five million; more of them would take gigabytes of memory.
 MOST_VALUES = 2**23

@@ -214,6 +214,9 @@ class _Check:
             if found:
                 continue
             record = _compact(record, parsed[0] if parsed else {}, names)
+            if len(names) > bundle.MOST_NAMES:
+                self._problem(file, f"line {number}", f"at most {bundle.MOST_NAMES:,} names in all records", "more")
+                return None
             self.values += sum(
                 _count_values(value)
                 for name, value in record.items()
