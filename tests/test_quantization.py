@@ -235,7 +235,7 @@ def test_what_a_policy_reads_is_standardised():
     nn.init.normal_(policy.output.weight)
     shifted = copy.deepcopy(policy)
     x, another = torch.randn(2, 64, 3, 4, 4)
-    scale, offset = torch.tensor([0.01, 1.0, 40.0]).view(3, 1, 1), torch.tensor([-7.0, 0.0, 300.0]).view(3, 1, 1)
+    scale, offset = torch.tensor([0.01, 1.0, 40.0]).view(3, 1, 1), torch.tensor([-0.07, 0.0, 300.0]).view(3, 1, 1)
     policy.sample(x)
     pooled = x.mean((2, 3))
     assert torch.allclose(policy.pooled_mean, pooled.mean(0)) and torch.allclose(policy.pooled_variance, pooled.var(0))
@@ -247,6 +247,19 @@ def test_what_a_policy_reads_is_standardised():
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     policy.sample(another)
     assert torch.allclose(policy.pooled_mean, 0.9 * pooled.mean(0) + 0.1 * another.mean((2, 3, 0)))
+
+
+def test_a_constant_channel_decides_nothing():
+    torch.manual_seed(0)
+    policy = Policy(2)
+    nn.init.normal_(policy.output.weight)
+    x = torch.full((8, 2, 1, 1), 0.7)
+    x[:, 1] = torch.randn(8, 1, 1)
+    x[::2, 0] += 1e-7
+    policy.sample(x)
+    other = x.clone()
+    other[:, 0] = 0.7
+    assert torch.allclose(policy.distribution(x)[0], policy.distribution(other)[0], atol=1e-3)
 
 
 def test_straight_through_gradient_by_enumeration():

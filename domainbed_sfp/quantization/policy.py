@@ -19,6 +19,9 @@ LOG_SIGMA_RANGE = (-2.0, 1.5)
 # training tells nothing of what to choose.
 STATISTICS_MOMENTUM = 0.1
 STATISTICS_REACH = 5.0
+# Added to a variance: so much of the squared mean, and so much outright. A channel that varies less is as good as
+# constant, and its rounding errors must not decide anything.
+VARIANCE_FLOOR = (1e-6, 1e-10)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,9 @@ class Policy(nn.Module):
         return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
 
     def _standardised(self, pooled: Tensor) -> Tensor:
-        scale = torch.where(self.pooled_variance > 0, self.pooled_variance, 1.0).rsqrt()
+        relative, outright = VARIANCE_FLOOR
+        variance = self.pooled_variance + relative * self.pooled_mean.square() + outright
+        scale = torch.where(self.pooled_variance.any(), variance, 1.0).rsqrt()
         return ((pooled - self.pooled_mean) * scale).clamp(-STATISTICS_REACH, STATISTICS_REACH)
 
     @torch.no_grad()
