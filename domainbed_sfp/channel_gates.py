@@ -53,6 +53,40 @@ def put_gate(network: nn.Module, place: str, hidden: int) -> None:
     setattr(network.get_submodule(parent), name, nn.Sequential(OrderedDict(layer=layer, gate=gate)))
 
 
+@torch.no_grad()
+def fold_constant_gates(network: nn.Module) -> list[str]:
+    """Multiplies gates that do not depend on their input into the layers they stand behind, in place, and takes them
+    out. Returns the names of those layers.
+
+    Attention is 2 sigmoid(bias) where no hidden unit reaches `expand` with a weight that is not zero, of those that
+    `reduce` can make positive: through a weight, or through its bias alone, which then adds a constant.
+    """
+    folded = []
+    for name, carrier in list(network.named_modules()):
+        gate = getattr(carrier, "gate", None)
+        if not isinstance(gate, ChannelGate) or (constant := _constant_logits(gate)) is None:
+            continue
+        layer: Any = carrier.layer
+        factors = 2 * torch.sigmoid(constant)
+        layer.weight.mul_(factors.view(-1, *[1] * (layer.weight.dim() - 1)))
+        if layer.bias is not None:
+            layer.bias.mul_(factors)
+        parent, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(parent), attribute, layer)
+        folded.append(name)
+    return folded
+
+
+def _constant_logits(gate: ChannelGate) -> Tensor | None:
+    """The logits [C] of a gate whose attention is the same for all inputs, else None."""
+    heard = gate.expand.weight.any(0)
+    depends = gate.reduce.weight.any(1)
+    if bool((heard & depends).any()):
+        return None
+    hidden = F.relu(gate.reduce.bias).masked_fill(depends, 0)
+    return gate.expand.weight @ hidden + gate.expand.bias
+
+
 def gate_widths(network: nn.Module) -> dict[str, int]:
     """The hidden width of every gate of a network, by the name of the layer that `put_gate` put it behind."""
     return {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from domainbed_sfp import __version__, networks
 from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
-from domainbed_sfp.channel_gates import gate_widths
+from domainbed_sfp.channel_gates import fold_constant_gates, gate_widths
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from domainbed_sfp.errors import UserError, unknown_name
@@ -43,7 +43,8 @@ class Compact:
     """A run's network, masked as it was trained and with its dead channels gone.
 
     cost: of the masked network, whose surviving parameters and MACs are those of `network` where whole channels are
-    masked. stored_zeros: masked weights that are in the tensors of `network` still.
+    masked, but for gates that became constant: those count here and are in the weights of `network`. stored_zeros:
+    masked weights that are in the tensors of `network` still.
     """
 
     run: TrainedRun
@@ -67,6 +68,7 @@ def compact(run: TrainedRun) -> Compact:
     masked, masks = algorithm.export().requires_grad_(False), algorithm.masks()
     network, dead = surgery.remove_channels(masked, masks, shape)
     network.requires_grad_(False)
+    fold_constant_gates(network)
     positions = accounting.count_positions(algorithm, shape, algorithm.predict)
     cost = accounting.measure_cost(algorithm.deployed_parameters(), positions, masks)
     zeros = sum(int((~mask).sum()) for mask in surgery.surviving_masks(masks, dead).values())

@@ -27,6 +27,8 @@ from domainbed_sfp.channel_gates import put_gate
 from domainbed_sfp.errors import UserError
 
 HEADER = "domainbed_sfp_export"
+# Of the files of `quantization.export`.
+QUANTIZED_HEADER = "domainbed_sfp_quantized"
 FORMAT = 1
 
 # Buffers of an input scaling, which no state dict holds because in training they follow from the hparams.
@@ -147,11 +149,16 @@ def stored_tensors(network: ExportedNetwork) -> dict[str, Tensor]:
     return {**tensors, **{name: buffers[name] for name in SCALING if name in buffers}}
 
 
-def load(path: str | os.PathLike[str]) -> ExportedNetwork:
-    """The network of an exported file, on the CPU and in evaluation mode.
+def load(path: str | os.PathLike[str]) -> nn.Module:
+    """The network of an exported file, pruned or quantized, on the CPU and in evaluation mode: images [N, C, H, W] to
+    logits [N, classes].
 
     Raises UserError if the file cannot be read, is no export, or does not fit this version of its backbone.
     """
+    if _is_quantized(path):
+        from domainbed_sfp.quantization import export as quantized
+
+        return quantized.load(path)
     description, tensors = _read(path)
     try:
         return rebuild(description, tensors)
@@ -251,6 +258,14 @@ def _resize(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:
             setattr(module, name, nn.Parameter(torch.empty_like(tensor)))
+
+
+def _is_quantized(path: str | os.PathLike[str]) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return QUANTIZED_HEADER in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False  # which `_read` explains
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[Description, dict[str, Tensor]]:

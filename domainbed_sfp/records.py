@@ -11,9 +11,10 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     parameters, surviving_parameters, dense_macs, macs
     exported_bytes         size of the tensors that `export` writes: without dead channels, zeros of single weights
                            kept; null for an algorithm that cannot be exported
-    bitops, bitops_8bit    of a quantized network for one training image: as deployed, and with 8 bits everywhere
+    bitops, bitops_8bit    of a quantized network for one training image, degraded as they are in training: as
+                           deployed, and with 8 bits everywhere
     mean_bits              bit-width of its layers between the first and the classifier, each layer counting alike
-    env{i}_bitops, env{i}_mean_bits    the same for the images of an environment
+    env{i}_bitops, env{i}_mean_bits    the same for the images of an environment; tables show the test environments'
     env{i}_degraded        the finished model on degraded copies of a test environment: see training.evaluate_degraded
     wall_time, images_per_second, precision, environment, commit
     standing               "published", "reconstruction" or "reference"
@@ -50,6 +51,9 @@ COST_FIELDS = (
     "sparsity", "parameters", "surviving_parameters", "dense_macs", "macs", "exported_bytes", "bitops", "bitops_8bit",
     "mean_bits",
 )  # fmt: skip
+
+# Of those, what may depend on the image: a record says it of every environment too.
+COSTS_OF_IMAGES = ("bitops", "mean_bits")
 
 # Said by the last record for the whole run.
 FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments", "input_shape", "data_digest")
@@ -271,9 +275,17 @@ class _Columns:
         if "parameters" in record or "sparsity" in record:
             for name, values in self.costs.items():
                 values += [np.nan] * (len(self.steps) - 1 - len(values))
-                value = record.get(name)
+                value = self._cost(record, name)
                 values.append(np.nan if value is None else value)
         self.last = record
+
+    def _cost(self, record: dict[str, Any], name: str) -> Any:
+        """What a record says of a cost; of the images of the test environments, where it tells them apart."""
+        if name in COSTS_OF_IMAGES:
+            fields = [f"env{env}_{name}" for env in self.args.get("test_envs") or ()]
+            if fields and all(record.get(field) is not None for field in fields):
+                return sum(record[field] for field in fields) / len(fields)
+        return record.get(name)
 
     def run(self, directory: str, complete: bool, failure: str | None) -> Run:
         count, shape = len(self.steps), (len(self.steps), len(self.in_fields))

@@ -29,6 +29,7 @@ VARIANTS = {
     "DCWP": [{"granularity": "channel"}, {"pruning_scope": "global"}],
     "GlobalPru": [{"rank_loss": "ranknet", "voting": "borda", "objective": "CORAL", "backbone": "mnist_cnn_bn"},
                   {"rank_loss": "hinge", "voting": "mean", "vote_window": 0.2, "sparsity": 0.8}, {"rank_weight": 0.0, "objective": "Mixup"}],
+    "DQMQ": [{"reinforce": 0.5}, {"objective": "CORAL", "backbone": "mnist_cnn_bn"}],
     "EVIL": [{"objective": "CORAL", "pruning_scope": "global", "sparsity": 0.7, "update_interval": 0.2}],
 }  # fmt: skip
 

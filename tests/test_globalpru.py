@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from domainbed_sfp import checkpoints, contract, exported, hparams, registry
 from domainbed_sfp.algorithms.global_pru import GlobalPru
-from domainbed_sfp.channel_gates import ChannelGate, gate_widths
+from domainbed_sfp.channel_gates import ChannelGate, fold_constant_gates, gate_widths
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.networks import make_featurizer
 from domainbed_sfp.pruning import ranking, surgery
@@ -322,6 +322,39 @@ def test_a_file_of_the_network_rebuilds_it_with_its_gates(backbone, tmp_path):
         exported.load(tmp_path / "network.safetensors")
 
 
+@pytest.mark.parametrize("backbone", ["mnist_cnn", "mnist_cnn_bn", "resnet18"])
+def test_constant_gates_go_into_the_weights(backbone, tmp_path):
+    """The first gate's second layer hears nothing, the second gate's hears a constant hidden unit; the rest stay."""
+    algorithm = make("PACS", (3, 64, 64), backbone=backbone, weights="none").eval()
+    scramble(algorithm)
+    prune(algorithm)
+    network, x = without_dead_channels(algorithm), torch.randn(2, 3, 64, 64)
+    places = list(gate_widths(network))
+    deaf, steady = (network.get_submodule(f"{place}.gate") for place in places[:2])
+    with torch.no_grad():
+        deaf.expand.weight.zero_()
+        steady.reduce.weight[0] = 0
+        steady.reduce.bias[0] = 1.5
+        steady.expand.weight[:, 1:] = 0
+        expected = network(x)
+        assert fold_constant_gates(network) == places[:2]
+        assert list(gate_widths(network)) == places[2:]
+        assert torch.allclose(network(x), expected, atol=1e-5)
+    told = exported.Description(
+        backbone, (3, 64, 64), 4, group_norms=surgery.surviving_groups(network), gates=gate_widths(network)
+    )
+    (tmp_path / "network.safetensors").write_bytes(exported.to_bytes(network, told))
+    with torch.no_grad():
+        assert torch.allclose(exported.load(tmp_path / "network.safetensors")(x), expected, atol=1e-5)
+
+
+def test_a_short_run_votes_with_gates_that_were_trained():
+    algorithm = make(total=4, vote_at=0.1, domains=contract.DOMAINS)
+    assert algorithm.vote_step() == 1
+    contract.run(algorithm, 0, 4)
+    assert any(vote.ranking.tolist() != list(range(len(vote.ranking))) for vote in algorithm.votes.values())
+
+
 def cost_of(algorithm):
     positions = count_positions(algorithm, algorithm.input_shape, algorithm.predict)
     return measure_cost(algorithm.deployed_parameters(), positions, algorithm.masks())
@@ -510,6 +543,7 @@ def test_records_tell_the_agreement(main, tmp_path):
         ({"granularity": "weight"}, "unknown granularity of GlobalPru 'weight'"),
         ({"sparsity": 1.0}, "sparsity"),
         ({"vote_at": 0.7}, "vote_at 0.7 and prune_start 0.6"),
+        ({"vote_at": 0.0}, "'vote_at' must be in (0, prune_start]"),
         ({"prune_start": 0.9}, "ends before it begins: prune_start 0.9"),
         ({"rank_weight": -0.1}, "rank_weight"),
         ({"prune_rounds": 0}, "prune_rounds"),

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from domainbed_sfp import contract, hparams, registry
+from domainbed_sfp import contract, exported, hparams, registry
 from domainbed_sfp.data import degradations, get_dataset_class
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, normalize
 from domainbed_sfp.data.loaders import MinibatchLoader
@@ -737,6 +738,39 @@ def test_a_policys_file_holds_the_widths_in_use_alone(tmp_path):
         stored = [key for key in file.keys() if key.startswith("integers/")]  # noqa: SIM118
     allowed = sum(int(policy.allowed.sum()) for policy in algorithm.policies().values())
     assert len(stored) == 2 + allowed < 2 + 3 * len(WIDTHS)
+
+
+def test_one_loader_reads_pruned_and_quantized_networks(tmp_path):
+    algorithm, x = trained("DQMQ"), torch.rand(4, 3, 8, 8)
+    export.save(tmp_path / "network.safetensors", algorithm)
+    with torch.no_grad():
+        expected = export.load(tmp_path / "network.safetensors")(x)
+        assert torch.equal(exported.load(tmp_path / "network.safetensors")(x), expected)
+
+
+def test_networks_that_cannot_be_quantized():
+    """Weights that are standardised first, and images that are cut into windows where a width goes to an image."""
+    pytest.importorskip("timm", reason="timm is not installed")
+
+    def build(name, backbone, side):
+        overrides = {"backbone": backbone, "weights": "none", "image_size": side}
+        values = hparams.resolve_hparams(name, "PACS", overrides=overrides)
+        return registry.get(name).cls((3, side, side), 7, 3, values)
+
+    with pytest.raises(UserError, match="transforms its weight"):
+        build("UniformQuant", "resnetv2_50x1_bit", 32)
+    with pytest.raises(UserError, match="reads each in 64 windows"):
+        build("DQMQ", "swin_tiny_patch4_window7_224", 224)
+
+
+def test_budgets_between_two_assignments_are_refused_where_all_images_are_alike():
+    for name, target, refused in (
+        ("StaticMixedPrecision", 0.1566, False),
+        ("StaticMixedPrecision", 0.168, True),
+        ("DQMQ", 0.168, False),
+    ):
+        with pytest.raises(UserError, match=r"take 0\.1566 or 0\.1689 of") if refused else nullcontext():
+            make(name, target_bitops=target)
 
 
 def test_files_that_are_none_of_ours(tmp_path):

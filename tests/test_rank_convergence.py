@@ -65,6 +65,13 @@ def test_trials_are_averaged_and_settings_kept_apart(sweep):
     assert len(means) == 4
 
 
+def test_runs_that_differ_otherwise_are_not_averaged_in_silence(main, sweep):
+    names = {"environments": ["art", "photo", "sketch"]}
+    write_run(sweep, "e", [agreement(20, (0.9, 0.9), trial=2, args={"hparams": '{"lr": 0.1}'}, **names)])
+    told = main("rankings", "--input_dir", sweep).stderr
+    assert told.count("warning: ") == 1 and "(lr=0.1 and defaults)" in told and "/e:" in told
+
+
 def test_domainbeds_records_have_no_names(tmp_path):
     write_run(tmp_path, "a", [agreement(20, (0.2, 0.4))])
     rows = rank_convergence.agreement_rows(tmp_path, pytest.fail)

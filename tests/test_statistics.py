@@ -543,6 +543,17 @@ def test_fronts_are_over_bitops_where_records_have_them(main, tmp_path):
     assert "32 x 32 BitOPs" in (tmp_path / "bits.svg").read_text()
 
 
+def test_bitops_are_those_of_the_test_environments_images(main, tmp_path):
+    """Where widths depend on the image, what training images cost is not what the accuracy was reached with."""
+    directory = tmp_path / "bits"
+    measured = {"env0_bitops": 3000.0, "env1_bitops": 5000.0, "env0_mean_bits": 3.0, "env1_mean_bits": 4.0}
+    write_row(directory, "DQMQ", {0: [0.6], 1: [0.6]}, sparsity=0.0, bitops=2000, mean_bits=2.5, **measured)
+    write_row(directory, "UniformQuant", {0: [0.6], 1: [0.6]}, sparsity=0.0, bitops=2000, mean_bits=2.5)
+    rows = averages(main, directory)
+    assert rows["DQMQ"]["costs"]["bitops"] == 4000 and rows["DQMQ"]["costs"]["mean_bits"] == 3.5
+    assert rows["UniformQuant"]["costs"]["bitops"] == 2000
+
+
 def test_curves_join_the_sparsities_of_an_algorithm(main, sparsities, tmp_path):
     output = tmp_path / "curves.svg"
     _, points = draw(main, sparsities, "curves", output)

@@ -107,8 +107,9 @@ class GlobalPru(ScheduledPruning):
     With `rank_weight` 0 it is the ablation without the rank loss: gates, vote and pruning stay.
 
     Gates are part of the deployed network: parameters and MACs count those of the surviving channels' gates, and those
-    of the dense network count the dense gates. `export` keeps them, since a trained gate depends on the input and
-    cannot be folded into weights; the gates of channels that are gone have no weight left, and go with them.
+    of the dense network count the dense gates. The exported file keeps them, since a trained gate depends on the input;
+    one that does not (`channel_gates.fold_constant_gates`) goes into the weights before it. The gates of channels that
+    are gone have no weight left, and go with them.
 
     Logged from the vote to the first pruning, every `agreement_every`: `rank_tau_env{i}` and `rank_overlap_env{i}`, by
     training environment (in the order of minibatches): Kendall's tau between samples' own rankings and the global one,
@@ -126,10 +127,10 @@ class GlobalPru(ScheduledPruning):
         for name, valid in CHOICES.items():
             if hparams[name] not in valid:
                 raise unknown_name(f"{name} of GlobalPru", hparams[name], valid)
-        if not 0 <= hparams["vote_at"] <= hparams["prune_start"]:
+        if not 0 < hparams["vote_at"] <= hparams["prune_start"]:
             raise UserError(
-                f"GlobalPru prunes by a vote: hparam 'vote_at' must be in [0, prune_start], got vote_at "
-                f"{hparams['vote_at']} and prune_start {hparams['prune_start']}"
+                f"GlobalPru prunes by a vote of trained gates: hparam 'vote_at' must be in (0, prune_start], got "
+                f"vote_at {hparams['vote_at']} and prune_start {hparams['prune_start']}"
             )
         check_sparsity(hparams["sparsity"])
         super().__init__(input_shape, num_classes, num_domains, hparams)
@@ -187,8 +188,10 @@ class GlobalPru(ScheduledPruning):
         return {group.name: -self.vote(group.name).ranking.argsort().float() for group in self.groups}
 
     def vote_step(self) -> int:
-        """The step at which the vote closes, before its update."""
-        return min(round(self.hparams["vote_at"] * self.total_steps), self.schedule.first_step(self.total_steps))
+        """The step at which the vote closes, before its update; before the first all gates are alike, and nobody could
+        vote."""
+        closes = max(1, round(self.hparams["vote_at"] * self.total_steps))
+        return min(closes, self.schedule.first_step(self.total_steps))
 
     def rank_weight(self) -> float:
         """lambda at this step."""

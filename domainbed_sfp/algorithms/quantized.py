@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from domainbed_sfp.algorithms.base import Minibatches, ObjectiveAlgorithm
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.hparams import FRACTION, NOT_NEGATIVE, POSITIVE, PROBABILITY, Hparam, Range
-from domainbed_sfp.pruning.accounting import count_positions
+from domainbed_sfp.pruning.accounting import count_positions, rows_of_an_image
 from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
 from domainbed_sfp.quantization.bitops import BitOps, fit_shifts, starting_mean
 from domainbed_sfp.quantization.deployment import deploy
@@ -199,7 +199,7 @@ class PolicyQuantization(QuantizedAlgorithm):
             )
         # REINFORCE holds a sample's reward against the others', which must not have drawn with it.
         self.control.independent = bool(self.hparams["reinforce"])
-        self.bitops.check_budget(self.hparams["target_bitops"])
+        self.bitops.check_budget(self.hparams["target_bitops"], alike=not self.reads_input)
         self.budget = self.hparams["target_bitops"] * self.bitops.at_8_bits
         for policy in self.policies().values():
             policy.start.fill_(starting_mean(self.bitops, self.budget))
@@ -207,6 +207,13 @@ class PolicyQuantization(QuantizedAlgorithm):
         self.calibrated = self._taken({}, 0)
 
     def quantize(self, names: Sequence[str]) -> dict[str, Any]:
+        for name, rows in rows_of_an_image(self.network, self.input_shape).items():
+            if rows != 1:
+                raise UserError(
+                    f"{type(self).__name__} chooses widths for images, and layer {name} of this network reads each in "
+                    f"{rows} windows; choose another backbone, or UniformQuant"
+                )
+
         def make_policy(layer: nn.Module) -> Policy:
             return Policy(input_features(layer), self.reads_input)
 

@@ -1,7 +1,8 @@
 """How far samples' channel rankings agree with the global one, over the steps of GlobalPru's runs: CSV and a plot.
 
 A row is what a record says of an environment: means of the measurements since the record before, over samples and
-layers. The first row of a run is from about the vote, before the rank loss sets in; the last from before channels go.
+layers. The first row of a run begins at the vote, before the rank loss sets in; the last ends before channels go. How
+near to the two moments they are is a matter of --checkpoint_freq.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, unknown_name
 from ..files import write_output
 from ..records import RESULTS, Warn, read_records
+from .jobs import Method, method_of
 from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
 
 if TYPE_CHECKING:
@@ -46,7 +48,25 @@ def agreement_rows(input_dir: str | Path, warn: Warn) -> list[Row]:
     files = sorted(root.glob(f"*/{RESULTS}")) or sorted(root.glob(RESULTS))
     if not files:
         raise UserError(f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}")
-    rows = [row for file in files for record in read_records(file, warn) for row in _rows(file.parent.name, record)]
+    rows: list[Row] = []
+    methods: dict[tuple[Any, ...], Method] = {}
+    for file in files:
+        for record in read_records(file, warn):
+            found = list(_rows(file.parent.name, record))
+            rows += found
+            for key in {_line(row)[:-1] for row in found}:
+                args = record["args"]
+                method = method_of(args["algorithm"], args.get("hparams"), args.get("steps"), args["dataset"])
+                if (other := methods.setdefault(key, method)) != method:
+                    methods[key] = method  # each is told once
+                    one, two = (
+                        dict(method.settings).items() - dict(other.settings).items()
+                        for method, other in ((method, other), (other, method))
+                    )
+                    warn(
+                        f"{file.parent}: this run and others of the same {', '.join(SETTINGS)} differ beyond these "
+                        f"({_told(one)} and {_told(two)}): the plot takes means over them together"
+                    )
     if not rows:
         raise UserError(
             f"--input_dir {root}: no record of its {len(files)} runs tells how far rankings agree; GlobalPru's do, "
@@ -90,11 +110,19 @@ def mean_over_trials(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[tuple[in
     """[(step, mean tau)] by (dataset, test environments, *SETTINGS, environment)."""
     collected: dict[tuple[Any, ...], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        key = (row["dataset"], row["test_envs"], *(row[name] for name in SETTINGS), row["environment"])
-        collected[key][row["step"]].append(row["tau"])
+        collected[_line(row)][row["step"]].append(row["tau"])
     return {
         key: [(step, sum(taus) / len(taus)) for step, taus in sorted(steps.items())] for key, steps in collected.items()
     }
+
+
+def _told(settings: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(settings)) or "defaults"
+
+
+def _line(row: Row) -> tuple[Any, ...]:
+    """(dataset, test environments, *SETTINGS, environment): what is one line of the plot."""
+    return (row["dataset"], row["test_envs"], *(row[name] for name in SETTINGS), row["environment"])
 
 
 def plot(rows: Sequence[Row], suffix: str) -> bytes:

@@ -25,7 +25,6 @@ class Cost:
     macs: int
 
 
-@torch.no_grad()
 def count_positions(
     network: nn.Module, input_shape: tuple[int, ...], forward: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, int]:
@@ -33,28 +32,45 @@ def count_positions(
     parameter name, for an input of shape (channels, height, width). `forward` is what is called where it is not
     the network itself."""
     positions: dict[str, int] = {}
+    for name, module, output in _outputs_for_one_image(network, input_shape, forward or network):
+        # Linear layers write along the last dimension, whether behind tokens, rows and columns, or nothing. All others
+        # count, the first too: the batch is one image, or its windows.
+        used = output.numel() // output.shape[-3 if isinstance(module, nn.Conv2d) else -1]
+        positions[f"{name}.weight"] = positions.get(f"{name}.weight", 0) + used
+    return positions
+
+
+def rows_of_an_image(network: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
+    """How many rows of a batch one image is where a convolution or linear layer reads it, by the layer's name: 1, or
+    more where images are cut into windows."""
+    return {name: len(output) for name, _, output in _outputs_for_one_image(network, input_shape, network)}
+
+
+@torch.no_grad()
+def _outputs_for_one_image(
+    network: nn.Module, input_shape: tuple[int, ...], forward: Callable[[Tensor], Tensor]
+) -> list[tuple[str, nn.Module, Tensor]]:
+    """What convolutions and linear layers give for one image, in evaluation mode: (name, layer, output) by call."""
+    outputs: list[tuple[str, nn.Module, Tensor]] = []
     handles = []
     for name, layer in network.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
 
-            def count(module: nn.Module, inputs: object, output: Tensor, name: str = name) -> None:
-                # Linear layers write along the last dimension, whether behind tokens, rows and columns, or nothing.
-                # All others count, the first too: the batch is one image, or its windows.
-                used = output.numel() // output.shape[-3 if isinstance(module, nn.Conv2d) else -1]
-                positions[f"{name}.weight"] = positions.get(f"{name}.weight", 0) + used
+            def take(module: nn.Module, inputs: object, output: Tensor, name: str = name) -> None:
+                outputs.append((name, module, output))
 
-            handles.append(layer.register_forward_hook(count))
+            handles.append(layer.register_forward_hook(take))
     modes = {module: module.training for module in network.modules()}
     try:
         network.eval()
         device = next(network.parameters()).device
-        (forward or network)(torch.zeros(1, *input_shape, device=device))
+        forward(torch.zeros(1, *input_shape, device=device))
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    return positions
+    return outputs
 
 
 def measure_cost(parameters: Mapping[str, Tensor], positions: Mapping[str, int], masks: Mapping[str, Tensor]) -> Cost:

@@ -20,6 +20,8 @@ from domainbed_sfp.quantization.quantizers import WIDEST
 # Assignments of a few layers are searched exhaustively, up to this many.
 EXHAUSTIVE_SEARCH = 10_000
 BISECTIONS = 40
+# Evaluation's widths take so much less than the budget at most.
+BUDGET_TOLERANCE = 0.05
 # A single layer is raised by at most this many bits above the common shift.
 LAYER_SHIFT = 3.0
 
@@ -40,13 +42,29 @@ class BitOps:
     def at_8_bits(self) -> int:
         return self.all_macs * WIDEST**2
 
-    def check_budget(self, fraction: float) -> None:
-        """Raises UserError unless some assignment of widths takes this fraction of the 8-bit network's BitOPs."""
+    def check_budget(self, fraction: float, alike: bool = False) -> None:
+        """Raises UserError unless some assignment of widths takes this fraction of the 8-bit network's BitOPs.
+
+        alike: samples may not have different widths, so that a few layers reach only some budgets: one of them must lie
+        within BUDGET_TOLERANCE below the fraction.
+        """
         least = (self.pinned + sum(self.macs.values()) * WIDTHS[0] ** 2) / self.at_8_bits
         if not least <= fraction <= 1:
             raise UserError(
                 f"hparam 'target_bitops': no assignment takes {fraction:g} of the 8-bit network's BitOPs; this network "
                 f"can have {least:.4f} (all layers at {WIDTHS[0]} bits, the first and the classifier at {WIDEST}) to 1"
+            )
+        if not alike or len(WIDTHS) ** len(self.macs) > EXHAUSTIVE_SEARCH:
+            return
+        counts = torch.tensor(list(self.macs.values()), dtype=torch.float64)
+        widths = torch.tensor(list(product(WIDTHS, repeat=len(counts))), dtype=torch.float64)
+        reached = (self.pinned + widths.square() @ counts) / self.at_8_bits
+        below = float(reached[reached <= fraction * (1 + 1e-9)].max())
+        if below < (1 - BUDGET_TOLERANCE) * fraction:
+            above = float(reached[reached > fraction].min())
+            raise UserError(
+                f"hparam 'target_bitops': widths that are the same for all images take {below:.4f} or {above:.4f} of "
+                f"this network's BitOPs at 8 bits, nothing in between; got {fraction:g}"
             )
 
     def expected(self, trace: Mapping[str, Sequence[Choice]], bits: Tensor) -> Tensor:
@@ -152,7 +170,7 @@ def _best_assignment(mean: Tensor, counts: Tensor, budget: float) -> Tensor:
     fits = costs <= budget * (1 + 1e-9)
     if not bool(fits.any()):
         return widths[costs.argmin()]
-    near = fits & (costs >= 0.95 * budget)
+    near = fits & (costs >= (1 - BUDGET_TOLERANCE) * budget)
     if not bool(near.any()):
         return widths[costs.masked_fill(~fits, -1).argmax()]
     return widths[(widths - mean).square().sum(1).masked_fill(~near, torch.inf).argmin()]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from domainbed_sfp import networks
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.exported import QUANTIZED_HEADER
 from domainbed_sfp.files import write_atomically
 from domainbed_sfp.quantization.deployment import DeployedLayer
 from domainbed_sfp.quantization.layers import input_features
@@ -37,7 +38,8 @@ from domainbed_sfp.quantization.policy import Policy
 if TYPE_CHECKING:
     from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
 
-KEY, FORMAT = "domainbed_sfp_quantized", 1
+# 2: policies standardise what they read.
+FORMAT = 2
 INTEGERS = "integers/"
 
 # What `networks` asks for; where the weights came from is no longer of interest.
@@ -72,7 +74,7 @@ def save(path: str | os.PathLike[str], algorithm: QuantizedAlgorithm) -> None:
         # Not part of a state dict, and in timm's networks a property of the weights.
         header["input_scale"] = featurizer.input_scale.flatten().tolist()
         header["input_shift"] = featurizer.input_shift.flatten().tolist()
-    write_atomically(path, save_tensors(stored_tensors(network), metadata={KEY: json.dumps(header)}))
+    write_atomically(path, save_tensors(stored_tensors(network), metadata={QUANTIZED_HEADER: json.dumps(header)}))
 
 
 def stored_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -159,7 +161,7 @@ def save_onnx(path: str | os.PathLike[str], algorithm: QuantizedAlgorithm) -> No
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[KEY])
+            header = json.loads((file.metadata() or {})[QUANTIZED_HEADER])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"there is no file {str(path)!r}") from None

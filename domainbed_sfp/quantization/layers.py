@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.pruning.structure import uses_weight_as_is
 from domainbed_sfp.quantization.policy import WIDTHS, Choice, Policy
 from domainbed_sfp.quantization.quantizers import WIDEST, StepSizes
 
@@ -214,6 +215,11 @@ def quantize_layers(
         layer = modules[name]
         assert isinstance(layer, (nn.Conv2d, nn.Linear))
         parent, _, attribute = name.rpartition(".")
+        if not uses_weight_as_is(layer):
+            raise UserError(
+                f"layer {name} ({type(layer).__name__}) transforms its weight before it uses it, so that a quantized "
+                "one would not stay on its grid; choose another backbone"
+            )
         if isinstance(modules[parent], nn.MultiheadAttention):
             raise UserError(f"layer {name} is part of torch's MultiheadAttention, which quantization cannot reach into")
         inner = name not in (names[0], names[-1])
