@@ -49,7 +49,7 @@ def sweep(tmp_path):
     return root
 
 
-@pytest.mark.skipif(NO_SCIPY, reason="scipy, is not installed")
+@pytest.mark.skipif(NO_SCIPY, reason="scipy is not installed")
 def test_table(main, sweep):
     result = main("degraded", "--input_dir", sweep)
     lines = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("|")]
@@ -64,7 +64,7 @@ def test_table(main, sweep):
 def test_correlation_is_spearmans_with_ties():
     """Severities 0, 1 2 3, 1 2 3 and bits 0, 1 1 1, 2 2 2 have the ranks 1, 2.5 4.5 6.5, 2.5 4.5 6.5 and 1, 3 3 3, 6 6 6:
     their products about the mean, 4, sum to 10.5, their squares to 26.5 and 24."""
-    pytest.importorskip("scipy", reason="scipy, is not installed")
+    pytest.importorskip("scipy", reason="scipy is not installed")
     found = cases((0.0,) * 4)
     bits = [0, 1, 1, 1, 2, 2, 2]
     told = [
@@ -74,7 +74,7 @@ def test_correlation_is_spearmans_with_ties():
     assert degraded.correlation(told) == pytest.approx(10.5 / (26.5 * 24) ** 0.5)
 
 
-@pytest.mark.skipif(NO_SCIPY, reason="scipy, is not installed")
+@pytest.mark.skipif(NO_SCIPY, reason="scipy is not installed")
 def test_rows_are_told_apart_by_their_settings(main, tmp_path):
     write_run(tmp_path, "a", finished(cases((3.0, 3.0, 3.0, 3.1)), target_bitops=0.2))
     write_run(tmp_path, "b", finished(cases((3.0, 3.0, 3.0, 3.1)), target_bitops=0.3))
@@ -89,7 +89,8 @@ def test_files(main, sweep, tmp_path):
     assert "DQMQ" in files["output"].read_text() and files["plot"].read_bytes()[:4] == b"\x89PNG"
     rows = list(csv.DictReader(files["csv"].open()))
     assert len(rows) == 5 * 7
-    last = rows[6]
+    assert list(dict.fromkeys(row["row"] for row in rows)) == ["ERM", "DQMQ", "UniformQuant"]  # as tables have them
+    last = rows[13]
     assert (last["row"], last["environment"], last["degradation"], last["severity"]) == ("DQMQ", "art", "noise", "3")
     assert float(last["accuracy"]) == pytest.approx(50) and last["mean_bits"] == "4.5" and last["bitops"] == "4500.0"
     assert {row["mean_bits"] for row in rows if row["row"] == "ERM"} == {""}

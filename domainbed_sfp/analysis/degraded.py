@@ -86,7 +86,8 @@ class Summary:
 
 
 def cases_of(input_dir: str | Path, warn: Warn) -> list[Case]:
-    """The cases of all finished runs of a directory, in the order of runs. Raises UserError where there are none."""
+    """The cases of all finished runs of a directory, row by row as tables have them. Raises UserError where there are
+    none."""
     root = Path(input_dir)
     if not root.is_dir():
         raise UserError(f"--input_dir {root}: expected a directory of runs")
@@ -112,6 +113,8 @@ def cases_of(input_dir: str | Path, warn: Warn) -> list[Case]:
     for method, _, record in found:
         by_dataset[record["args"]["dataset"]].add(method)
     labels = {dataset: label_methods(methods) for dataset, methods in by_dataset.items()}
+    places = {(dataset, method): place for dataset, of in labels.items() for place, method in enumerate(of)}
+    found.sort(key=lambda entry: (entry[2]["args"]["dataset"], places[entry[2]["args"]["dataset"], entry[0]]))
     return [
         case for method, run, record in found for case in _cases(labels[record["args"]["dataset"]][method], run, record)
     ]
