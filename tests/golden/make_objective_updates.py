@@ -4,7 +4,8 @@ usage: python tests/golden/make_objective_updates.py DOMAINBED_ROOT
 
 Weights and batches come from formulas (`formula_weights`, `formula_batches`), so that the test builds the same ones.
 Values in the committed file: DomainBed at commit b93c22a1cfc3, torch 2.14.1, CPU; python's, numpy's and torch's
-generators seeded with 7 before each objective's first update.
+generators seeded with 7 before each objective's first update. In double precision: rounding in single precision differs
+between processors, and Adam's first steps, which have the sign of the gradient, magnify it.
 """
 
 import json
@@ -43,7 +44,7 @@ def formula_batches(update):
     for domain in range(DOMAINS):
         count = BATCH * int(np.prod(INPUT_SHAPE))
         index = torch.arange(count, dtype=torch.float64)
-        x = torch.sin(index * (0.37 + 0.11 * domain) + update).reshape(BATCH, *INPUT_SHAPE).float()
+        x = torch.sin(index * (0.37 + 0.11 * domain) + update).reshape(BATCH, *INPUT_SHAPE)
         y = (torch.arange(BATCH) * (domain + 2) + update) % CLASSES
         batches.append((x, y))
     return batches
@@ -57,9 +58,14 @@ def seed_all():
 
 def trace(algorithm):
     """Losses of the updates, and what the parameters are afterwards: norm and some entries of each."""
+    algorithm.double()
     formula_weights(algorithm)
     seed_all()
-    losses = [algorithm.update(formula_batches(update))["loss"] for update in range(UPDATES)]
+    torch.set_default_dtype(torch.float64)  # of what an update makes itself, such as VREx's losses
+    try:
+        losses = [algorithm.update(formula_batches(update))["loss"] for update in range(UPDATES)]
+    finally:
+        torch.set_default_dtype(torch.float32)
     after = {
         f"{part}.{name}": [
             parameter.norm().item(),
