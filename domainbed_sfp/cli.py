@@ -390,7 +390,7 @@ def _add_leaderboard(commands: argparse._SubParsersAction) -> None:
     validate = _add(actions, "validate", text, _leaderboard)
     validate.add_argument("--json", action="store_true", help="the outcome for programs")
     add = _add(actions, "add", "validate a bundle and write its entries", _leaderboard)
-    add.add_argument("--results_dir", default="results/entries", help="default: %(default)s")
+    add.add_argument("--entries_dir", default="results/entries", help="default: %(default)s")
     for parser in (validate, add):
         parser.add_argument("bundle", help="the folder that `submit` made")
         parser.add_argument("--rerun", type=int, metavar="N", help="also train N of its runs again, chosen at random")

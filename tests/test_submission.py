@@ -272,8 +272,8 @@ def test_validate_and_add_and_supersede(main, made, tmp_path):
     report = json.loads(main("leaderboard", "validate", made, "--json").stdout)
     assert report["tier"] == "records-verified" and report["problems"] == []
     folder = tmp_path / "entries"
-    told = main("leaderboard", "add", made, "--results_dir", folder).stdout.splitlines()
-    command = f"domainbed-sfp leaderboard add {made} --rerun 1 --results_dir {folder}"
+    told = main("leaderboard", "add", made, "--entries_dir", folder).stdout.splitlines()
+    command = f"domainbed-sfp leaderboard add {made} --rerun 1 --entries_dir {folder}"
     assert told[-1] == f"`{command}` computes runs anew and raises it to rerun-verified; an earlier `validate --rerun` does not count."  # fmt: skip
     (entry,) = entries.read_all(folder)
     assert (folder / DATASET / "Magnitude_sparsity=0.5.json").is_file()
@@ -284,7 +284,7 @@ def test_validate_and_add_and_supersede(main, made, tmp_path):
     assert result.cells[0].environment == "95%" and result.cells[1] is None and result.average is None
     assert len(result.cells[0].trials) == 2 and 0 < result.costs["sparsity"] < 1
     assert entries.from_json(entries.as_json(entry)) == entry
-    again = main("leaderboard", "add", made, "--results_dir", folder, check=False)
+    again = main("leaderboard", "add", made, "--entries_dir", folder, check=False)
     assert again.returncode == 2 and again.stderr.endswith(
         f"this bundle is there already, at tier records-verified; `{command}` computes runs anew and raises it to rerun-verified\n"
     )

@@ -15,7 +15,7 @@ from domainbed_sfp.leaderboard.entries import TIERS
 from domainbed_sfp.leaderboard.validation import Validation
 
 # Where `add` writes unless a flag says otherwise: what need not be told.
-RESULTS_DIR = "results/entries"
+ENTRIES_DIR = "results/entries"
 
 
 def validate(args: argparse.Namespace) -> int:
@@ -37,7 +37,7 @@ def add(args: argparse.Namespace) -> int:
         return 1
     again = _command(args, outcome)
     for entry in entries_of(outcome):
-        path = entries.write(args.results_dir, entry, again)
+        path = entries.write(args.entries_dir, entry, again)
         print(f"{path}: {entry.name} on {entry.dataset}, {entry.track}, {entry.tier}")
     if outcome.tier == TIERS[1]:
         print(
@@ -49,12 +49,12 @@ def add(args: argparse.Namespace) -> int:
 def _command(args: argparse.Namespace, outcome: Validation) -> str:
     """The command that adds this bundle as rerun-verified."""
     words = ["domainbed-sfp", "leaderboard", "add", args.bundle, "--rerun", str(args.rerun or 1)]
-    kept = ("results_dir", "tolerance", "data_dir", "cache_dir")
+    kept = ("entries_dir", "tolerance", "data_dir", "cache_dir")
     values = {name: getattr(args, name, None) for name in kept}
     if values["data_dir"] is None and not all(get_dataset_class(run.run.dataset).EMBEDDED for run in outcome.runs):
         values["data_dir"] = "DIR"
-    if values["results_dir"] == RESULTS_DIR:
-        values["results_dir"] = None
+    if values["entries_dir"] == ENTRIES_DIR:
+        values["entries_dir"] = None
     for name, value in values.items():
         words += [] if value is None else [f"--{name}", str(value)]
     return shlex.join(words)
