@@ -302,17 +302,26 @@ def without_dead_channels(algorithm):
     return surgery.remove_channels(algorithm.export(), algorithm.masks(), (3, 64, 64))[0]
 
 
-@pytest.mark.parametrize("backbone", ["mnist_cnn", "mnist_cnn_bn", "resnet18"])
-def test_a_file_of_the_network_rebuilds_it_with_its_gates(backbone, tmp_path):
+def cut_network(backbone):
+    """An algorithm with gates that depend on the input, its network without the dead channels, and two images."""
     algorithm = make("PACS", (3, 64, 64), backbone=backbone, weights="none").eval()
     scramble(algorithm)
     prune(algorithm)
-    network, x = without_dead_channels(algorithm), torch.randn(2, 3, 64, 64)
-    assert list(gate_widths(network)) == [gate_of(group).removesuffix(".gate") for group in algorithm.groups]
+    return algorithm, without_dead_channels(algorithm), torch.randn(2, 3, 64, 64)
+
+
+def write(network, backbone, path):
     told = exported.Description(
         backbone, (3, 64, 64), 4, group_norms=surgery.surviving_groups(network), gates=gate_widths(network)
     )
-    (tmp_path / "network.safetensors").write_bytes(exported.to_bytes(network, told))
+    path.write_bytes(exported.to_bytes(network, told))
+
+
+@pytest.mark.parametrize("backbone", ["mnist_cnn", "mnist_cnn_bn", "resnet18"])
+def test_a_file_of_the_network_rebuilds_it_with_its_gates(backbone, tmp_path):
+    algorithm, network, x = cut_network(backbone)
+    assert list(gate_widths(network)) == [gate_of(group).removesuffix(".gate") for group in algorithm.groups]
+    write(network, backbone, tmp_path / "network.safetensors")
     with torch.no_grad():
         again = exported.load(tmp_path / "network.safetensors")(x)
         assert torch.allclose(again, network(x), atol=1e-6) and torch.allclose(again, algorithm.predict(x), atol=1e-4)
@@ -325,10 +334,7 @@ def test_a_file_of_the_network_rebuilds_it_with_its_gates(backbone, tmp_path):
 @pytest.mark.parametrize("backbone", ["mnist_cnn", "mnist_cnn_bn", "resnet18"])
 def test_constant_gates_go_into_the_weights(backbone, tmp_path):
     """The first gate's second layer hears nothing, the second gate's hears a constant hidden unit; the rest stay."""
-    algorithm = make("PACS", (3, 64, 64), backbone=backbone, weights="none").eval()
-    scramble(algorithm)
-    prune(algorithm)
-    network, x = without_dead_channels(algorithm), torch.randn(2, 3, 64, 64)
+    _, network, x = cut_network(backbone)
     places = list(gate_widths(network))
     deaf, steady = (network.get_submodule(f"{place}.gate") for place in places[:2])
     with torch.no_grad():
@@ -340,10 +346,7 @@ def test_constant_gates_go_into_the_weights(backbone, tmp_path):
         assert fold_constant_gates(network) == places[:2]
         assert list(gate_widths(network)) == places[2:]
         assert torch.allclose(network(x), expected, atol=1e-5)
-    told = exported.Description(
-        backbone, (3, 64, 64), 4, group_norms=surgery.surviving_groups(network), gates=gate_widths(network)
-    )
-    (tmp_path / "network.safetensors").write_bytes(exported.to_bytes(network, told))
+    write(network, backbone, tmp_path / "network.safetensors")
     with torch.no_grad():
         assert torch.allclose(exported.load(tmp_path / "network.safetensors")(x), expected, atol=1e-5)
 
