@@ -33,6 +33,17 @@ def test_contrast_is_conditional_on_the_class():
     assert moments.spuriousness().argmax() == 1 and moments.spuriousness()[0] == 0
 
 
+def test_channels_that_never_fire_are_the_first_to_go():
+    """A constant contributes nothing that a bias could not, whatever it is; it must not take the place of a live channel."""
+    torch.manual_seed(0)
+    vectors = torch.randn(40, 4) * torch.tensor([1.0, 0.0, 1.0, 0.0]) + torch.tensor([0.0, 0.0, 0.0, 3.0])
+    labels, flags = torch.arange(40) % 2, torch.arange(40) < 20
+    vectors[:, 2] += 5.0 * (flags == (labels == 1))  # spurious, but alive
+    spuriousness = moments_of(vectors.tolist(), labels.tolist(), flags.tolist()).spuriousness()
+    assert spuriousness.isfinite().all()
+    assert spuriousness.argsort(descending=True, stable=True).tolist() == [1, 3, 2, 0]
+
+
 def test_within_class_variance_by_brute_force():
     torch.manual_seed(0)
     vectors, labels, flags = torch.randn(60, 3), torch.randint(0, 2, (60,)), torch.rand(60) < 0.5

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 # Averages forget with this factor at every update.
 DECAY = 0.97
 
+# A feature whose variance is below this share of its second moment is constant, but for rounding.
+CONSTANT = 1e-6
+
 
 class ConditionalMoments(nn.Module):
     """Running moments of a vector, by class and by flag.
@@ -65,12 +68,23 @@ class ConditionalMoments(nn.Module):
 
     def spuriousness(self) -> Tensor:
         """sum_y w_y d_y^2 / within-class variance, per feature [D]: how well the feature tells flagged from unflagged
-        samples of the same class."""
+        samples of the same class.
+
+        A feature that is constant, as a channel is that never fires, tells no class from another either: it comes before
+        all others, with the largest finite number.
+        """
         difference, weights = self.contrast()
         between = (weights[:, None] * difference.square()).sum(0) / weights.sum().clamp_min(1e-6)
         variance = self.within_class_variance()
-        # A feature that never varies tells nothing; the floor keeps it from dividing by zero.
-        return between / (variance + 1e-4 * variance.mean() + 1e-12)
+        second_moment = self.squares.sum((0, 1)) / self.counts.sum().clamp_min(1e-6)
+        # The floor keeps what hardly varies from dividing by next to nothing.
+        ratio = between / (variance + 1e-4 * variance.mean() + 1e-12)
+        return ratio.masked_fill(self._total_variance() <= CONSTANT * second_moment, torch.finfo(ratio.dtype).max)
+
+    def _total_variance(self) -> Tensor:
+        """Variance over all samples: [D]."""
+        count = self.counts.sum().clamp_min(1e-6)
+        return self.squares.sum((0, 1)) / count - (self.sums.sum((0, 1)) / count).square()
 
 
 def spurious_directions(moments: ConditionalMoments, rank_fraction: float, keep_energy: float) -> Tensor:
