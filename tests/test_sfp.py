@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from domainbed_sfp import contract, hparams, networks, registry, training
-from domainbed_sfp.algorithms.sfp import SFP, _channel_means
+from domainbed_sfp.algorithms.sfp import SFP, _channel_means, _key
 from domainbed_sfp.data.loaders import Minibatch
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.pruning.spurious import DECAY, ConditionalMoments, remove_directions, spurious_directions
@@ -346,6 +346,52 @@ def test_sfp_prunes_a_network_with_channels_last():
     assert algorithm.sparsity() == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("overrides", [{"backbone": "mnist_cnn_bn"}, {"backbone": "mnist_cnn", "objective": "CORAL"}])
+def test_score_of_unflagged_samples_is_the_square_of_gates_derivatives(overrides, monkeypatch):
+    """Gates [N, channels] in front of what reads the channels, differentiated by autograd, against what SFP collects."""
+    algorithm = make(**overrides, removal="none", channel_score="unflagged")
+    for step in range(20):
+        torch.manual_seed(step)
+        algorithm.update([batch(), batch()])
+    minibatches = [batch(), batch()]
+    flags = [torch.rand(len(y)) < 0.5 for _, y in minibatches]
+    monkeypatch.setattr(algorithm, "_flag", lambda minibatches: flags)
+    unflagged = ~torch.cat(flags)
+
+    gates = {group.name: torch.ones(len(unflagged), group.channels, requires_grad=True) for group in algorithm.groups}
+    handles = []
+    for group in algorithm.groups:
+        for name in group.readers:
+            done = [0]
+
+            def gate(layer, inputs, gates=gates[group.name], done=done):
+                x = inputs[0]
+                rows = gates[done[0] : done[0] + len(x)]
+                done[0] += len(x)
+                rows = rows.repeat_interleave(x.shape[1] // rows.shape[1], 1)
+                return x * rows.view(*rows.shape, *[1] * (x.dim() - 2))
+
+            handles.append(algorithm._layer(name).register_forward_pre_hook(gate))
+    loss, _ = super(SFP, algorithm).compute_loss(minibatches)
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    algorithm.zero_grad()
+
+    before = {group.name: getattr(algorithm, f"unflagged {_key(group.name)}").clone() for group in algorithm.groups}
+    algorithm.step = algorithm.schedule.first_step(algorithm.total_steps) + 4 * 4  # one on which statistics are due
+    loss, _ = algorithm.compute_loss(minibatches)
+    loss.backward()
+    algorithm.after_backward()
+    scores = algorithm.score(minibatches)
+    for group in algorithm.groups:
+        latest = gates[group.name].grad[unflagged].square().mean(0)
+        assert latest.max() > 0
+        assert torch.allclose(
+            scores[group.name], 0.9 * before[group.name] + 0.1 * latest, rtol=1e-3, atol=1e-6 * float(latest.max())
+        )
+
+
 def test_taylor_score_is_that_of_taylor():
     """With nothing removed and every sample weighing the same, SFP with Taylor's score is Taylor, to the bit. The
     network has BatchNorm, behind which a filter's own g w sums to zero."""
@@ -364,7 +410,7 @@ def test_taylor_score_is_that_of_taylor():
 @pytest.mark.parametrize(
     "overrides",
     [{"removal": "soft"}, {"removal": "none"}, {"removal_layers": "all"}, {"channel_score": "taylor"},
-     {"flag_policy": "random"}, {"flag_policy": "oracle"}, {"sparsity": 0.0}, {"objective": "VREx"}],
+     {"channel_score": "unflagged", "flag_threshold": "class", "removal": "none"}, {"flag_policy": "random"}, {"flag_policy": "oracle"}, {"sparsity": 0.0}, {"objective": "VREx"}],
 )  # fmt: skip
 def test_contract_of_ablations(overrides, monkeypatch):
     plain = contract.make

@@ -36,14 +36,14 @@ FLAG_POLICIES = ("loss", "random", "oracle")
 FLAG_THRESHOLDS = ("environment", "class")
 REMOVALS = ("hard", "soft", "none")
 REMOVAL_LAYERS = ("auto", "first", "last", "all")
-CHANNEL_SCORES = ("auto", "class_conditional", "taylor")
+CHANNEL_SCORES = ("auto", "class_conditional", "taylor", "unflagged")
 
 # A flagged share outside this range gives no contrast between flagged and unflagged samples.
 CONTRAST = (0.05, 0.98)
 # Domains' mean losses under the reference forget with this factor.
 THRESHOLD_DECAY = 0.97
-# Taylor scores are averaged over the steps with this factor.
-TAYLOR_MOMENTUM = 0.9
+# Scores from gradients, `taylor` and `unflagged`, are averaged over the steps with this factor.
+GRADIENT_MOMENTUM = 0.9
 # Of a pretrained network the last part only: truncating everything takes what it knows (25 points on PACS: seen).
 LAST_PART = 0.25
 
@@ -64,7 +64,11 @@ HPARAMS = {
     ),
     "removal_energy": Hparam(0.2, doc="share of its energy a layer's input keeps at least", valid=PROBABILITY),
     "removal_strength": Hparam(10.0, lambda r: 10 ** r.uniform(0, 3), "weight of the soft penalty", valid=NOT_NEGATIVE),
-    "channel_score": Hparam("auto", doc="class_conditional, taylor; auto: the first, or the second where pretrained"),
+    "channel_score": Hparam(
+        "auto",
+        doc="class_conditional; taylor; unflagged: what a channel does for unflagged samples; auto: the first, or the "
+        "second where pretrained",
+    ),
     "risk_weight": Hparam(1.0, doc="weight of unflagged samples in the risk; 1 weighs all alike", valid=POSITIVE),
     "statistics_every": Hparam(
         4,
@@ -95,6 +99,10 @@ class SFP(ScheduledPruning):
     the weights of the regularised layers (W <- W (I - P P^T) after every step), and channels in which they differ most
     (in a pretrained network: those of the lowest Taylor score) are pruned on the cubic ramp. Granularity `channel`.
 
+    `channel_score` "unflagged" keeps the channels that matter to unflagged samples: the mean over them of (dL/dz)^2,
+    where z is a gate on all that later layers read of the channel for one sample. Over all samples that is Fisher
+    pruning (Theis et al. 2018, arXiv 1801.05787).
+
     The directions are renewed on the way, but in a pretrained network they are found once and stay: moving ones take
     out more and more of what it knows. Metrics of `domain{d}` are those of the d-th training environment.
     """
@@ -122,9 +130,11 @@ class SFP(ScheduledPruning):
             channels = self._layer(name).weight.shape[1]
             self.moments[_key(name)] = ConditionalMoments(num_classes, channels, with_energy=True)
             self.register_buffer(_directions(name), torch.zeros(channels, channels))
-        if self.channel_score == "taylor":
+        if self.channel_score in ("taylor", "unflagged"):
             for group in self.groups:
-                self.register_buffer(f"taylor {_key(group.name)}", torch.zeros(group.channels))
+                self.register_buffer(f"{self.channel_score} {_key(group.name)}", torch.zeros(group.channels))
+        self.captured: _Capture | None = None
+        self.unflagged: Tensor | None = None
         self.has_contrast = False
         self.warned: set[int] = set()
 
@@ -147,16 +157,19 @@ class SFP(ScheduledPruning):
         flags = self._flag(minibatches)
         if not due:
             return self._weighted_loss(minibatches, flags)
-        with _Capture(self) as inputs:
+        with _Capture(self) as self.captured:
             loss, metrics = self._weighted_loss(minibatches, flags)
         for name in self.layers:
             layer = name.removeprefix("featurizer.").removesuffix(".weight")
             self.diagnostics[f"directions_{layer}"] = float(self._rank(name))
-        return loss + self._take_statistics(minibatches, flags, inputs), metrics
+        return loss + self._take_statistics(minibatches, flags, self.captured.inputs), metrics
 
     def after_backward(self) -> None:
         if self.channel_score == "taylor":
             self._take_taylor()
+        elif self.channel_score == "unflagged":
+            self._take_unflagged()
+        self.captured = self.unflagged = None
 
     def before_masks(self) -> None:
         if self._directions_are_due():
@@ -170,17 +183,13 @@ class SFP(ScheduledPruning):
                 f"{CONTRAST[1]}] everywhere (flag_policy {self.hparams['flag_policy']!r}, flag_kappa "
                 f"{self.hparams['flag_kappa']}); train longer before pruning (prune_start) or change flag_kappa"
             )
-        if self.channel_score == "taylor":
-            return {group.name: getattr(self, f"taylor {_key(group.name)}").clone() for group in self.groups}
+        if self.channel_score in ("taylor", "unflagged"):
+            return {g.name: getattr(self, f"{self.channel_score} {_key(g.name)}").clone() for g in self.groups}
         return {group.name: -self._moments(group.readers[0]).spuriousness() for group in self.groups}
 
     def _needs_contrast(self) -> bool:
         """Whether anything that SFP does depends on its flags: without it is Taylor."""
-        return (
-            self.hparams["removal"] != "none"
-            or self.hparams["risk_weight"] != 1
-            or self.channel_score == "class_conditional"
-        )
+        return self.hparams["removal"] != "none" or self.hparams["risk_weight"] != 1 or self.channel_score != "taylor"
 
     def get_extra_state(self) -> dict[str, Any]:
         return {**super().get_extra_state(), "has_contrast": self.has_contrast}
@@ -255,6 +264,7 @@ class SFP(ScheduledPruning):
             return penalty
         self.has_contrast = True
         kept = torch.cat([torch.full_like(flagged, use) for flagged, use in zip(flags, useful)])
+        self.unflagged = kept & ~torch.cat(flags)
         labels, flagged = torch.cat([y for _, y in minibatches])[kept], torch.cat(flags)[kept]
         for name, x in inputs.items():
             moments = self._moments(name)
@@ -313,7 +323,16 @@ class SFP(ScheduledPruning):
     @torch.no_grad()
     def _take_taylor(self) -> None:
         for name, value in scores.channel_taylor(self.groups, dict(self.named_parameters())).items():
-            getattr(self, f"taylor {_key(name)}").lerp_(value, 1 - TAYLOR_MOMENTUM)
+            getattr(self, f"taylor {_key(name)}").lerp_(value, 1 - GRADIENT_MOMENTUM)
+
+    @torch.no_grad()
+    def _take_unflagged(self) -> None:
+        if self.captured is None or self.unflagged is None or not self.unflagged.any():
+            return
+        for group in self.groups:
+            latest = torch.stack([self.captured.sensitivity(name, group.channels) for name in group.readers]).sum(0)
+            mean = latest[self.unflagged].square().mean(0)
+            getattr(self, f"unflagged {_key(group.name)}").lerp_(mean, 1 - GRADIENT_MOMENTUM)
 
     def _convolutions(self) -> list[str]:
         """The weights of the full convolutions, by parameter name, in the order of the network."""
@@ -382,31 +401,61 @@ class SFPWeighted(SFP):
     """
 
 
-class _Capture(AbstractContextManager[dict[str, Tensor]]):
-    """Collects, while it lasts, the inputs of the layers whose statistics are kept."""
+class _Capture(AbstractContextManager["_Capture"]):
+    """Collects, while it lasts, the inputs of the layers whose statistics are kept; with the score `unflagged` also, in
+    the backward pass that follows, how the loss answers to them."""
 
     def __init__(self, algorithm: SFP) -> None:
-        names = dict.fromkeys([*(group.readers[0] for group in algorithm.groups), *algorithm.layers])
+        readers = [name for group in algorithm.groups for name in group.readers]
+        self.sensitive = set(readers) if algorithm.channel_score == "unflagged" else set()
+        names = dict.fromkeys([*(group.readers[0] for group in algorithm.groups), *algorithm.layers, *self.sensitive])
         self.layers: dict[str, nn.Module] = {name: algorithm._layer(name) for name in names}
         self.inputs: dict[str, Tensor] = {}
+        # By layer, for each of its calls: [N, D], the loss's derivative by a gate on each of D parts of the input.
+        self.derivatives: dict[str, list[Tensor | None]] = {name: [] for name in self.sensitive}
         self.handles: list[Any] = []
 
-    def __enter__(self) -> dict[str, Tensor]:
+    def __enter__(self) -> _Capture:
         for name, layer in self.layers.items():
             self.handles.append(layer.register_forward_pre_hook(self._note(name)))
-        return self.inputs
+        return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _note(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def sensitivity(self, name: str, channels: int) -> Tensor:
+        """After the backward pass: [N, channels], each sample's derivative of the loss by a gate z = 1 on what layer
+        `name` reads of a channel, which is the sum of x dL/dx over all that it reads of it."""
+        calls = [call for call in self.derivatives[name] if call is not None]
+        return torch.cat(calls).unflatten(1, (channels, -1)).sum(2)
+
+    def _note(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            x = inputs[0]
             # Objectives that run the network domain by domain come here once for each, in the domains' order.
             earlier = self.inputs.get(name)
-            self.inputs[name] = inputs[0] if earlier is None else torch.cat([earlier, inputs[0]])
+            self.inputs[name] = x if earlier is None else torch.cat([earlier, x])
+            if name not in self.sensitive or not x.requires_grad:
+                return None
+            own = x.view_as(x)  # others may read x too, and the gradient of x would be that of all of them
+            own.register_hook(self._differentiate(name, x.detach()))
+            return (own, *inputs[1:])
 
         return note
+
+    def _differentiate(self, name: str, x: Tensor) -> Callable[[Tensor], None]:
+        calls = self.derivatives[name]
+        place = len(calls)
+        calls.append(None)
+        # Channels come second where a convolution reads, and last where a linear layer does.
+        positions = tuple(range(2, x.dim()) if isinstance(self.layers[name], nn.Conv2d) else range(1, x.dim() - 1))
+
+        def differentiate(gradient: Tensor) -> None:
+            product = gradient.float() * x.float()
+            calls[place] = product.sum(positions) if positions else product
+
+        return differentiate
 
 
 def _channel_means(x: Tensor, layer: nn.Module, channels: int) -> Tensor:

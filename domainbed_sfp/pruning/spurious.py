@@ -70,8 +70,8 @@ class ConditionalMoments(nn.Module):
         """sum_y w_y d_y^2 / within-class variance, per feature [D]: how well the feature tells flagged from unflagged
         samples of the same class.
 
-        A feature that is constant, as a channel is that never fires, tells no class from another either: it comes before
-        all others, with the largest finite number.
+        A feature that is constant, as a channel is that never fires, tells no class from another either: it comes
+        before all others, with the largest finite number.
         """
         difference, weights = self.contrast()
         between = (weights[:, None] * difference.square()).sum(0) / weights.sum().clamp_min(1e-6)
