@@ -134,10 +134,11 @@ def export(
         # As a loader will do it, the description too through its text.
         predict = rebuild(Description.from_json(made.description.to_json()), tensors_of(data))
     random = torch.randn(RANDOM_IMAGES, *made.description.input_shape, generator=torch.Generator().manual_seed(0))
-    difference = compare(made.masked, predict, random, "random")
-    real = real_images(made.run, data_dir, cache_dir)
+    # What was evaluated, which for another's algorithm need not be what its `export` gives.
+    difference = compare(run.algorithm.predict, predict, random, "random")
+    real = real_images(run, data_dir, cache_dir)
     if real is not None:
-        difference = max(difference, compare(made.masked, predict, real, "real"))
+        difference = max(difference, compare(run.algorithm.predict, predict, real, "real"))
     _write(output, data)
     compared = f"{RANDOM_IMAGES} random and {'no' if real is None else len(real)} real images"
     within = f"logits within {difference:.1e} of the masked network's on {compared}"
@@ -197,7 +198,9 @@ def _quantized(
 
 
 @torch.no_grad()
-def compare(masked: nn.Module, predict: Callable[[Tensor], Tensor], images: Tensor, kind: str) -> float:
+def compare(
+    masked: Callable[[Tensor], Tensor], predict: Callable[[Tensor], Tensor], images: Tensor, kind: str
+) -> float:
     """The largest difference between two networks' logits on images [N, C, H, W].
 
     Raises UserError where it is more than TOLERANCE (of the largest logit, where that is above 1), or not a number.

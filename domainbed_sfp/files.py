@@ -13,9 +13,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
 
     The temporary file has a fixed name, so that one a killed process left is overwritten by the next attempt; writers
     of one file must therefore exclude each other. Raises OSError when the folder cannot be written; the old file is
-    untouched then.
+    untouched then. A symbolic link stays one; a device or a pipe, which nothing can replace, is written to.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,17 +62,23 @@ def compare_latency(
     repeats: int,
     device: torch.device,
 ) -> list[Comparison]:
-    """Times two networks in fp32 and channels_last, which is the faster memory format for both.
+    """Times two networks in fp32 (not TF32) and channels_last, which is the faster memory format for both.
 
     Batches of the two alternate and change who goes first, so that whatever else the machine does meets both alike.
+    Raises UserError for a batch that does not fit into memory.
     """
-    with torch.inference_mode():
+    with torch.inference_mode(), _without_tf32():
         pair = [_prepared(network, device) for network in (dense, exported)]
         comparisons = []
         for batch_size in batch_sizes:
-            images = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0)).to(device)
-            images = images.contiguous(memory_format=torch.channels_last)
-            seconds = alternate([_timed(network, images, device) for network in pair], WARMUP, repeats)
+            try:
+                images = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+                images = images.contiguous(memory_format=torch.channels_last)
+                seconds = alternate([_timed(network, images, device) for network in pair], WARMUP, repeats)
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
+                    raise
+                raise UserError(f"a batch of {batch_size} images does not fit into the memory of {device}") from error
             slow, fast = (Timing.of(values) for values in seconds)
             comparisons.append(Comparison(batch_size, slow, fast, slow.median / fast.median))
     return comparisons
@@ -124,6 +131,7 @@ def measure(
             "input_shape": made.description.input_shape,
             "repeats": repeats,
             "unit": "milliseconds a batch",
+            "precision": "fp32",
             **asdict(made.cost),
             "stored_zeros": made.stored_zeros,
             "latency": [asdict(comparison) for comparison in found],
@@ -149,6 +157,20 @@ def show(comparisons: Sequence[Comparison], fingerprint: dict[str, Any]) -> None
     listing.show(rows)
     hardware = fingerprint["device"] if fingerprint["device"] != "cpu" else fingerprint["cpu"]
     print(f"{hardware}, {fingerprint['threads']} threads, torch {fingerprint['torch']}")
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """While it lasts, CUDA computes convolutions in the precision of their tensors, which torch by itself does not."""
+    backends: tuple[Any, Any] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
 
 
 def _prepared(network: nn.Module, device: torch.device) -> nn.Module:

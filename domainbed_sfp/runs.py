@@ -58,8 +58,14 @@ def load_run(folder: str | os.PathLike[str]) -> TrainedRun:
         ) from error
     info = registry.get(args["algorithm"])
     steps = args.get("steps") or get_dataset_class(args["dataset"]).N_STEPS
-    with networks.without_weights():
-        algorithm: Algorithm = info.cls(tuple(shape), classes, domains, hparams)
+    try:
+        with networks.without_weights():
+            algorithm: Algorithm = info.cls(tuple(shape), classes, domains, hparams)
+    except KeyError as error:
+        raise UserError(
+            f"{str(model)!r} was saved by another version of {args['algorithm']}: it has no hparam {error}; use the "
+            "version that its records name"
+        ) from error
     algorithm.total_steps = steps
     try:
         algorithm.load_state_dict(state)
@@ -80,7 +86,10 @@ def _last_record(folder: Path) -> dict[str, Any]:
     results = folder / records.RESULTS
     if not results.is_file():
         raise UserError(f"{str(folder)!r} is no run: {_what_is_there(folder)}")
-    found = list(records.read_records(results, lambda message: None))
+    try:
+        found = list(records.read_records(results, lambda message: None))
+    except OSError as error:
+        raise UserError(f"{str(results)!r} cannot be read: {error.strerror or error}") from error
     if not (folder / records.DONE).exists():
         step = f"its last record is of step {found[-1]['step']}" if found else "it has no record yet"
         raise UserError(f"run {str(folder)!r} is not finished ({step}); the command that began it continues it")

@@ -389,6 +389,10 @@ def _edit_model(**changes):
     return edit
 
 
+def _without_granularity(values: dict) -> dict:
+    return {name: value for name, value in values.items() if name != "granularity"}
+
+
 def _mask_of_another(state: dict) -> dict:
     return {**state, "weight_masks.featurizer/conv1/bias": torch.ones(3, dtype=torch.bool)}
 
@@ -404,6 +408,7 @@ def _mask_of_another(state: dict) -> dict:
         (_edit_model(model_dict=_mask_of_another), "is of another network than its hparams say"),
         (_edit_model(model_hparams=lambda h: {**h, "backbone": "mnist_cnn_bn"}), "is of another network"),
         (_edit_model(args=lambda a: {**a, "algorithm": "Magnitud"}), "did you mean 'Magnitude'?"),
+        (_edit_model(model_hparams=_without_granularity), "another version of Magnitude: it has no hparam 'granularity'"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("command", [("export", "--output", "net"), ("latency",)])
@@ -520,6 +525,7 @@ def test_batches_of_the_two_networks_alternate():
     [
         (("--repeats", 0), "--repeats: expected whole numbers of at least 1, got 0"),
         (("--batch_sizes", 4, -1), "--batch_sizes"),
+        (("--batch_sizes", 10**13), "a batch of 10000000000000 images does not fit into the memory of cpu"),
         (("--threads", 0), "--threads"),
         (("--device", "tpu"), "--device"),
         (("--output", "nowhere/times.json"), "--output"),

@@ -155,6 +155,26 @@ def test_equal_scores_rank_by_position():
     assert ranking.ballots(torch.zeros(1, 3), "borda", 2).tolist() == [[2, 1, 0]]
 
 
+def test_equal_shares_of_the_votes_tie_whatever_environments_they_come_from():
+    """3 + 2 + 1 of ten voters each are as many as 1 + 2 + 3, but for the last bit; more attention decides then."""
+    for counts in itertools.permutations((1, 2, 3)):
+        vote = ranking.RankingVote(3, 3, "majority", 1)
+        vote.voters.fill_(10)
+        vote.given[:, 0] = torch.tensor(counts)
+        vote.given[:, 1] = torch.tensor((3, 2, 1))
+        vote.attention[:, 1] = 1.0
+        vote.close()
+        assert vote.ranking.tolist() == [1, 0, 2]
+
+
+def test_nobody_votes_before_the_gates_have_learned_anything():
+    algorithm = make(total=10, vote_window=0.5, domains=contract.DOMAINS)
+    contract.run(algorithm, 0, 1)
+    assert not any(vote.voters.any() for vote in algorithm.votes.values())
+    contract.run(algorithm, 1, 2)
+    assert all(vote.voters.all() for vote in algorithm.votes.values())
+
+
 def test_environments_weigh_alike():
     """Five samples of one environment do not outvote three of two others."""
     many, few = [[1.0, 0.0, -1.0]] * 5, [[-1.0, 0.0, 1.0]]

@@ -72,6 +72,20 @@ def test_runs_that_differ_otherwise_are_not_averaged_in_silence(main, sweep):
     assert told.count("warning: ") == 1 and "(lr=0.1 and defaults)" in told and "/e:" in told
 
 
+def test_runs_of_several_hparams_seeds_are_not_averaged_in_silence(main, sweep):
+    names = {"environments": ["art", "photo", "sketch"]}
+    write_run(sweep, "e", [agreement(20, (0.9, 0.9), trial=2, args={"hparams_seed": 3}, **names)])
+    told = main("rankings", "--input_dir", sweep).stderr
+    assert told.count("warning: ") == 1 and "(hparams_seed=3 and hparams_seed=0)" in told
+
+
+def test_a_foreign_record_is_named(main, sweep):
+    for broken in ({"args": {"test_envs": [9]}}, {"args": {"hparams": "{"}}):
+        write_run(sweep, "foreign", [agreement(20, (0.9, 0.9), trial=2, **broken)])
+        done = main("rankings", "--input_dir", sweep, check=False)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "foreign/results.jsonl" in done.stderr
+
+
 def test_domainbeds_records_have_no_names(tmp_path):
     write_run(tmp_path, "a", [agreement(20, (0.2, 0.4))])
     rows = rank_convergence.agreement_rows(tmp_path, pytest.fail)

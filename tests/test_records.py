@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from runs_on_disk import record, write_run
 
 from domainbed_sfp import domainbed_facts
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.files import write_atomically
 from domainbed_sfp.records import load_records, load_sweep, read_records, write_records
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -172,3 +174,13 @@ def test_a_sweep_description_that_is_none(tmp_path, text):
     (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(UserError, match=r"sweep\.json"):
         load_sweep(tmp_path)
+
+
+def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
+    for text in ("first", "second"):
+        write_atomically(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").read_text() == text
+    write_atomically(os.devnull, "nothing")
+    assert not os.path.isfile(os.devnull)

@@ -60,7 +60,9 @@ CHOICES = {
         "granularity": Hparam("channel", doc="attention belongs to channels", valid=one_of(*CHOICES["granularity"])),
         "objective": UNIT_HPARAMS["objective"],
         "prune_start": Hparam(0.6, doc="fraction of the run at which the first channels go"),
-        "prune_end": Hparam(0.8, doc="fraction of the run at which the last channels go"),
+        "prune_end": Hparam(
+            0.8, doc="fraction of the run at which the last channels go; with one round all go at prune_start"
+        ),
         "prune_rounds": Hparam(3, doc="prunings from prune_start to prune_end", valid=AT_LEAST_ONE),
         "gated_layers": Hparam(
             "blocks", doc="blocks: channels inside blocks; all: whatever structured pruning may remove, as others do",
@@ -164,7 +166,8 @@ class GlobalPru(ScheduledPruning):
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         closes = self.vote_step()
-        if closes - self._span("vote_window") < self.step <= closes:
+        # At step 0 all gates are alike still.
+        if max(0, closes - self._span("vote_window")) < self.step <= closes:
             self._collect_votes(minibatches)
         if self.step == closes:
             for group in self.groups:

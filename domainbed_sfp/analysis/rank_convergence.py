@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, unknown_name
 from ..files import write_output
 from ..records import RESULTS, Warn, read_records
-from .jobs import Method, method_of
+from .jobs import method_of
 from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
 
 if TYPE_CHECKING:
@@ -49,30 +49,40 @@ def agreement_rows(input_dir: str | Path, warn: Warn) -> list[Row]:
     if not files:
         raise UserError(f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}")
     rows: list[Row] = []
-    methods: dict[tuple[Any, ...], Method] = {}
+    methods: dict[tuple[Any, ...], dict[str, Any]] = {}
     for file in files:
-        for record in read_records(file, warn):
-            found = list(_rows(file.parent.name, record))
-            rows += found
-            for key in {_line(row)[:-1] for row in found}:
-                args = record["args"]
-                method = method_of(args["algorithm"], args.get("hparams"), args.get("steps"), args["dataset"])
-                if (other := methods.setdefault(key, method)) != method:
-                    methods[key] = method  # each is told once
-                    one, two = (
-                        dict(method.settings).items() - dict(other.settings).items()
-                        for method, other in ((method, other), (other, method))
-                    )
-                    warn(
-                        f"{file.parent}: this run and others of the same {', '.join(SETTINGS)} differ beyond these "
-                        f"({_told(one)} and {_told(two)}): the plot takes means over them together"
-                    )
+        try:
+            for record in read_records(file, warn):
+                found = list(_rows(file.parent.name, record))
+                rows += found
+                for key in {_line(row)[:-1] for row in found}:
+                    method = _method(record["args"])
+                    if (other := methods.setdefault(key, method)) != method:
+                        methods[key] = method  # each is told once
+                        one, two = method.items() - other.items(), other.items() - method.items()
+                        warn(
+                            f"{file.parent}: this run and others of the same {', '.join(SETTINGS)} differ beyond these "
+                            f"({_told(one)} and {_told(two)}): the plot takes means over them together"
+                        )
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{file} holds a record that is not one of DomainBed's or ours ({type(error).__name__}: {error}); move "
+                "it out of --input_dir"
+            ) from error
     if not rows:
         raise UserError(
             f"--input_dir {root}: no record of its {len(files)} runs tells how far rankings agree; GlobalPru's do, "
             "between the vote and the first pruning (hparams vote_at, prune_start; --checkpoint_freq)"
         )
     return rows
+
+
+def _method(args: Mapping[str, Any]) -> dict[str, Any]:
+    """All by which a run's method may differ from another's, by name."""
+    method = method_of(args["algorithm"], args.get("hparams"), args.get("steps"), args["dataset"])
+    return {**dict(method.settings), "hparams_seed": args["hparams_seed"]}
 
 
 def _rows(run: str, record: Mapping[str, Any]) -> Iterator[Row]:

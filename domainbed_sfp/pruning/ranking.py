@@ -66,7 +66,13 @@ def _leads(scores: Tensor, ranking: Tensor) -> Tensor:
         second = second + (second >= first)
         better = torch.minimum(first, second).to(scores.device)
         worse = torch.maximum(first, second).to(scores.device)
-    return scores[:, ranking[better]] - scores[:, ranking[worse]]
+    return _columns(scores, ranking[better]) - _columns(scores, ranking[worse])
+
+
+def _columns(scores: Tensor, index: Tensor) -> Tensor:
+    """scores[:, index], differentiated in a fixed order of additions: on several CPU threads indexing has none, on CUDA
+    `index_select` has none."""
+    return scores.index_select(1, index) if scores.device.type == "cpu" else scores[:, index]
 
 
 def ballots(scores: Tensor, rule: str, kept: int) -> Tensor:
@@ -126,7 +132,8 @@ class RankingVote(nn.Module):
     def close(self) -> None:
         """Makes `ranking` the outcome: by votes, ties by mean attention, then by position."""
         voters = self.voters.clamp_min(1)[:, None]
-        votes, attention = (self.given / voters).mean(0), (self.attention / voters).mean(0)
+        # Rounded, since shares of the votes that add up to the same in another order differ in their last bits.
+        votes, attention = (self.given / voters).mean(0).round(decimals=9), (self.attention / voters).mean(0)
         order = attention.argsort(descending=True, stable=True)
         self.ranking.copy_(order[votes[order].argsort(descending=True, stable=True)])
 

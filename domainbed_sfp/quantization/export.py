@@ -122,7 +122,8 @@ def deployed_layers(network: nn.Module) -> dict[str, DeployedLayer]:
 def save_onnx(path: str | os.PathLike[str], algorithm: QuantizedAlgorithm) -> None:
     """Writes the network of `algorithm` as ONNX: `images` [batch, C, H, W] to `logits` [batch, classes].
 
-    Raises UserError for a network that decides sample by sample, and where the extra `export` is not installed.
+    Raises UserError for a network that decides sample by sample or that torch cannot write as ONNX, and where the extra
+    `export` is not installed.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -138,18 +139,22 @@ def save_onnx(path: str | os.PathLike[str], algorithm: QuantizedAlgorithm) -> No
             f"({len(deciding)} of {len(layers)} layers choose); export to safetensors, or train StaticMixedPrecision"
         )
     example = torch.zeros(2, *algorithm.input_shape)
-    program = torch.onnx.export(
-        _with_plain_layers(network, layers),
-        (example,),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        opset_version=ONNX_OPSET,
-        dynamo=True,
-        # Folding BatchNorm into the weights would take them off their grid.
-        optimize=False,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            _with_plain_layers(network, layers),
+            (example,),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=ONNX_OPSET,
+            dynamo=True,
+            # Folding BatchNorm into the weights would take them off their grid.
+            optimize=False,
+            verbose=False,
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the network cannot be written as ONNX ({type(error).__name__}: {reason})") from error
     assert program is not None
     model = program.model_proto
     for name, layer in layers.items():
