@@ -21,12 +21,14 @@ from domainbed_sfp.errors import UserError
 from domainbed_sfp.pruning.gates import (
     Gates,
     binary_concrete,
+    density_shift,
     gated_weights,
     log_odds,
     logistic_noise,
     projection_shift,
     straight_through,
 )
+from domainbed_sfp.pruning.schedules import exchange_period
 from domainbed_sfp.pruning.structure import ChannelGroup
 
 STEPS = 20
@@ -250,11 +252,12 @@ def test_logits_get_the_gradient_of_the_masked_loss():
     name = "featurizer.conv1.weight"
     torch.manual_seed(7)
     noises = {key: logistic_noise(logits) for key, logits in algorithm.gates.as_dict().items()}
-    masks = {key: ((algorithm.gates[key] + noise) > 0).float().requires_grad_() for key, noise in noises.items()}
+    logits = {key: value.detach() for key, value in algorithm.shifted_logits().items()}
+    masks = {key: ((logits[key] + noise) > 0).float().requires_grad_() for key, noise in noises.items()}
     parameters = {key: value.detach() for key, value in algorithm.deployed_parameters().items()}
     with algorithm.drawn(masks, parameters):
         loss, _ = algorithm.objective.loss(algorithm, data)
-    p = torch.sigmoid(algorithm.gates[name].detach() + noises[name])
+    p = torch.sigmoid(logits[name] + noises[name])
     expected = torch.autograd.grad(loss, masks[name])[0] * p * (1 - p) + 1e-4
     torch.manual_seed(7)
     algorithm.update(data)
@@ -281,7 +284,37 @@ def test_mask_rules_by_hand():
                 logits[0::4], logits[2::4], logits[3::4] = 0.9, 0.1, 0.8
         for keep in algorithm.choose_alive([], 0.5).values():
             assert keep.tolist() == expected * (len(keep) // 4)
-        assert algorithm.deterministic_gates()["featurizer.conv1"][:4].tolist() == [True, False, True, True]
+        if rule == "threshold":
+            assert algorithm.deterministic_gates()["featurizer.conv1"][:4].tolist() == [True, False, True, True]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.floats(-30, 30), min_size=1, max_size=6), min_size=1, max_size=3), st.floats(0.01, 0.99))
+def test_the_shift_brings_probabilities_to_their_density(logits, density):
+    values = [torch.tensor(part, dtype=torch.float64) for part in logits]
+    shift = density_shift(values, density)
+    assert torch.sigmoid(torch.cat(values) - shift).mean().item() == pytest.approx(density, abs=2e-4)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_masks_are_learned_at_the_density_at_which_they_are_kept(scope):
+    """From that of the first logits, sigmoid(1.5), on a ramp to 1 - sparsity at half of the stage; the order stays."""
+    algorithm = make("MRM", granularity="channel", sparsity=0.7, pruning_scope=scope)
+    first, last = algorithm.first_gate_step(), algorithm.schedule.last_step(STEPS)
+    seen = []
+    for step in range(last + 1):
+        if step >= first:
+            shifted = algorithm.shifted_logits()
+            parts = [torch.cat(list(shifted.values()))] if scope == "global" else list(shifted.values())
+            for part in parts:
+                assert torch.sigmoid(part).mean().item() == pytest.approx(algorithm.density(), abs=1e-3)
+            for name, logits in shifted.items():
+                assert (algorithm.gates[name] - logits).detach().std() < 1e-5
+            seen.append(algorithm.density())
+        if step < last:
+            algorithm.update(batch(step))
+    assert 0.3 < seen[0] < 0.82 and seen == sorted(seen, reverse=True)
+    assert seen[-1] == pytest.approx(0.3) and seen[len(seen) // 2] == pytest.approx(0.3)
 
 
 def test_the_papers_rule_finds_its_own_sparsity():
@@ -310,6 +343,16 @@ def test_prediction_under_open_gates_is_fixed_and_exported(name, granularity):
 
 
 # SparseIRM ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_budget_for_all_layers_spares_the_best_of_each():
+    algorithm = make("SparseIRM", granularity="channel", sparsity=0.9)
+    with torch.no_grad():
+        algorithm.gates["featurizer.conv1"].fill_(0.0)
+    alive = algorithm.choose_alive([], 0.9)
+    assert int(alive["featurizer.conv1"].sum()) == 1
+    units = sum(keep.numel() for keep in alive.values())
+    assert sum(int(keep.sum()) for keep in alive.values()) == units - round(0.9 * units)
 
 
 def test_both_optimizers_begin_anew_where_the_penalty_jumps():
@@ -473,9 +516,18 @@ def test_exchange_by_hand():
     after = exchange(weight, gradient, alive, 0.5)
     assert after.tolist() == [[True, False, True, False], [False, True, True, False]]
     # A dropped weight whose domain gradient is the smallest wins its place back.
-    gradient[0, 1] = 0.0
+    gradient[0, 1] = 0.05
     assert exchange(weight, gradient, alive, 0.5).tolist() == [[True, True, True, False], [False, True, False, False]]
+    # What has no gradient at all reaches no output: it grows only where nothing else is left.
+    gradient[0, 1] = gradient[1, 1] = 0.0
+    assert exchange(weight, gradient, alive, 0.5).tolist() == [[True, False, True, False], [True, False, True, False]]
+    nothing = torch.zeros(2, 4)
+    assert exchange(weight, nothing, alive, 0.5).tolist() == [[True, True, True, True], [False] * 4]
     assert torch.equal(exchange(weight, gradient, alive, 0.2), alive)
+
+
+def test_short_runs_exchange_at_longer_intervals():
+    assert exchange_period(0, 5001) == 100 and exchange_period(0, 300) == 25 and exchange_period(0.02, 300) == 6
 
 
 def test_exchange_schedule():

@@ -18,6 +18,7 @@ from domainbed_sfp.errors import UserError
 from domainbed_sfp.pruning.masks import keep_highest
 from domainbed_sfp.pruning.schedules import OneShotSchedule, RoundSchedule
 from domainbed_sfp.pruning.scores import (
+    channel_reader_sums,
     channel_sums,
     channel_taylor,
     connection_sensitivity,
@@ -138,6 +139,15 @@ def test_channel_sums_by_hand():
     assert channel_sums([group], scores)["c"].tolist() == [7.0, 2.5]
 
 
+def test_channel_reader_sums_by_hand():
+    group = ChannelGroup("c", 2, (), (), ("next.weight", "head.weight"))
+    scores = {
+        "next.weight": torch.tensor([[[[1.0, 2.0]], [[5.0, 0.5]]], [[[-4.0, 1.0]], [[0.0, 0.25]]]]),
+        "head.weight": torch.tensor([[1.0, 2.0, 3.0, 4.0]]),  # two numbers of each channel, channel by channel
+    }
+    assert channel_reader_sums([group], scores)["c"].tolist() == [0.0 + 3.0, 5.75 + 7.0]
+
+
 @pytest.mark.parametrize("name", ["SNIP", "GraSP"])
 def test_scopes_of_pruning_at_initialization(name):
     assert _make(name, granularity="weight").ranking_scope() == "global"
@@ -179,6 +189,21 @@ def test_gradient_flow_against_the_explicit_hessian():
         step[index] = -1e-4 * theta[index]
         flows = [torch.autograd.functional.jacobian(loss, theta + side * step).square().sum() for side in (1, -1)]
         assert ((flows[0] - flows[1]) / 2e-4).item() == pytest.approx(2 * published[index].item(), rel=1e-4)
+
+
+def test_grasps_channels_are_scored_by_what_reads_them():
+    """Behind a normalization the sum over a filter would be minus the squared norm of its gradient."""
+    algorithm = _make("GraSP", granularity="channel", backbone="mnist_cnn_bn")
+    batches = _batch(0)
+    x, y = balanced_batch(batches, 25)
+    network = copy.deepcopy(algorithm.network)
+    weights = {f"featurizer.{key}": value for key, value in prunable_weights(network[0]).items()}
+    weights["classifier.weight"] = network[1].weight
+    by_weight = gradient_flow(network, weights, x, y, 200.0)
+    scores = algorithm.score(batches)
+    for group in algorithm.groups:
+        (reader,) = group.readers
+        assert torch.allclose(scores[group.name], by_weight[reader].transpose(0, 1).flatten(1).sum(1), rtol=1e-4)
 
 
 def test_grasp_keeps_what_the_gradient_flow_needs():
@@ -364,6 +389,9 @@ def test_drop_and_grow_by_hand():
 def test_rigl_schedule_by_hand():
     schedule = RigLSchedule(0.8, 100 / 5001, 0.75, 0.3)
     assert schedule.period(5001) == 100 and schedule.period(300) == 6 and schedule.period(24) == 2
+    default = RigLSchedule(0.8, 0.0, 0.75, 0.3)
+    assert default.period(5001) == 100 and default.period(300) == 25
+    assert [step for step in range(300) if default.moves_at(step, 300)] == list(range(25, 225, 25))
     moves = [step for step in range(5001) if schedule.moves_at(step, 5001)]
     assert moves == list(range(100, 3701, 100))
     assert schedule.last_step(5001) == moves[-1] and schedule.first_step(5001) == 0

@@ -17,7 +17,7 @@ from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPr
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.hparams import Hparam
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.pruning.schedules import check_fraction, check_sparsity
+from domainbed_sfp.pruning.schedules import EXCHANGE_INTERVAL, check_fraction, check_sparsity, exchange_period
 from domainbed_sfp.registry import register
 
 
@@ -28,7 +28,7 @@ class ExchangeSchedule:
     Args:
         sparsity: fraction removed, in [0, 1).
         start, end: t0 and t1 as fractions of the run.
-        interval: dT as a fraction of the run.
+        interval: dT as a fraction of the run, or 0 (see `schedules.exchange_period`).
         fraction: of the living weights, exchanged at the beginning; it falls to 0 at t1 along a cosine.
     """
 
@@ -53,7 +53,7 @@ class ExchangeSchedule:
 
     def period(self, total_steps: int) -> int:
         """dT in steps."""
-        return max(1, round(self.interval * total_steps))
+        return exchange_period(self.interval, total_steps)
 
     def end_step(self, total_steps: int) -> int:
         """t1 in steps, within the run."""
@@ -89,7 +89,7 @@ class ExchangeSchedule:
         "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO or CORAL"),
         "prune_start": Hparam(0.2, doc="fraction of the run at which the magnitude mask is made"),
         "update_end": Hparam(0.75, doc="fraction of the run after which the mask is final"),
-        "update_interval": Hparam(100 / 5001, doc="fraction of the run between two exchanges of weights"),
+        "update_interval": EXCHANGE_INTERVAL,
         "update_fraction": Hparam(
             0.3, lambda r: r.choice([0.1, 0.3, 0.5]), "of the living weights, exchanged at the start"
         ),
@@ -199,11 +199,15 @@ class EVIL(ScheduledPruning):
 def exchange(weight: Tensor, gradient: Tensor, alive: Tensor, fraction: float) -> Tensor:
     """The mask of a layer after `fraction` of its living weights was exchanged; all tensors have the weight's shape.
 
-    The smallest |weight| are dropped; as many of the smallest |gradient| are grown among all that were not kept. Ties
-    are broken by position.
+    The smallest |weight| are dropped; as many of the smallest |gradient| are grown among all that were not kept. A
+    gradient of exactly zero says that a weight reaches no output at all, as behind a channel that never fires or where
+    a kernel sees nothing but padding, and not that it is invariant: such weights come last. Ties are broken by
+    position.
     """
     count = int(fraction * int(alive.sum()))
     mask = alive.flatten().clone()
     mask[weight.abs().masked_fill(~alive, torch.inf).flatten().argsort(stable=True)[:count]] = False
-    mask[gradient.abs().flatten().masked_fill(mask, torch.inf).argsort(stable=True)[:count]] = True
+    growth = gradient.abs().flatten()
+    growth = growth.masked_fill(growth == 0, torch.finfo(growth.dtype).max).masked_fill(mask, torch.inf)
+    mask[growth.argsort(stable=True)[:count]] = True
     return mask.view(weight.shape)

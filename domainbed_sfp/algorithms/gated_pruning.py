@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPr
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, Hparam
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.pruning.gates import Gates, gated_weights, logistic_noise, straight_through
+from domainbed_sfp.pruning.gates import Gates, density_shift, gated_weights, logistic_noise, straight_through
 from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning.schedules import OneShotSchedule, check_fraction
 
@@ -157,6 +158,12 @@ class LearnedMaskPruning(GatedPruning):
     (`mask_rule` threshold, the papers' rule, by which the sparsity is what it is) or the largest logits at hparam
     `sparsity` (`top_k`, for comparisons at equal sparsity). Subclasses say what happens before retraining.
 
+    With `top_k` (this project's extension) masks are drawn at the sparsity that the stage ends with: one number, the
+    same for all logits that are ranked against each other, is taken off them, such that units live with probability
+    1 - sparsity on average. It gets there on a cubic ramp over the first half of the stage. Otherwise the masks of
+    runs of 300 or 500 steps stay at densities of .75 to .99, whatever the sparsity, and the mask that is kept in the
+    end is one under which nothing was learned.
+
     The pull of alpha on a logit is the same in every network, but the loss's gradient is spread over all the weights:
     the useful alpha falls with their number, which is why it is searched over several orders of magnitude. For channels
     (this project's extension: one logit per channel) a logit counts as many times as weights go with it, so that the
@@ -190,7 +197,26 @@ class LearnedMaskPruning(GatedPruning):
         return metrics
 
     def deterministic_gates(self) -> dict[str, Tensor]:
-        return {name: logits > 0 for name, logits in self.gates.as_dict().items()}
+        return {name: logits > 0 for name, logits in self.shifted_logits().items()}
+
+    def density(self) -> float:
+        """With `top_k`, the probability with which a unit lives in the masks of this step, on average."""
+        begin, end = self.first_gate_step(), self.schedule.last_step(self.total_steps)
+        progress = min(1.0, max(0.0, 2 * (self.step - begin + 1) / (end - begin + 1)))
+        first, last = 1 / (1 + math.exp(-self.initial_gate)), 1 - self.schedule.sparsity
+        return last + (first - last) * (1 - progress) ** 3
+
+    def shifted_logits(self) -> dict[str, Tensor]:
+        """The logits of this step's masks, by unit name; differentiable."""
+        gates = self.gates.as_dict()
+        # All units live in the end where nothing is removed, and no finite shift makes that so.
+        if self.hparams["mask_rule"] != "top_k" or self.schedule.sparsity == 0:
+            return gates
+        density = self.density()
+        if self.ranking_scope() == "global":
+            shift = density_shift([logits.detach() for logits in gates.values()], density)
+            return {name: logits - shift for name, logits in gates.items()}
+        return {name: logits - density_shift([logits.detach()], density) for name, logits in gates.items()}
 
     def score(self, minibatches: Minibatches) -> scores.Scores:
         return {name: logits.detach() for name, logits in self.gates.as_dict().items()}
@@ -212,7 +238,7 @@ class LearnedMaskPruning(GatedPruning):
         return self.hparams["mask_alpha"] * torch.stack(sums).sum()
 
     def _learn_gates(self, minibatches: Minibatches) -> dict[str, float]:
-        gates = self.gates.as_dict()
+        gates = self.shifted_logits()
         masks = {name: straight_through(logits, logistic_noise(logits)) for name, logits in gates.items()}
         frozen = {name: value.detach() for name, value in self.deployed_parameters().items()}
         with self.drawn(masks, frozen):

@@ -37,7 +37,9 @@ class GraSP(PruningAtInitialization):
     Taking weight w away changes the squared norm of the gradient g by 2 S(w) to first order, S = -w (H g) with H the
     Hessian: where S is negative the flow shrinks, so the weights with the *largest* S are removed (section 4,
     algorithm 1). g and H are of all convolutions and linear layers, the classifier included, as in the authors' code.
-    First-order effects add up, and so a channel's score is the sum over the weights of its filters.
+    First-order effects add up, and so a channel's score (this project's extension) is the sum over the weights that
+    read it. Over those of its filters it would be minus the squared norm of their gradient wherever a normalization
+    follows, whatever the curvature: scaling such a filter changes nothing, which leaves w (H g) = -g g.
     """
 
     def __init__(
@@ -54,3 +56,6 @@ class GraSP(PruningAtInitialization):
     ) -> scores.Scores:
         x, y = balanced_batch(minibatches, self.hparams["grasp_samples"])
         return scores.gradient_flow(network, weights, x, y, self.hparams["grasp_temperature"])
+
+    def channel_scores(self, by_weight: scores.Scores) -> scores.Scores:
+        return scores.channel_reader_sums(self.groups, by_weight)

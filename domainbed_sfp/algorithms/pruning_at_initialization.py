@@ -53,6 +53,10 @@ class PruningAtInitialization(ScheduledPruning):
         """A score for each of `weights`, which are parameters of `network`; the lowest go first."""
         raise TypeError(f"{type(self).__name__} does not define weight_scores(network, weights, minibatches)")
 
+    def channel_scores(self, by_weight: scores.Scores) -> scores.Scores:
+        """A score for each channel, by group name, from those of the weights."""
+        return scores.channel_sums(self.groups, by_weight)
+
     def score(self, minibatches: Minibatches) -> scores.Scores:
         # On a copy: BatchNorm's running statistics must not see this batch twice.
         network = copy.deepcopy(self.network)
@@ -63,7 +67,7 @@ class PruningAtInitialization(ScheduledPruning):
         }
         by_weight = self.weight_scores(network, weights, minibatches)
         if self.granularity == "channel":
-            return scores.channel_sums(self.groups, by_weight)
+            return self.channel_scores(by_weight)
         return {name: by_weight[name] for name in self.unit_shapes}
 
 

@@ -16,7 +16,7 @@ from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.hparams import Hparam
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.masks import keep_highest
-from domainbed_sfp.pruning.schedules import check_fraction, check_sparsity
+from domainbed_sfp.pruning.schedules import EXCHANGE_INTERVAL, check_fraction, check_sparsity, exchange_period
 from domainbed_sfp.registry import register
 
 DISTRIBUTIONS = ("erk", "uniform")
@@ -28,7 +28,7 @@ class RigLSchedule:
 
     Args:
         sparsity: fraction removed all along, in [0, 1).
-        interval: dT as a fraction of the run.
+        interval: dT as a fraction of the run, or 0 (see `schedules.exchange_period`).
         end: T_end as a fraction of the run.
         drop_fraction: alpha.
     """
@@ -47,7 +47,7 @@ class RigLSchedule:
 
     def period(self, total_steps: int) -> int:
         """dT in steps; at least 2, since a step that moves weights does not train them."""
-        return max(2, round(self.interval * total_steps))
+        return max(2, exchange_period(self.interval, total_steps))
 
     def end_step(self, total_steps: int) -> int:
         """T_end in steps."""
@@ -84,7 +84,7 @@ class RigLSchedule:
             "erk", lambda r: r.choice(["erk", "uniform"]), "erk: Erdos-Renyi-Kernel; uniform: the first layer dense"
         ),
         "drop_fraction": Hparam(0.3, lambda r: r.choice([0.1, 0.3, 0.5]), "alpha, of the living weights, at the start"),
-        "update_interval": Hparam(100 / 5001, doc="fraction of the run between two moves of weights"),
+        "update_interval": EXCHANGE_INTERVAL,
         "update_end": Hparam(0.75, doc="fraction of the run after which the mask is final"),
     },
 )

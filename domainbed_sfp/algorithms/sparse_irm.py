@@ -59,6 +59,7 @@ class SparseIRM(GatedPruning):
     """
 
     initial_gate = 1.0
+    spares_best = True
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]

@@ -7,13 +7,31 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import FRACTION, Hparam
 
 SCHEDULE_HPARAMS = {
     "sparsity": Hparam(0.5, lambda r: r.choice([0.3, 0.5, 0.7, 0.9]), "fraction removed at the end, in [0, 1)"),
     "prune_start": Hparam(0.15, doc="fraction of the run at which pruning begins"),
     "prune_end": Hparam(0.8, doc="fraction of the run at which the mask is final"),
 }
+
+# Of the methods that drop weights and grow others (RigL, EVIL): 100 steps in the papers, here of DomainBed's 5,001.
+EXCHANGE_FRACTION = 100 / 5001
+SHORTEST_EXCHANGE = 25
+EXCHANGE_INTERVAL = Hparam(
+    0.0,
+    doc=f"fraction of the run between two exchanges of weights; 0: 2 %, but {SHORTEST_EXCHANGE} steps at least",
+    valid=FRACTION,
+)
+
+
+def exchange_period(interval: float, total_steps: int) -> int:
+    """Steps between two exchanges of weights: the fraction `interval` of the run, at least 1; by 0, EXCHANGE_FRACTION
+    of it, at least SHORTEST_EXCHANGE: in a run of a few hundred steps the papers' 100 would become a handful, and what
+    has just grown from zero would be the first to go again."""
+    if interval == 0:
+        return max(SHORTEST_EXCHANGE, round(EXCHANGE_FRACTION * total_steps))
+    return max(1, round(interval * total_steps))
 
 
 class Schedule(Protocol):

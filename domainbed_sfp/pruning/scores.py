@@ -40,6 +40,17 @@ def channel_sums(groups: Iterable[ChannelGroup], weight_scores: Mapping[str, Ten
     }
 
 
+def channel_reader_sums(groups: Iterable[ChannelGroup], weight_scores: Mapping[str, Tensor]) -> Scores:
+    """Sum of the scores of all weights that read each channel, over all readers of a group."""
+    # [channels * k]: a layer behind a flattened map reads several numbers of a channel, a kernel several taps.
+    return {
+        group.name: torch.stack(
+            [weight_scores[name].sum(0).flatten().view(group.channels, -1).sum(1) for name in group.readers]
+        ).sum(0)
+        for group in groups
+    }
+
+
 def weight_taylor(parameters: Mapping[str, Tensor]) -> Scores:
     """(g w)^2 of every weight, from the gradients g that the parameters hold: the squared first-order change of the
     loss when the weight is set to zero (Molchanov et al. 2019, section 3)."""
@@ -53,15 +64,10 @@ def channel_taylor(groups: Iterable[ChannelGroup], parameters: Mapping[str, Tens
     Over the weights of a filter in front of a normalization that sum is zero, whatever the channel is worth: scaling
     the filter changes nothing. Gates therefore stand behind the normalization, as in the paper's experiments.
     """
-    taken = {}
-    for group in groups:
-        contributions = []
-        for name in group.readers:
-            product = (parameters[name] * _gradient(parameters[name])).detach().sum(0).flatten()
-            # [channels * k]: a layer behind a flattened map reads several numbers of a channel, a kernel several taps.
-            contributions.append(product.view(group.channels, -1).sum(1))
-        taken[group.name] = torch.stack(contributions).sum(0).square()
-    return taken
+    groups = list(groups)
+    readers = {name for group in groups for name in group.readers}
+    products = {name: (parameters[name] * _gradient(parameters[name])).detach() for name in readers}
+    return {name: sums.square() for name, sums in channel_reader_sums(groups, products).items()}
 
 
 def _gradient(parameter: Tensor) -> Tensor:
