@@ -46,10 +46,10 @@ class NetworkSlimming(ScheduledPruning):
     normalization a channel passes before it is read: BatchNorm's, and GroupNorm's where a network has that. Channels
     that cannot be removed, such as a residual stream's, are not penalised, and every layer keeps its best channel.
 
-    The subgradient goes through the optimizer, as published. Under Adam, which is DomainBed's, a small lambda disappears
-    beside the gradient of the loss, and a scale, which begins at 1, moves by about the learning rate a step: in runs of
-    a few hundred steps channels are ranked mostly by where training has taken their scales. The authors train with SGD,
-    for far longer, from scales of 1/2.
+    The subgradient goes through the optimizer, as published. Under Adam, which is DomainBed's, a small lambda
+    disappears beside the gradient of the loss, and a scale, which begins at 1, moves by about the learning rate a step:
+    in runs of a few hundred steps channels are ranked mostly by where training has taken their scales. The authors
+    train with SGD, for far longer, from scales of 1/2.
     """
 
     spares_best = True
