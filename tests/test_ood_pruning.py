@@ -245,9 +245,10 @@ def test_the_pull_of_alpha_on_the_logits():
     assert gates["featurizer.conv4"].grad[0].item() == pytest.approx(1e-3 * (1152 + 2))
 
 
-def test_logits_get_the_gradient_of_the_masked_loss():
+@pytest.mark.parametrize("density", ["free", "scheduled"])
+def test_logits_get_the_gradient_of_the_masked_loss(density):
     """The mask stage's step is Adam's on d loss / d m * sigmoid'(logit + noise) + alpha."""
-    algorithm = train(make("MRM", mask_alpha=1e-4), 8)
+    algorithm = train(make("MRM", mask_alpha=1e-4, mask_density=density), 8)
     data = batch(99)
     name = "featurizer.conv1.weight"
     torch.manual_seed(7)
@@ -284,8 +285,7 @@ def test_mask_rules_by_hand():
                 logits[0::4], logits[2::4], logits[3::4] = 0.9, 0.1, 0.8
         for keep in algorithm.choose_alive([], 0.5).values():
             assert keep.tolist() == expected * (len(keep) // 4)
-        if rule == "threshold":
-            assert algorithm.deterministic_gates()["featurizer.conv1"][:4].tolist() == [True, False, True, True]
+        assert algorithm.deterministic_gates()["featurizer.conv1"][:4].tolist() == [True, False, True, True]
 
 
 @settings(max_examples=60, deadline=None)
@@ -299,7 +299,7 @@ def test_the_shift_brings_probabilities_to_their_density(logits, density):
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_masks_are_learned_at_the_density_at_which_they_are_kept(scope):
     """From that of the first logits, sigmoid(1.5), on a ramp to 1 - sparsity at half of the stage; the order stays."""
-    algorithm = make("MRM", granularity="channel", sparsity=0.7, pruning_scope=scope)
+    algorithm = make("MRM", granularity="channel", sparsity=0.7, pruning_scope=scope, mask_density="scheduled")
     first, last = algorithm.first_gate_step(), algorithm.schedule.last_step(STEPS)
     seen = []
     for step in range(last + 1):
@@ -640,6 +640,8 @@ def test_a_network_with_batchnorm_and_depthwise_convolutions(name, overrides):
         ("MRM", {"mask_rule": "topk"}, "did you mean 'top_k'"),
         ("MRM", {"mask_rule": "threshold", "sparsity": 0.0}, "finds its own sparsity"),
         ("MRM", {"sparsity": 1.0}, "sparsity"),
+        ("MRM", {"mask_density": "schedule"}, "did you mean 'scheduled'"),
+        ("MRM", {"mask_density": "scheduled", "mask_rule": "threshold"}, "leave hparam 'mask_density' at 'free'"),
         ("SparseIRM", {"objective": "ERM"}, "known: IRM, VREx"),
         ("SparseIRM", {"ramp_end": 0.95}, "ramp_end"),
         ("DCWP", {"mask_upweight": 0.0}, "mask_upweight"),

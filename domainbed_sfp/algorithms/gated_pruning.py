@@ -14,13 +14,14 @@ from torch.func import functional_call
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, Hparam
+from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.gates import Gates, density_shift, gated_weights, logistic_noise, straight_through
 from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning.schedules import OneShotSchedule, check_fraction
 
 MASK_RULES = ("top_k", "threshold")
+MASK_DENSITIES = ("free", "scheduled")
 
 # The papers' learning rates of gates are meant for about this many steps; see `GatedPruning.gate_learning_rate`.
 REFERENCE_STEPS = 1000
@@ -141,6 +142,11 @@ LEARNED_MASK_HPARAMS = {
     "mask_lr": Hparam(
         1e-2, doc="Adam's learning rate for the mask logits, at 1,000 mask steps; more where fewer", valid=POSITIVE
     ),
+    "mask_density": Hparam(
+        "free",
+        doc="of the masks while they are learned; free: as published; scheduled: that of the mask that is kept (top_k)",
+        valid=one_of(*MASK_DENSITIES),
+    ),
     "mask_alpha": Hparam(
         1e-8,
         lambda r: 10 ** r.uniform(-9, -5.3),
@@ -158,11 +164,10 @@ class LearnedMaskPruning(GatedPruning):
     (`mask_rule` threshold, the papers' rule, by which the sparsity is what it is) or the largest logits at hparam
     `sparsity` (`top_k`, for comparisons at equal sparsity). Subclasses say what happens before retraining.
 
-    With `top_k` (this project's extension) masks are drawn at the sparsity that the stage ends with: one number, the
-    same for all logits that are ranked against each other, is taken off them, such that units live with probability
-    1 - sparsity on average. It gets there on a cubic ramp over the first half of the stage. Otherwise the masks of
-    runs of 300 or 500 steps stay at densities of .75 to .99, whatever the sparsity, and the mask that is kept in the
-    end is one under which nothing was learned.
+    As published, how dense the masks of the stage are is what the logits make of it (`mask_density` free): in runs of a
+    few hundred steps far denser than the mask that `top_k` keeps. "scheduled" (this project's extension) takes one
+    number off all logits that are ranked against each other, such that units live with probability 1 - sparsity on
+    average, reached on a cubic ramp over the first half of the stage.
 
     The pull of alpha on a logit is the same in every network, but the loss's gradient is spread over all the weights:
     the useful alpha falls with their number, which is why it is searched over several orders of magnitude. For channels
@@ -176,6 +181,10 @@ class LearnedMaskPruning(GatedPruning):
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
+        if self.hparams["mask_density"] not in MASK_DENSITIES:
+            raise unknown_name("mask_density", self.hparams["mask_density"], MASK_DENSITIES)
+        if self.hparams["mask_density"] == "scheduled" and self.hparams["mask_rule"] == "threshold":
+            raise UserError("mask_rule 'threshold' finds its own sparsity: leave hparam 'mask_density' at 'free'")
         shapes = {name: value.shape for name, value in self.named_parameters()}
         self.weights_per_unit = {
             group.name: sum(shapes[name].numel() for name in (*group.filters, *group.readers)) // group.channels
@@ -200,7 +209,7 @@ class LearnedMaskPruning(GatedPruning):
         return {name: logits > 0 for name, logits in self.shifted_logits().items()}
 
     def density(self) -> float:
-        """With `top_k`, the probability with which a unit lives in the masks of this step, on average."""
+        """Where it is scheduled, the probability with which a unit lives in the masks of this step, on average."""
         begin, end = self.first_gate_step(), self.schedule.last_step(self.total_steps)
         progress = min(1.0, max(0.0, 2 * (self.step - begin + 1) / (end - begin + 1)))
         first, last = 1 / (1 + math.exp(-self.initial_gate)), 1 - self.schedule.sparsity
@@ -210,7 +219,7 @@ class LearnedMaskPruning(GatedPruning):
         """The logits of this step's masks, by unit name; differentiable."""
         gates = self.gates.as_dict()
         # All units live in the end where nothing is removed, and no finite shift makes that so.
-        if self.hparams["mask_rule"] != "top_k" or self.schedule.sparsity == 0:
+        if self.hparams["mask_density"] == "free" or self.schedule.sparsity == 0:
             return gates
         density = self.density()
         if self.ranking_scope() == "global":
