@@ -81,6 +81,57 @@ def test_directions_leave_the_layer_its_energy():
     assert spurious_directions(collinear, 1.0, -0.01).shape == (1, 2)
 
 
+def test_directions_never_span_all_inputs():
+    torch.manual_seed(0)
+    moments = ConditionalMoments(10, 3, True)
+    moments.update(torch.randn(200, 3), torch.arange(200) % 10, torch.arange(200) < 120)
+    assert spurious_directions(moments, 1.0, 0.0).shape == (2, 3)
+    one = moments_of([[1.0], [2.0]], [0, 0], [True, False], with_energy=True)
+    assert spurious_directions(one, 1.0, 0.0).shape == (0, 1)
+
+
+def test_directions_may_spare_what_tells_classes_apart():
+    """Flagged samples show their class (first two numbers) twice as clearly, and carry an attribute (third)."""
+    vectors, labels, flags = [], [], []
+    for label, clear in enumerate(([1.0, 0.0], [0.0, 1.0], [-1.0, -1.0])):
+        for flagged in (True, False):
+            attribute = (1.0 if label else -1.0) * (0.5 if flagged else -0.5)
+            vectors.append([(2 if flagged else 1) * v for v in clear] + [attribute, 0.0])
+            labels.append(label)
+            flags.append(flagged)
+    moments = moments_of(vectors, labels, flags, with_energy=True)
+    assert spurious_directions(moments, 0.4, 0.0)[0, :2].norm() > 0.5
+    found = spurious_directions(moments, 1.0, 0.0, spare_classes=True)
+    assert found.abs().tolist() == [pytest.approx([0, 0, 1, 0], abs=1e-5)]
+    # Where they differ in nothing but that clarity, nothing is spurious.
+    clear = moments_of([[*v[:2], 0.0, 0.0] for v in vectors], labels, flags, with_energy=True)
+    assert spurious_directions(clear, 1.0, 0.0, spare_classes=True).shape == (0, 4)
+
+
+def test_removal_is_exact_where_inputs_are_pruned():
+    algorithm = make(total=40, removal_layers="all", backbone="mnist_cnn_bn")
+    train(algorithm, 40)
+    checked = 0
+    for name in algorithm.layers:
+        if name not in algorithm.masks() or not algorithm._rank(name):
+            continue
+        weight = algorithm._layer(name).weight
+        alive = algorithm.masks()[name].any(0).flatten(1).any(1)
+        directions = getattr(algorithm, f"directions {_key(name)}")[: algorithm._rank(name)] * alive
+        if alive.all() or torch.linalg.svdvals(directions).min() < 0.1:
+            continue
+        remaining = torch.einsum("kc,ochw->okhw", directions, weight)
+        assert remaining.abs().max() < 1e-5 * weight.abs().max()
+        checked += 1
+    assert checked
+
+
+def test_linear_layers_lose_directions_too():
+    torch.manual_seed(0)
+    weight, direction = torch.randn(5, 4), F.normalize(torch.randn(1, 4), dim=1)
+    assert F.linear(direction, remove_directions(weight, direction)).abs().max() < 1e-5
+
+
 def test_removed_directions_cannot_be_heard():
     torch.manual_seed(0)
     weight = torch.randn(4, 3, 3, 3)
@@ -136,7 +187,9 @@ def test_samples_below_the_domains_mean_are_flagged():
         algorithm.reference, algorithm.diagnostics = FixedLogits(losses), {}
         flags = algorithm._flag([batch(), batch()])
         assert [set(torch.nonzero(f).flatten().tolist()) for f in flags] == [expected, expected]
-        assert algorithm.thresholds.flatten().tolist() == pytest.approx([0.75] * 8, abs=1e-4)
+        for domain in (0, 1):
+            assert algorithm._thresholds(domain).tolist() == pytest.approx([0.75 * kappa] * 4, abs=1e-4)
+        assert algorithm.diagnostics["flag_threshold_domain0"] == pytest.approx(0.75 * kappa, abs=1e-4)
         assert algorithm.diagnostics["flagged_domain0"] == len(expected) / 8
     truth = {i for i in range(8) if i % 3}
     assert algorithm.diagnostics["flag_precision_domain0"] == pytest.approx(len(expected & truth) / len(expected))
@@ -148,13 +201,30 @@ def test_each_class_may_have_a_threshold_of_its_own():
     algorithm = make(flag_threshold="class")
     algorithm.reference, algorithm.diagnostics = FixedLogits(losses), {}
     flags = algorithm._flag([batch(), batch()])
-    assert algorithm.thresholds[0].tolist() == pytest.approx([0.2, 1.1, 1.55, 0.15], abs=1e-4)
+    assert algorithm._thresholds(0).tolist() == pytest.approx([0.2, 1.1, 1.55, 0.15], abs=1e-4)
     assert [torch.nonzero(f).flatten().tolist() for f in flags] == [[0, 1, 3, 6]] * 2
-    # A class that a batch lacks keeps its threshold; the others move by 3 percent.
+    # A class that a batch lacks keeps its threshold; in the others each sample counts, earlier ones 3 percent less.
     algorithm.reference = FixedLogits([1.2, 0.2])
     algorithm._flag([batch(2)])
-    expected = [0.97 * 0.2 + 0.03 * 1.2, 0.97 * 1.1 + 0.03 * 0.2, 1.55, 0.15]
-    assert algorithm.thresholds[0].tolist() == pytest.approx(expected, abs=1e-4)
+    expected = [(0.97 * 0.4 + 1.2) / (0.97 * 2 + 1), (0.97 * 2.2 + 0.2) / (0.97 * 2 + 1), 1.55, 0.15]
+    assert algorithm._thresholds(0).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_first_batch_does_not_rule_the_threshold():
+    algorithm = make()
+    algorithm.diagnostics = {}
+    for losses in ([3.0], *[[1.0]] * 40):
+        algorithm.reference = FixedLogits(losses)
+        algorithm._flag([batch(), batch()])
+    left = 0.97**40 / sum(0.97**k for k in range(41))
+    assert algorithm._thresholds(1)[0].item() == pytest.approx(1 + 2 * left, abs=1e-3)
+
+
+def test_a_class_not_seen_yet_has_the_domains_threshold():
+    algorithm = make(flag_threshold="class")
+    algorithm.reference, algorithm.diagnostics = FixedLogits([0.2, 0.4]), {}
+    algorithm._flag([batch(2), batch(2)])
+    assert algorithm._thresholds(0).tolist() == pytest.approx([0.2, 0.4, 0.3, 0.3], abs=1e-4)
 
 
 def test_random_flags_are_as_many_and_oracle_flags_are_the_truth():
@@ -177,6 +247,8 @@ def test_random_flags_are_as_many_and_oracle_flags_are_the_truth():
 
 def test_risk_weights_by_hand():
     algorithm = make("SFPWeighted", risk_weight=20.0)
+    algorithm.loss_counts.fill_(10)
+    algorithm.flag_counts.fill_(7)
     first, second = batch(4), batch(4)
     flags = [torch.tensor([True, True, False, True]), torch.tensor([True, False, True, True])]
     loss, metrics = algorithm._weighted_loss([first, second], flags)
@@ -185,6 +257,9 @@ def test_risk_weights_by_hand():
     )
     expected = (losses[[0, 1, 3, 4, 6, 7]].sum() + 20 * losses[[2, 5]].sum()) / 46
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and metrics["loss"] == pytest.approx(loss.item())
+    algorithm.flag_counts[1] = 10  # all flagged of late: no contrast, and nobody there weighs more
+    expected = (losses[[0, 1, 3, 4, 5, 6, 7]].sum() + 20 * losses[2]) / 27
+    assert algorithm._weighted_loss([first, second], flags)[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_soft_penalty_is_the_share_that_the_layer_passes_on():
@@ -230,6 +305,7 @@ def test_regularised_layers():
         ({"flag_kappa": -1.0}, "a number above 0"),
         ({"removal_rank": -3}, "share in"),
         ({"removal_energy": 7}, "probability"),
+        ({"removal_spares": "classes"}, "did you mean 'class_means'"),
         ({"removal_strength": -5.0}, "at least 0"),
         ({"refresh": -2}, "a fraction in"),
     ],
@@ -239,8 +315,9 @@ def test_bad_hparams(overrides, part):
         make(**overrides)
 
 
-def test_no_contrast_anywhere_is_an_error():
-    algorithm = make(flag_kappa=1e-9)
+@pytest.mark.parametrize("sparsity", [0.5, 0.0])
+def test_no_contrast_anywhere_is_an_error(sparsity):
+    algorithm = make(flag_kappa=1e-9, sparsity=sparsity)
     with pytest.raises(UserError, match="no contrast in any domain"), pytest.warns(UserWarning):
         train(algorithm, 20)
 
@@ -262,11 +339,13 @@ def test_a_domain_without_contrast_is_told_once_and_left_out():
     inputs = {algorithm.layers[0]: x}
     batches = [(x[:8], labels[:8]), (x[8:], labels[8:])]
     flags = [torch.ones(8, dtype=torch.bool), torch.arange(8) < 5]
+    algorithm.loss_counts.fill_(2)
+    algorithm.flag_counts.copy_(torch.tensor([[2.0] * 4, [2.0, 1.0, 1.0, 1.0]]))
     with pytest.warns(UserWarning, match="100% of the samples of training domain 0") as told:
         for _ in range(3):
             algorithm._take_statistics(batches, flags, inputs)
     moments = algorithm._moments(algorithm.layers[0])
-    assert len(told) == 1 and algorithm.has_contrast
+    assert len(told) == 1 and algorithm._has_contrast().tolist() == [False, True]
     seen = sum(0.97**k for k in range(3))
     assert moments.counts[1].tolist() == pytest.approx([2 * seen, seen, seen, seen])
     assert moments.counts[0].tolist() == pytest.approx([0, seen, seen, seen])

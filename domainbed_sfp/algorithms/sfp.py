@@ -35,15 +35,18 @@ from domainbed_sfp.registry import register
 FLAG_POLICIES = ("loss", "random", "oracle")
 FLAG_THRESHOLDS = ("environment", "class")
 REMOVALS = ("hard", "soft", "none")
+REMOVAL_SPARES = ("auto", "class_means", "nothing")
 REMOVAL_LAYERS = ("auto", "first", "last", "all")
 CHANNEL_SCORES = ("auto", "class_conditional", "taylor", "unflagged")
 
 # A flagged share outside this range gives no contrast between flagged and unflagged samples.
 CONTRAST = (0.05, 0.98)
-# Domains' mean losses under the reference forget with this factor.
-THRESHOLD_DECAY = 0.97
+# What is kept of each domain, its mean losses under the reference and its flagged share, forgets with this factor.
+DECAY = 0.97
 # Scores from gradients, `taylor` and `unflagged`, are averaged over the steps with this factor.
 GRADIENT_MOMENTUM = 0.9
+# A direction is followed while this much of its length lies on inputs that live.
+LIVING = 0.1
 # Of a pretrained network the last part only: truncating everything takes what it knows (25 points on PACS: seen).
 LAST_PART = 0.25
 
@@ -62,6 +65,9 @@ HPARAMS = {
         "share of the possible directions removed",
         valid=Range("a share in (0, 1]", lambda value: 0 < value <= 1),
     ),
+    "removal_spares": Hparam(
+        "auto", doc="class_means: directions that tell classes apart stay; nothing; auto: the first where pretrained"
+    ),
     "removal_energy": Hparam(0.2, doc="share of its energy a layer's input keeps at least", valid=PROBABILITY),
     "removal_strength": Hparam(10.0, lambda r: 10 ** r.uniform(0, 3), "weight of the soft penalty", valid=NOT_NEGATIVE),
     "channel_score": Hparam(
@@ -72,7 +78,8 @@ HPARAMS = {
     "risk_weight": Hparam(1.0, doc="weight of unflagged samples in the risk; 1 weighs all alike", valid=POSITIVE),
     "statistics_every": Hparam(
         4,
-        doc="steps between two updates of the statistics; of flags too, but with risk weights, which need them always",
+        doc="steps between two updates of flags and statistics; risk weights need flags always, the soft penalty and a "
+        "pretrained network whose directions are still to be found need both",
         valid=AT_LEAST_ONE,
     ),
     "refresh": Hparam(
@@ -104,10 +111,14 @@ class SFP(ScheduledPruning):
     pruning (Theis et al. 2018, arXiv 1801.05787).
 
     The directions are renewed on the way, but in a pretrained network they are found once and stay: moving ones take
-    out more and more of what it knows. Metrics of `domain{d}` are those of the d-th training environment.
+    out more and more of what it knows. There, too, a sample of low loss is one whose class is easy to see, and flagged
+    samples differ from others along what tells classes apart: that part is left out of the directions
+    (`removal_spares`). Metrics of `domain{d}` are those of the d-th training environment.
     """
 
-    thresholds: Tensor
+    loss_sums: Tensor
+    loss_counts: Tensor
+    flag_counts: Tensor
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
@@ -119,9 +130,15 @@ class SFP(ScheduledPruning):
         if self.channel_score == "auto":
             # The contrast alone takes channels a pretrained network cannot do without (PACS: 15 points in domain).
             self.channel_score = "taylor" if self.is_pretrained else "class_conditional"
+        self.removal_spares = self.hparams["removal_spares"]
+        if self.removal_spares == "auto":
+            # Of few input channels class means span all, and nothing would be left to remove.
+            self.removal_spares = "class_means" if self.is_pretrained else "nothing"
         # Kept from the start, so that a checkpoint always finds its place; it takes the weights at `prune_start`.
         self.reference = copy.deepcopy(self.network).requires_grad_(False)
-        self.register_buffer("thresholds", torch.zeros(num_domains, num_classes))
+        # Decayed sums over the samples of a domain and class: losses, samples, flagged samples.
+        for name in ("loss_sums", "loss_counts", "flag_counts"):
+            self.register_buffer(name, torch.zeros(num_domains, num_classes))
         self.moments = nn.ModuleDict(
             {_key(group.readers[0]): ConditionalMoments(num_classes, group.channels) for group in self.groups}
         )
@@ -135,8 +152,9 @@ class SFP(ScheduledPruning):
                 self.register_buffer(f"{self.channel_score} {_key(group.name)}", torch.zeros(group.channels))
         self.captured: _Capture | None = None
         self.unflagged: Tensor | None = None
-        self.has_contrast = False
         self.warned: set[int] = set()
+        # The directions on the channels that live, until masks or directions change.
+        self.living_directions: dict[str, Tensor] = {}
 
     # training ---------------------------------------------------------------------------------------------------------
 
@@ -151,7 +169,11 @@ class SFP(ScheduledPruning):
         since = self.step - self.schedule.first_step(self.total_steps)
         if since < 0:
             return super().compute_loss(minibatches)
-        due = since % self.hparams["statistics_every"] == 0
+        due = (
+            since % self.hparams["statistics_every"] == 0
+            or self.hparams["removal"] == "soft"
+            or (self.is_pretrained and since <= self._refresh_every() and bool(self.layers))
+        )
         if not due and self.hparams["risk_weight"] == 1:
             return super().compute_loss(minibatches)
         flags = self._flag(minibatches)
@@ -159,10 +181,14 @@ class SFP(ScheduledPruning):
             return self._weighted_loss(minibatches, flags)
         with _Capture(self) as self.captured:
             loss, metrics = self._weighted_loss(minibatches, flags)
-        for name in self.layers:
-            layer = name.removeprefix("featurizer.").removesuffix(".weight")
-            self.diagnostics[f"directions_{layer}"] = float(self._rank(name))
-        return loss + self._take_statistics(minibatches, flags, self.captured.inputs), metrics
+        if since > self._refresh_every():  # before, none have been looked for
+            for name in self.layers:
+                layer = name.removeprefix("featurizer.").removesuffix(".weight")
+                self.diagnostics[f"directions_{layer}"] = float(self._rank(name))
+        penalty = self._take_statistics(minibatches, flags, self.captured.inputs)
+        if self.hparams["removal"] == "soft":
+            self.diagnostics["projection_penalty"] = penalty.item()
+        return loss + penalty, metrics
 
     def after_backward(self) -> None:
         if self.channel_score == "taylor":
@@ -172,38 +198,46 @@ class SFP(ScheduledPruning):
         self.captured = self.unflagged = None
 
     def before_masks(self) -> None:
+        if self.step == self.schedule.last_step(self.total_steps):
+            self._check_contrast()  # where nothing is pruned, nobody else asks
         if self._directions_are_due():
             self._renew_directions()
         self._remove_directions()
 
     def score(self, minibatches: Minibatches) -> scores.Scores:
-        if not self.has_contrast and self._needs_contrast():
+        self._check_contrast()
+        if self.channel_score in ("taylor", "unflagged"):
+            return {g.name: getattr(self, f"{self.channel_score} {_key(g.name)}").clone() for g in self.groups}
+        return {group.name: -self._moments(group.readers[0]).spuriousness() for group in self.groups}
+
+    def _renew_masks(self, minibatches: Minibatches) -> None:
+        super()._renew_masks(minibatches)
+        self.living_directions = {}
+
+    def _check_contrast(self) -> None:
+        if self._needs_contrast() and not self._has_contrast().any():
             raise UserError(
                 f"SFP finds no contrast in any domain: the share of flagged samples is outside [{CONTRAST[0]}, "
                 f"{CONTRAST[1]}] everywhere (flag_policy {self.hparams['flag_policy']!r}, flag_kappa "
                 f"{self.hparams['flag_kappa']}); train longer before pruning (prune_start) or change flag_kappa"
             )
-        if self.channel_score in ("taylor", "unflagged"):
-            return {g.name: getattr(self, f"{self.channel_score} {_key(g.name)}").clone() for g in self.groups}
-        return {group.name: -self._moments(group.readers[0]).spuriousness() for group in self.groups}
 
     def _needs_contrast(self) -> bool:
         """Whether anything that SFP does depends on its flags: without it is Taylor."""
         return self.hparams["removal"] != "none" or self.hparams["risk_weight"] != 1 or self.channel_score != "taylor"
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {**super().get_extra_state(), "has_contrast": self.has_contrast}
-
     def set_extra_state(self, state: dict[str, Any]) -> None:
         super().set_extra_state(state)
-        self.has_contrast = state["has_contrast"]
+        self.living_directions = {}
 
     def _weighted_loss(self, minibatches: Minibatches, flags: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """The objective; with risk weights, cross-entropy in which unflagged samples weigh `risk_weight` times more."""
+        """The objective; with risk weights, cross-entropy in which unflagged samples weigh `risk_weight` times more. A
+        domain without contrast has no unflagged samples to speak of: all of its samples weigh the same."""
         if self.hparams["risk_weight"] == 1:
             return super().compute_loss(minibatches)
         x, y = torch.cat([x for x, _ in minibatches]), torch.cat([y for _, y in minibatches])
-        weights = torch.where(torch.cat(flags), 1.0, self.hparams["risk_weight"])
+        light = torch.cat([flagged | ~use for flagged, use in zip(flags, self._has_contrast())])
+        weights = torch.where(light, 1.0, self.hparams["risk_weight"])
         losses = F.cross_entropy(self.predict(x), y, reduction="none")
         loss = (weights * losses).sum() / weights.sum()
         return loss, {"loss": loss.item()}
@@ -218,8 +252,11 @@ class SFP(ScheduledPruning):
         flags = []
         for domain, (part, batch) in enumerate(zip(logits.split([len(y) for _, y in minibatches]), minibatches)):
             losses = F.cross_entropy(part, batch[1], reduction="none")
-            self._move_thresholds(self.thresholds[domain], losses, batch[1])
-            flagged = losses < self.hparams["flag_kappa"] * self.thresholds[domain][batch[1]]
+            members = F.one_hot(batch[1], self.loss_sums.shape[1]).to(losses.dtype)
+            self._follow(self.loss_sums[domain], losses @ members)
+            self._follow(self.loss_counts[domain], members.sum(0))
+            thresholds = self._thresholds(domain)[batch[1]]
+            flagged = losses < thresholds
             truth: Tensor | None = getattr(batch, "aligned", None)
             if self.hparams["flag_policy"] == "random":
                 order = torch.randperm(len(flagged)).to(flagged.device)
@@ -228,41 +265,51 @@ class SFP(ScheduledPruning):
                 if truth is None:
                     raise UserError("flag_policy 'oracle' needs a data set that knows its aligned samples")
                 flagged = truth.to(flagged.device)
+            self._follow(self.flag_counts[domain], flagged.to(losses.dtype) @ members)
             flags.append(flagged)
             self.diagnostics[f"flagged_domain{domain}"] = flagged.float().mean().item()
-            self.diagnostics[f"flag_threshold_domain{domain}"] = self.thresholds[domain].mean().item()
-            if truth is not None and flagged.any() and truth.any():
-                hits = (flagged & truth.to(flagged.device)).sum()
-                self.diagnostics[f"flag_precision_domain{domain}"] = (hits / flagged.sum()).item()
-                self.diagnostics[f"flag_recall_domain{domain}"] = (hits / truth.sum()).item()
+            self.diagnostics[f"flag_threshold_domain{domain}"] = thresholds.mean().item()
+            if truth is not None:
+                hits = (flagged & truth.to(flagged.device)).sum().item()
+                if flagged.any():
+                    self.diagnostics[f"flag_precision_domain{domain}"] = hits / flagged.sum().item()
+                if truth.any():
+                    self.diagnostics[f"flag_recall_domain{domain}"] = hits / truth.sum().item()
         return flags
 
-    def _move_thresholds(self, thresholds: Tensor, losses: Tensor, labels: Tensor) -> None:
-        """Moves a domain's mean losses [K] by those of a batch: of each class in it, or one mean for all classes."""
-        if self.hparams["flag_threshold"] == "environment":
-            means, seen = losses.mean().expand_as(thresholds), torch.ones_like(thresholds, dtype=torch.bool)
-        else:
-            members = F.one_hot(labels, len(thresholds)).to(losses.dtype)
-            means, seen = members.t() @ losses / members.sum(0).clamp_min(1), members.any(0)
-        moved = torch.where(thresholds == 0, means, THRESHOLD_DECAY * thresholds + (1 - THRESHOLD_DECAY) * means)
-        thresholds.copy_(torch.where(seen, moved, thresholds))
+    def _thresholds(self, domain: int) -> Tensor:
+        """[K]: below which loss a sample of the domain and class is flagged, kappa times the mean loss of the domain
+        (or of the class in it; a class not seen yet has the domain's)."""
+        sums, counts = self.loss_sums[domain], self.loss_counts[domain]
+        means = (sums.sum() / counts.sum()).expand_as(sums)
+        if self.hparams["flag_threshold"] == "class":
+            means = torch.where(counts > 0, sums / counts.clamp_min(1e-12), means)
+        return self.hparams["flag_kappa"] * means
+
+    def _has_contrast(self) -> Tensor:
+        """Bool [D]: whether a domain has both flagged and unflagged samples, by its share of flagged ones of late."""
+        shares = self.flag_counts.sum(1) / self.loss_counts.sum(1)  # of nothing: nan, which is in no range
+        return (shares >= CONTRAST[0]) & (shares <= CONTRAST[1])
+
+    @staticmethod
+    def _follow(total: Tensor, latest: Tensor) -> None:
+        total.mul_(DECAY).add_(latest)
 
     def _take_statistics(self, minibatches: Minibatches, flags: list[Tensor], inputs: dict[str, Tensor]) -> Tensor:
         """Updates the moments from what the layers have just seen; returns the soft penalty (0 unless asked for)."""
-        shares = [flagged.float().mean().item() for flagged in flags]
-        useful = [CONTRAST[0] <= share <= CONTRAST[1] for share in shares]
-        for domain, share in enumerate(shares):
+        useful = self._has_contrast().tolist()
+        for domain in range(len(flags)):
             if not useful[domain] and domain not in self.warned:
                 self.warned.add(domain)
+                share = float(self.flag_counts[domain].sum() / self.loss_counts[domain].sum())
                 warnings.warn(
                     f"SFP, step {self.step}: {share:.0%} of the samples of training domain {domain} are flagged, which "
                     "gives no contrast; statistics leave it out wherever that is so (told once)",
                     stacklevel=2,
                 )
-        penalty = self.thresholds.new_zeros(())
+        penalty = self.loss_sums.new_zeros(())
         if not any(useful):
             return penalty
-        self.has_contrast = True
         kept = torch.cat([torch.full_like(flagged, use) for flagged, use in zip(flags, useful)])
         self.unflagged = kept & ~torch.cat(flags)
         labels, flagged = torch.cat([y for _, y in minibatches])[kept], torch.cat(flags)[kept]
@@ -277,18 +324,24 @@ class SFP(ScheduledPruning):
     # directions -------------------------------------------------------------------------------------------------------
 
     def _directions_are_due(self) -> bool:
-        begin = self.schedule.first_step(self.total_steps)
-        every = max(1, round(self.hparams["refresh"] * self.total_steps))
-        since = self.step - begin
-        if not self.has_contrast or since == 0 or since % every:
+        since = self.step - self.schedule.first_step(self.total_steps)
+        if not self.layers or since <= 0 or since % self._refresh_every() or not self._has_contrast().any():
             return False
         return not self.is_pretrained or not any(self._rank(name) for name in self.layers)
 
+    def _refresh_every(self) -> int:
+        """Steps between two renewals of the directions."""
+        return max(1, round(self.hparams["refresh"] * self.total_steps))
+
     @torch.no_grad()
     def _renew_directions(self) -> None:
+        self.living_directions = {}
         for name in self.layers:
             found = spurious_directions(
-                self._moments(name), self.hparams["removal_rank"], self.hparams["removal_energy"]
+                self._moments(name),
+                self.hparams["removal_rank"],
+                self.hparams["removal_energy"],
+                self.removal_spares == "class_means",
             )
             stored = getattr(self, _directions(name))
             stored.zero_()
@@ -299,9 +352,22 @@ class SFP(ScheduledPruning):
         if self.hparams["removal"] != "hard":
             return
         for name in self.layers:
-            if rank := self._rank(name):
+            if name not in self.living_directions:
+                self.living_directions[name] = self._living_directions(name)
+            if len(living := self.living_directions[name]):
                 weight = self._layer(name).weight
-                weight.copy_(remove_directions(weight, getattr(self, _directions(name))[:rank]))
+                weight.copy_(remove_directions(weight, living))
+
+    def _living_directions(self, name: str) -> Tensor:
+        """Orthonormal [k, C]: the directions as far as they lie on inputs that live.
+
+        With dead inputs in them, zeroing those after the removal would bring part of a direction back.
+        """
+        directions = getattr(self, _directions(name))[: self._rank(name)]
+        if name in self.weight_masks.names:
+            directions = directions * self.weight_masks[name].transpose(0, 1).flatten(1).any(1)
+        _, sizes, living = torch.linalg.svd(directions, full_matrices=False)
+        return living[sizes > LIVING]
 
     def _rank(self, name: str) -> int:
         return int(getattr(self, _directions(name)).any(1).sum())
@@ -314,6 +380,9 @@ class SFP(ScheduledPruning):
             return x.new_zeros(())
         directions = getattr(self, _directions(name))[:rank]
         x = x.detach().float()  # inner layers have bf16 inputs under autocast
+        if isinstance(layer, nn.Linear):
+            out = F.linear(x @ directions.t() @ directions, layer.weight)
+            return out.square().sum(-1).mean() / x.square().sum(-1).mean().clamp_min(1e-12)
         part = torch.einsum("kc,kd,ndhw->nchw", directions, directions, x)
         out = F.conv2d(part, layer.weight, None, layer.stride, layer.padding, layer.dilation)
         return out.square().sum(1).mean() / x.square().sum(1).mean().clamp_min(1e-12)
@@ -334,18 +403,21 @@ class SFP(ScheduledPruning):
             mean = latest[self.unflagged].square().mean(0)
             getattr(self, f"unflagged {_key(group.name)}").lerp_(mean, 1 - GRADIENT_MOMENTUM)
 
-    def _convolutions(self) -> list[str]:
-        """The weights of the full convolutions, by parameter name, in the order of the network."""
-        return [
+    def _mixing_layers(self) -> list[str]:
+        """The weights of full convolutions and linear layers, by parameter name, in the order of the network; without
+        linear layers that read a flattened map, whose inputs are no channels."""
+        flattened = {name for g in self.groups for name in g.readers if g.channels != self._layer(name).weight.shape[1]}
+        names = [
             f"featurizer.{name}.weight"
             for name, layer in self.featurizer.named_modules()
-            if isinstance(layer, nn.Conv2d) and layer.groups == 1
+            if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
         ]
+        return [name for name in names if name not in flattened]
 
     def _regularised_layers(self) -> list[str]:
         if self.hparams["removal"] == "none":
             return []
-        names = self._convolutions()
+        names = self._mixing_layers()
         which = self.hparams["removal_layers"]
         if which == "auto":
             which = "last" if self.is_pretrained else "first"
@@ -366,6 +438,7 @@ class SFP(ScheduledPruning):
             ("flag_policy", FLAG_POLICIES),
             ("flag_threshold", FLAG_THRESHOLDS),
             ("removal", REMOVALS),
+            ("removal_spares", REMOVAL_SPARES),
             ("removal_layers", REMOVAL_LAYERS),
             ("channel_score", CHANNEL_SCORES),
         ):
@@ -390,7 +463,7 @@ class SFP(ScheduledPruning):
     hparams={
         **HPARAMS,
         "risk_weight": Hparam(
-            20.0, lambda r: r.choice([5.0, 20.0, 50.0]), "weight of unflagged samples in the risk", valid=POSITIVE
+            20.0, lambda r: r.choice([2.0, 5.0, 20.0, 50.0]), "weight of unflagged samples in the risk", valid=POSITIVE
         ),
     },
 )

@@ -60,6 +60,12 @@ class ConditionalMoments(nn.Module):
         weights = flagged * unflagged / (flagged + unflagged).clamp_min(1e-6)
         return means[1] - means[0], weights
 
+    def class_means(self) -> Tensor:
+        """[K', D]: of each class seen on both sides, its mean with flagged and unflagged samples weighing the same, so
+        that what agrees with the label in the ones and disagrees in the others cancels."""
+        means = self.sums / self.counts.clamp_min(1e-6)[..., None]
+        return means.mean(0)[(self.counts > 0).all(0)]
+
     def within_class_variance(self) -> Tensor:
         """Variance within the cells of class and flag, pooled over them: [D]."""
         means = self.sums / self.counts.clamp_min(1e-6)[..., None]
@@ -87,16 +93,30 @@ class ConditionalMoments(nn.Module):
         return self.squares.sum((0, 1)) / count - (self.sums.sum((0, 1)) / count).square()
 
 
-def spurious_directions(moments: ConditionalMoments, rank_fraction: float, keep_energy: float) -> Tensor:
+def spurious_directions(
+    moments: ConditionalMoments, rank_fraction: float, keep_energy: float, spare_classes: bool = False
+) -> Tensor:
     """Orthonormal directions [k, D] along which flagged and unflagged samples of a class differ most.
 
     The right singular vectors of the matrix with rows sqrt(w_y) d_y, the first max(1, round(rank_fraction * min(K - 1,
     D))) of them, taken in order of singular value while the layer's input keeps at least `keep_energy` of its energy
-    without them: a layer whose inputs are collinear would be wiped out otherwise.
+    without them: a layer whose inputs are collinear would be wiped out otherwise. Never all D of them.
+
+    With `spare_classes` the rows d_y are first cleared of the directions in which the class means differ from each
+    other: flagged samples may differ from others of their class just in how clearly they show it, and without these
+    directions the layer could not tell the classes apart.
     """
     difference, weights = moments.contrast()
     num_classes, features = difference.shape
-    rank = max(1, round(rank_fraction * min(num_classes - 1, features)))
+    rank = min(max(1, round(rank_fraction * min(num_classes - 1, features))), features - 1)
+    scale = torch.linalg.matrix_norm(difference)
+    if spare_classes:
+        means = moments.class_means()
+        _, sizes, kept = torch.linalg.svd(means - means.mean(0), full_matrices=False)
+        kept = kept[sizes > 1e-6 * sizes.max()] if len(sizes) else kept
+        difference = difference - difference @ kept.t() @ kept
+    if torch.linalg.matrix_norm(difference) <= 1e-5 * scale:
+        return difference.new_zeros(0, features)
     _, values, directions = torch.linalg.svd(weights.sqrt()[:, None] * difference, full_matrices=False)
     total = moments.energy.diagonal().sum()
     accepted: list[Tensor] = []
@@ -110,6 +130,7 @@ def spurious_directions(moments: ConditionalMoments, rank_fraction: float, keep_
 
 
 def remove_directions(weight: Tensor, directions: Tensor) -> Tensor:
-    """W (I - P P^T) over the input channels of a convolution's weight [out, in, kh, kw], P^T = `directions` [k, in]."""
-    along = torch.einsum("kc,ochw->okhw", directions, weight)
-    return weight - torch.einsum("kc,okhw->ochw", directions, along)
+    """W (I - P P^T) over the input channels of a convolution's weight [out, in, kh, kw], or a linear layer's [out, in];
+    P^T = `directions` [k, in]."""
+    along = torch.einsum("kc,oc...->ok...", directions, weight)
+    return weight - torch.einsum("kc,ok...->oc...", directions, along)
