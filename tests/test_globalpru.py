@@ -244,6 +244,20 @@ def test_a_gate_by_hand():
     assert gate.reduce.weight.shape == (8, 2) and gate.expand.weight.shape == (2, 8)
 
 
+def test_attention_is_not_rounded_under_autocast():
+    """In bf16 most of 64 attentions near 1 would be one of a few numbers."""
+    torch.manual_seed(0)
+    gate = ChannelGate(64, 8)
+    torch.nn.init.normal_(gate.expand.weight, std=0.01)
+    x, heard = torch.randn(4, 64, 3, 3), []
+    gate.expand.register_forward_hook(lambda module, inputs, output: heard.append(output))
+    expected = gate(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gate(x.bfloat16())
+    assert found.dtype == torch.bfloat16 and torch.allclose(found.float(), expected, rtol=0.02)
+    assert heard[1].dtype == torch.float32 and len(heard[1][0].unique()) == 64
+
+
 @pytest.mark.parametrize(
     "dataset, shape, backbone, weights, gates",
     [

@@ -229,6 +229,17 @@ def test_a_policy_without_input_decides_alike_for_all():
         assert len(mean.unique()) == different
 
 
+def test_a_policys_widths_are_not_rounded_under_autocast():
+    torch.manual_seed(0)
+    policy = Policy(8)
+    nn.init.normal_(policy.output.weight)
+    x = torch.randn(16, 8, 4, 4)
+    expected = policy.distribution(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = policy.distribution(x)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected))
+
+
 def test_what_a_policy_reads_is_standardised():
     """By the first training batch, then by running statistics: scale and offset of a channel do not matter."""
     torch.manual_seed(0)

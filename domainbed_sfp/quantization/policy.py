@@ -79,7 +79,8 @@ class Policy(nn.Module):
         read = (
             self._standardised(self._pooled(x)) if self.reads_input else torch.ones(1, self.features, device=x.device)
         )
-        mean, log_sigma = self.output(F.relu(self.hidden(read))).unbind(1)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round the widths, and many would tie
+            mean, log_sigma = self.output(F.relu(self.hidden(read))).unbind(1)
         mean, log_sigma = self.start + mean, log_sigma.clamp(*LOG_SIGMA_RANGE)
         return mean.expand(len(x)), log_sigma.expand(len(x))
 
