@@ -126,6 +126,27 @@ def test_removal_is_exact_where_inputs_are_pruned():
     assert checked
 
 
+@pytest.mark.parametrize("vectors, axis", [("relative", True), ("absolute", False)])
+def test_relative_vectors_find_the_axis_however_bright_the_flagged_are(vectors, axis):
+    """Colour is red or green by the label in flagged samples, the other way round in the others; flagged samples of one
+    class are three times as bright."""
+    algorithm = make(removal_vectors=vectors)
+    algorithm.diagnostics = {}
+    labels = torch.arange(16) % 2
+    flagged = torch.arange(16) < 8
+    color = labels ^ ~flagged
+    brightness = torch.where(flagged & (labels == 0), 3.0, 1.0)
+    x = F.one_hot(color, 3).float() * brightness[:, None]
+    algorithm.loss_counts.fill_(2)
+    algorithm.flag_counts.fill_(1)
+    inputs = {algorithm.layers[0]: x[:, :, None, None].expand(-1, -1, 8, 8)}
+    batches = [(x[:8], labels[:8]), (x[8:], labels[8:])]
+    algorithm._take_statistics(batches, [flagged[:8], flagged[8:]], inputs)
+    algorithm._renew_directions()
+    (direction,) = getattr(algorithm, f"directions {_key(algorithm.layers[0])}")[:1]
+    assert bool(direction[:2].sum().abs() < 1e-5) is axis and direction[2].abs() < 1e-5
+
+
 def test_linear_layers_lose_directions_too():
     torch.manual_seed(0)
     weight, direction = torch.randn(5, 4), F.normalize(torch.randn(1, 4), dim=1)
@@ -344,7 +365,7 @@ def test_a_domain_without_contrast_is_told_once_and_left_out():
     with pytest.warns(UserWarning, match="100% of the samples of training domain 0") as told:
         for _ in range(3):
             algorithm._take_statistics(batches, flags, inputs)
-    moments = algorithm._moments(algorithm.layers[0])
+    moments = algorithm._moments(algorithm.layers[0], algorithm.layer_moments)
     assert len(told) == 1 and algorithm._has_contrast().tolist() == [False, True]
     seen = sum(0.97**k for k in range(3))
     assert moments.counts[1].tolist() == pytest.approx([2 * seen, seen, seen, seen])

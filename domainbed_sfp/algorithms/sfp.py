@@ -36,6 +36,7 @@ FLAG_POLICIES = ("loss", "random", "oracle")
 FLAG_THRESHOLDS = ("environment", "class")
 REMOVALS = ("hard", "soft", "none")
 REMOVAL_SPARES = ("auto", "class_means", "nothing")
+REMOVAL_VECTORS = ("auto", "relative", "absolute")
 REMOVAL_LAYERS = ("auto", "first", "last", "all")
 CHANNEL_SCORES = ("auto", "class_conditional", "taylor", "unflagged")
 
@@ -67,6 +68,11 @@ HPARAMS = {
     ),
     "removal_spares": Hparam(
         "auto", doc="class_means: directions that tell classes apart stay; nothing; auto: the first where pretrained"
+    ),
+    "removal_vectors": Hparam(
+        "auto",
+        doc="what directions are found among: relative (a layer's channel means, of length 1), absolute (as they are); "
+        "auto: the first, or the second where pretrained",
     ),
     "removal_energy": Hparam(0.2, doc="share of its energy a layer's input keeps at least", valid=PROBABILITY),
     "removal_strength": Hparam(10.0, lambda r: 10 ** r.uniform(0, 3), "weight of the soft penalty", valid=NOT_NEGATIVE),
@@ -134,6 +140,11 @@ class SFP(ScheduledPruning):
         if self.removal_spares == "auto":
             # Of few input channels class means span all, and nothing would be left to remove.
             self.removal_spares = "class_means" if self.is_pretrained else "nothing"
+        self.removal_vectors = self.hparams["removal_vectors"]
+        if self.removal_vectors == "auto":
+            # How much ink a digit has differs between flagged and unflagged samples, too, and would tilt the directions
+            # away from an axis of colour. Behind many layers lengths are part of what a pretrained network knows.
+            self.removal_vectors = "absolute" if self.is_pretrained else "relative"
         # Kept from the start, so that a checkpoint always finds its place; it takes the weights at `prune_start`.
         self.reference = copy.deepcopy(self.network).requires_grad_(False)
         # Decayed sums over the samples of a domain and class: losses, samples, flagged samples.
@@ -143,9 +154,10 @@ class SFP(ScheduledPruning):
             {_key(group.readers[0]): ConditionalMoments(num_classes, group.channels) for group in self.groups}
         )
         self.layers = self._regularised_layers()
+        self.layer_moments = nn.ModuleDict()
         for name in self.layers:
             channels = self._layer(name).weight.shape[1]
-            self.moments[_key(name)] = ConditionalMoments(num_classes, channels, with_energy=True)
+            self.layer_moments[_key(name)] = ConditionalMoments(num_classes, channels, with_energy=True)
             self.register_buffer(_directions(name), torch.zeros(channels, channels))
         if self.channel_score in ("taylor", "unflagged"):
             for group in self.groups:
@@ -314,11 +326,17 @@ class SFP(ScheduledPruning):
         self.unflagged = kept & ~torch.cat(flags)
         labels, flagged = torch.cat([y for _, y in minibatches])[kept], torch.cat(flags)[kept]
         for name, x in inputs.items():
-            moments = self._moments(name)
-            vectors = _channel_means(x.detach().float()[kept], self._layer(name), moments.sums.shape[2])
-            moments.update(vectors, labels, flagged)
-            if self.hparams["removal"] == "soft" and name in self.layers and flagged.any():
-                penalty = penalty + self._projection(name, x[kept][flagged])
+            known = self.moments if _key(name) in self.moments else self.layer_moments
+            channels = self._moments(name, known).sums.shape[2]
+            vectors = _channel_means(x.detach().float()[kept], self._layer(name), channels)
+            if known is self.moments:
+                self._moments(name).update(vectors, labels, flagged)
+            if name in self.layers:
+                relative = self.removal_vectors == "relative"
+                directed = F.normalize(vectors, dim=1) if relative else vectors
+                self._moments(name, self.layer_moments).update(directed, labels, flagged)
+                if self.hparams["removal"] == "soft" and flagged.any():
+                    penalty = penalty + self._projection(name, x[kept][flagged])
         return self.hparams["removal_strength"] * penalty
 
     # directions -------------------------------------------------------------------------------------------------------
@@ -338,7 +356,7 @@ class SFP(ScheduledPruning):
         self.living_directions = {}
         for name in self.layers:
             found = spurious_directions(
-                self._moments(name),
+                self._moments(name, self.layer_moments),
                 self.hparams["removal_rank"],
                 self.hparams["removal_energy"],
                 self.removal_spares == "class_means",
@@ -428,8 +446,8 @@ class SFP(ScheduledPruning):
     def _layer(self, name: str) -> Any:
         return self.get_submodule(name.removesuffix(".weight"))
 
-    def _moments(self, name: str) -> ConditionalMoments:
-        moments = self.moments[_key(name)]
+    def _moments(self, name: str, among: nn.ModuleDict | None = None) -> ConditionalMoments:
+        moments = (self.moments if among is None else among)[_key(name)]
         assert isinstance(moments, ConditionalMoments)
         return moments
 
@@ -439,6 +457,7 @@ class SFP(ScheduledPruning):
             ("flag_threshold", FLAG_THRESHOLDS),
             ("removal", REMOVALS),
             ("removal_spares", REMOVAL_SPARES),
+            ("removal_vectors", REMOVAL_VECTORS),
             ("removal_layers", REMOVAL_LAYERS),
             ("channel_score", CHANNEL_SCORES),
         ):
