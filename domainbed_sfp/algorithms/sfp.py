@@ -116,10 +116,13 @@ class SFP(ScheduledPruning):
     where z is a gate on all that later layers read of the channel for one sample. Over all samples that is Fisher
     pruning (Theis et al. 2018, arXiv 1801.05787).
 
-    The directions are renewed on the way, but in a pretrained network they are found once and stay: moving ones take
-    out more and more of what it knows. There, too, a sample of low loss is one whose class is easy to see, and flagged
-    samples differ from others along what tells classes apart: that part is left out of the directions
-    (`removal_spares`). Metrics of `domain{d}` are those of the d-th training environment.
+    In a network trained from scratch, directions are found among channel means scaled to length 1 (`removal_vectors`):
+    how bright an image is differs between flagged and unflagged samples, too, and would tilt them. They are renewed on
+    the way. In a pretrained network they are found once and stay: moving ones take out more and more of what it knows.
+    There a sample of low loss is one whose class is easy to see, and flagged samples differ from others along what
+    tells classes apart: that part is left out of the directions (`removal_spares`).
+
+    Metrics of `domain{d}` are those of the d-th training environment.
     """
 
     loss_sums: Tensor
