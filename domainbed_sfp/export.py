@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load as tensors_of
@@ -32,6 +33,8 @@ FORMATS = ("safetensors", "onnx")
 # How far logits of the exported network may be from the masked network's; of the larger of 1 and the largest logit.
 TOLERANCE = 1e-4
 RANDOM_IMAGES = 8
+# Where predictions must agree and there are no real images: 1 / (1 - AGREEMENT).
+VOTING_IMAGES = 100
 REAL_IMAGES = 32  # of every environment
 
 # Share of images on which ONNX's integers must predict what the simulation of training does.
@@ -81,14 +84,10 @@ def compact(run: TrainedRun) -> Compact:
         group_norms=surgery.surviving_groups(network),
         gates=gate_widths(network),
         origin={
-            "algorithm": run.args["algorithm"],
-            "dataset": run.args["dataset"],
-            "test_envs": run.args["test_envs"],
+            **_origin(run),
             "sparsity": algorithm.sparsity(),
             "parameters": cost.surviving_parameters,
             "macs": cost.macs,
-            "domainbed_sfp": __version__,
-            "torch": str(torch.__version__),
         },
     )
     removed = sum(int(entry.dead.sum()) for entry in dead)
@@ -160,24 +159,25 @@ def _quantized(
 
     Integers with their scales give the very logits of training's simulation, and are held to it. A runtime of ONNX
     rounds elsewhere where a value lies on the edge between two steps: there predictions must agree on AGREEMENT of the
-    images, and the difference of the logits is told.
+    images, of which there are enough for one to differ, and the difference of the logits is told.
     """
     from domainbed_sfp.quantization import export as quantized
 
-    random = torch.randn(RANDOM_IMAGES, *algorithm.input_shape, generator=torch.Generator().manual_seed(0))
+    count = VOTING_IMAGES if file_format == "onnx" and real is None else RANDOM_IMAGES
+    random = torch.randn(count, *algorithm.input_shape, generator=torch.Generator().manual_seed(0))
+    about = {"normalization": _normalization(run), "origin": _origin(run)}
     images = random if real is None else torch.cat([random, real])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network"
         if file_format == "onnx":
-            quantized.save_onnx(path, algorithm)
+            quantized.save_onnx(path, algorithm, about)
             predict = _onnx_predictor(path.read_bytes())
         else:
-            quantized.save(path, algorithm)
+            quantized.save(path, algorithm, about)
             predict = quantized.load(path)
         data = path.read_bytes()
-    exported, simulated = predict(images), algorithm.export()
     if file_format == "onnx":
-        expected = simulated(images)
+        exported, expected = predict(images), algorithm.predict(images)
         agreement = float((exported.argmax(1) == expected.argmax(1)).float().mean())
         if not agreement >= AGREEMENT:
             raise UserError(
@@ -187,11 +187,16 @@ def _quantized(
         difference = float((exported - expected).abs().max())
         compared = f"predictions agree on {agreement:.1%}, logits within {difference:.1e}"
     else:
-        compared = f"logits within {compare(simulated, predict, images, 'the'):.1e} of the simulated network's"
-    floats = sum(4 * parameter.numel() for parameter in algorithm.deployed_parameters().values())
+        compared = f"logits within {compare(algorithm.predict, predict, images, 'the'):.1e} of the simulated network's"
+    # What no unquantized network has, policies and step sizes, is no part of its size.
+    floats = sum(
+        4 * parameter.numel()
+        for name, parameter in algorithm.deployed_parameters().items()
+        if not {"policy", "weight_steps", "input_steps"} & set(name.split("."))
+    )
     told = (
         f"{networks.backbone_name(algorithm.input_shape, run.hparams)}, {algorithm.costs()['mean_bits']:.2f} bits on "
-        f"average; {len(data):,} bytes ({floats:,} as floats); {compared} ({RANDOM_IMAGES} random and "
+        f"average; {len(data):,} bytes ({floats:,} as floats); {compared} ({count} random and "
         f"{0 if real is None else len(real)} real images)"
     )
     return data, told
@@ -229,6 +234,16 @@ def real_images(run: TrainedRun, data_dir: str | None, cache_dir: str | None) ->
         raise UserError(f"images have shape {dataset.input_shape}, the run's had {run.algorithm.input_shape}")
     cpu = torch.device("cpu")
     return torch.cat([next(dataset.evaluation_batches(i, cpu, REAL_IMAGES))[0] for i in range(len(dataset))])
+
+
+def _origin(run: TrainedRun) -> dict[str, Any]:
+    return {
+        "algorithm": run.args["algorithm"],
+        "dataset": run.args["dataset"],
+        "test_envs": run.args["test_envs"],
+        "domainbed_sfp": __version__,
+        "torch": str(torch.__version__),
+    }
 
 
 def _normalization(run: TrainedRun) -> dict[str, tuple[float, ...]] | None:

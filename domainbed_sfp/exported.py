@@ -167,7 +167,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def read_description(path: str | os.PathLike[str]) -> Description:
-    """What an exported file says about its network. Raises UserError where it is no such file."""
+    """What an exported file says about its pruned network. Raises UserError where it is no such file."""
+    if _is_quantized(path):
+        raise UserError(f"{str(path)!r} holds a quantized network, which has no description; `load` reads it")
     return _read(path)[0]
 
 

@@ -75,6 +75,27 @@ def test_correlation_is_spearmans_with_ties():
 
 
 @pytest.mark.skipif(NO_SCIPY, reason="scipy is not installed")
+@pytest.mark.skipif(NO_SCIPY, reason="scipy is not installed")
+def test_runs_whose_bits_do_not_move_count(main, tmp_path):
+    write_run(tmp_path, "a", finished(cases((3.0, 3.5, 4.0, 4.5))))
+    write_run(tmp_path, "b", finished(cases((4.0,) * 4), trial=1))
+    assert "+0.50 ± 0.50" in main("degraded", "--input_dir", tmp_path).stdout
+
+
+@pytest.mark.skipif(NO_SCIPY, reason="scipy is not installed")
+def test_a_run_that_is_there_twice_counts_once(main, tmp_path):
+    write_run(tmp_path, "a", finished(cases((3.0, 3.5, 4.0, 4.5))))
+    write_run(tmp_path, "b", finished(cases((3.0, 3.5, 4.0, 4.5))))
+    result = main("degraded", "--input_dir", tmp_path)
+    assert "(one run)" in result.stdout and "is the same run as" in result.stderr
+
+
+def test_a_record_of_something_else_is_told_in_one_line(main, tmp_path):
+    write_run(tmp_path, "a", [{"step": 9, "env0_degraded": []}])
+    result = main("degraded", "--input_dir", tmp_path, check=False)
+    assert "not one of DomainBed's or ours" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
 def test_rows_are_told_apart_by_their_settings(main, tmp_path):
     write_run(tmp_path, "a", finished(cases((3.0, 3.0, 3.0, 3.1)), target_bitops=0.2))
     write_run(tmp_path, "b", finished(cases((3.0, 3.0, 3.0, 3.1)), target_bitops=0.3))

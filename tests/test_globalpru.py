@@ -607,6 +607,16 @@ def test_a_network_without_convolutions_inside_blocks():
         make("PACS", (3, 224, 224), backbone="vit_tiny_patch16_224", weights="none")
 
 
+def test_pruning_before_anything_is_trained():
+    values = hparams.resolve_hparams(
+        "GlobalPru", "FullColoredDigits", overrides={"vote_at": 0.001, "prune_start": 0.001}
+    )
+    algorithm = registry.get("GlobalPru").cls((3, 8, 8), 4, 2, values)
+    algorithm.total_steps = 300
+    with pytest.raises(UserError, match="before anything is trained"):
+        algorithm.update([(torch.randn(4, 3, 8, 8), torch.arange(4)) for _ in range(2)])
+
+
 def test_pruning_that_takes_nothing():
     algorithm = make(total=10, sparsity=0.001, domains=contract.DOMAINS)
     with pytest.raises(UserError, match="removes nothing: the largest layer has 128 units"):

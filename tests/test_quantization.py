@@ -229,6 +229,41 @@ def test_a_policy_without_input_decides_alike_for_all():
         assert len(mean.unique()) == different
 
 
+def test_a_policy_pools_over_positions_wherever_channels_are():
+    torch.manual_seed(0)
+    policy, last = Policy(3), Policy(3, channels_last=True)
+    last.load_state_dict(policy.state_dict())
+    for one in (policy, last):
+        nn.init.constant_(one.output.weight, 0.1)
+    x = torch.randn(5, 3, 4, 4)
+    expected = policy.distribution(x)[0]
+    assert expected.std() > 0
+    assert torch.allclose(last.distribution(x.permute(0, 2, 3, 1))[0], expected, atol=1e-6)
+    assert torch.allclose(last.distribution(x.flatten(2).transpose(1, 2))[0], expected, atol=1e-6)
+
+
+def test_dqmq_reads_linear_layers_on_maps_with_channels_last():
+    pytest.importorskip("timm", reason="timm is not installed")
+    overrides = {"backbone": "test_convnext", "weights": "none", "image_size": 32, "policy_start": 0.0}
+    algorithm = registry.get("DQMQ").cls(
+        (3, 32, 32), 4, 2, hparams.resolve_hparams("DQMQ", "PACS", overrides=overrides)
+    )
+    algorithm.total_steps = 2
+    for _ in range(2):
+        algorithm.update([(torch.randn(4, 3, 32, 32), torch.arange(4)) for _ in range(2)])
+    assert algorithm.at_final_compression()
+    # Nobody has asked for an evaluation, as in DomainBed's own loop: the widths of the last batch are known anyway.
+    assert algorithm.costs()["mean_bits"] < 8
+
+
+def test_a_constant_policy_is_not_deployed():
+    def deployed(name):
+        algorithm = registry.get(name).cls((3, 8, 8), 4, 2, hparams.resolve_hparams(name, "FullColoredDigits"))
+        return {name for name in algorithm.deployed_parameters() if ".policy." in name}
+
+    assert deployed("DQMQ") and not deployed("StaticMixedPrecision")
+
+
 def test_a_policys_widths_are_not_rounded_under_autocast():
     torch.manual_seed(0)
     policy = Policy(8)

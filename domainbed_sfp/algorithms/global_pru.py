@@ -166,6 +166,11 @@ class GlobalPru(ScheduledPruning):
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         closes = self.vote_step()
+        if self.step == 0 and self.schedule.first_step(self.total_steps) < 1 and self.hparams["sparsity"] > 0:
+            raise UserError(
+                f"GlobalPru prunes by a vote of trained gates, and hparam 'prune_start' {self.hparams['prune_start']} "
+                f"of {self.total_steps} steps is before anything is trained; raise it or train for more steps"
+            )
         # At step 0 all gates are alike still.
         if max(0, closes - self._span("vote_window")) < self.step <= closes:
             self._collect_votes(minibatches)

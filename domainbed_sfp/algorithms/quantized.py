@@ -23,7 +23,7 @@ from domainbed_sfp.quantization.layers import (
     WIDEST_ONLY,
     Control,
     Trace,
-    input_features,
+    make_policy,
     mean_bits,
     quantize_layers,
 )
@@ -214,14 +214,16 @@ class PolicyQuantization(QuantizedAlgorithm):
                     f"{rows} windows; choose another backbone, or UniformQuant"
                 )
 
-        def make_policy(layer: nn.Module) -> Policy:
-            return Policy(input_features(layer), self.reads_input)
-
-        return quantize_layers(self, names, self.control, make_policy, WIDEST)
+        return quantize_layers(self, names, self.control, lambda layer: make_policy(layer, self.reads_input), WIDEST)
 
     def policies(self) -> dict[str, Policy]:
         """The policies by the names of their layers."""
         return {name: layer.policy for name, layer in self.layers.items() if layer.policy is not None}
+
+    def deployed_parameters(self) -> dict[str, Tensor]:
+        """Without the policies of a constant input: their one decision is in the weights."""
+        deployed = super().deployed_parameters()
+        return {name: value for name, value in deployed.items() if self.reads_input or ".policy." not in name}
 
     def first_policy_step(self) -> int:
         return min(round(self.hparams["policy_start"] * self.total_steps), self.total_steps - 1)
@@ -314,3 +316,5 @@ class PolicyQuantization(QuantizedAlgorithm):
         for policy, shift in zip(policies.values(), fit_shifts(means, macs, self.budget - self.bitops.pinned)):
             policy.shift.fill_(float(shift))
             policy.allowed.fill_(True)
+        nearest = {name: [policies[name].nearest(c) for c in choices] for name, choices in trace.items()}
+        self.calibrated = self._taken(nearest, 0)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _FIELD = re.compile(r"env(\d+)_degraded")
 NONE = "none"
+# By these, runs of one method on one data set differ.
+SEEDS = ("test_envs", "hparams_seed", "trial_seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Summary:
     """A row over its runs and test environments, `n` of them.
 
     accuracy, bits: by severity, 0 first, means over degradations and runs. correlations: Spearman's rho of severity and
-    mean bits over the cases of one run and environment; none where the bits never move.
+    mean bits over the cases of one run and environment, 0 for one whose bits do not move; none where no run's do.
     """
 
     dataset: str
@@ -95,15 +97,39 @@ def cases_of(input_dir: str | Path, warn: Warn) -> list[Case]:
     if not files:
         raise UserError(f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}")
     found: list[tuple[Method, str, Mapping[str, Any]]] = []
+    known: dict[tuple[Any, ...], Path] = {}
+    seeds: dict[tuple[Method, str], set[int]] = defaultdict(set)
     for file in files:
         if not (file.parent / DONE).exists():
             warn(f"{file.parent}: not finished, left out")
             continue
-        last: dict[str, Any] = next(iter(reversed(list(read_records(file, warn)))), {})
-        if any(_FIELD.fullmatch(name) for name in last):
+        try:
+            last: dict[str, Any] = next(iter(reversed(list(read_records(file, warn)))), {})
+            if not any(_FIELD.fullmatch(name) for name in last):
+                continue
             args = last["args"]
             method = method_of(args["algorithm"], args.get("hparams"), args.get("steps"), args["dataset"])
-            found.append((method, file.parent.name, last))
+            key = (method, args["dataset"], *(str(args[name]) for name in SEEDS))
+            list(_cases("", "", last))
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{file} holds a record that is not one of DomainBed's or ours ({type(error).__name__}: {error}); move "
+                "it out of --input_dir"
+            ) from error
+        if key in known:
+            warn(f"{file.parent} is the same run as {known[key]}, left out")
+            continue
+        known[key] = file.parent
+        seeds[method, args["dataset"]].add(args["hparams_seed"])
+        found.append((method, file.parent.name, last))
+    for (method, dataset), drawn in seeds.items():
+        if len(drawn) > 1:
+            warn(
+                f"{root}: runs of {method.algorithm} on {dataset} have {len(drawn)} hparams seeds, and the table takes "
+                "means over them together"
+            )
     if not found:
         raise UserError(
             f"--input_dir {root}: no record of its {len(files)} runs was made on degraded copies; those of the "
@@ -156,10 +182,16 @@ def summarise(cases: Iterable[Case]) -> list[Summary]:
             len(runs),
             _by_severity(runs.values(), "accuracy"),
             _by_severity(runs.values(), "mean_bits"),
-            tuple(rho for run in runs.values() if (rho := correlation(run)) is not None),
+            _correlations(runs.values()),
         )
         for (dataset, row), runs in rows.items()
     ]
+
+
+def _correlations(runs: Iterable[Sequence[Case]]) -> tuple[float, ...]:
+    # Runs whose bits do not move count: without them the rest would speak for all.
+    found = [correlation(run) for run in runs]
+    return () if all(rho is None for rho in found) else tuple(rho or 0.0 for rho in found)
 
 
 def _by_severity(runs: Iterable[Sequence[Case]], name: str) -> dict[int, float]:
@@ -199,8 +231,8 @@ def markdown_text(summaries: Sequence[Summary]) -> str:
     blocks.append(
         "- Accuracy in percent and bits are means over runs and the five degradations (blur, noise, contrast, resize, "
         "JPEG); severity 0: the images as they are.\n"
-        "- Rho: Spearman's rank correlation of severity and mean bits over the cases of a run, mean ± standard error "
-        "over runs; p of a two-sided t-test against 0.\n"
+        "- Rho: Spearman's rank correlation of severity and mean bits over the cases of a run (0 where its bits do not "
+        "move), mean ± standard error over runs; p of a two-sided t-test against 0.\n"
     )
     return "\n".join(blocks)
 

@@ -31,9 +31,8 @@ from domainbed_sfp.errors import UserError
 from domainbed_sfp.exported import QUANTIZED_HEADER
 from domainbed_sfp.files import write_atomically
 from domainbed_sfp.quantization.deployment import DeployedLayer
-from domainbed_sfp.quantization.layers import input_features
+from domainbed_sfp.quantization.layers import make_policy
 from domainbed_sfp.quantization.packing import pack, packed_bytes, unpack
-from domainbed_sfp.quantization.policy import Policy
 
 if TYPE_CHECKING:
     from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
@@ -49,8 +48,9 @@ NETWORK_HPARAMS = ("backbone", "freeze_bn", "nonlinear_classifier", "resnet18", 
 ONNX_OPSET = 21
 
 
-def save(path: str | os.PathLike[str], algorithm: QuantizedAlgorithm) -> None:
-    """Writes the network of `algorithm` as packed integers; see the module's text."""
+def save(path: str | os.PathLike[str], algorithm: QuantizedAlgorithm, about: Mapping[str, Any] | None = None) -> None:
+    """Writes the network of `algorithm` as packed integers; see the module's text. `about`: JSON values that its header
+    tells besides, such as how pixels are to be normalised."""
     network = algorithm.export()
     described = {
         name: {
@@ -63,6 +63,7 @@ def save(path: str | os.PathLike[str], algorithm: QuantizedAlgorithm) -> None:
         for name, layer in deployed_layers(network).items()
     }
     header: dict[str, Any] = {
+        **(about or {}),
         "format": FORMAT,
         "input_shape": list(algorithm.input_shape),
         "num_classes": algorithm.num_classes,
@@ -119,8 +120,11 @@ def deployed_layers(network: nn.Module) -> dict[str, DeployedLayer]:
     return {name: module for name, module in network.named_modules() if isinstance(module, DeployedLayer)}
 
 
-def save_onnx(path: str | os.PathLike[str], algorithm: QuantizedAlgorithm) -> None:
-    """Writes the network of `algorithm` as ONNX: `images` [batch, C, H, W] to `logits` [batch, classes].
+def save_onnx(
+    path: str | os.PathLike[str], algorithm: QuantizedAlgorithm, about: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the network of `algorithm` as ONNX: `images` [batch, C, H, W] to `logits` [batch, classes]. `about`: JSON
+    values for the metadata entry `QUANTIZED_HEADER`.
 
     Raises UserError for a network that decides sample by sample or that torch cannot write as ONNX, and where the extra
     `export` is not installed.
@@ -159,6 +163,9 @@ def save_onnx(path: str | os.PathLike[str], algorithm: QuantizedAlgorithm) -> No
     model = program.model_proto
     for name, layer in layers.items():
         _quantize_node(model.graph, f"{name}.weight", layer)
+    if about:
+        entry = model.metadata_props.add()
+        entry.key, entry.value = QUANTIZED_HEADER, json.dumps(about)
     onnx.checker.check_model(model)
     write_atomically(path, model.SerializeToString())
 
@@ -167,6 +174,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[QUANTIZED_HEADER])
+            if not isinstance(header, dict):
+                raise ValueError("its header is no JSON object")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"there is no file {str(path)!r}") from None
@@ -200,7 +209,7 @@ def _build(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Modul
             steps,
             steps.clone() if described["quantizes_input"] else None,
             described["signed_input"],
-            Policy(input_features(layer)) if described["has_policy"] else None,
+            make_policy(layer) if described["has_policy"] else None,
         )
         parent, _, attribute = name.rpartition(".")
         setattr(network.get_submodule(parent), attribute, replacement)

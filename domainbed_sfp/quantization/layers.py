@@ -237,6 +237,11 @@ def input_features(layer: nn.Module) -> int:
     return layer.in_features
 
 
+def make_policy(layer: nn.Module, reads_input: bool = True) -> Policy:
+    """A policy for what `layer` reads."""
+    return Policy(input_features(layer), reads_input, channels_last=isinstance(layer, nn.Linear))
+
+
 def mean_bits(trace: Mapping[str, Sequence[Choice]], bits: Tensor) -> Tensor:
     """Each sample's mean width over the layers with a policy, each counting alike: [N]."""
     return torch.stack([bits[torch.cat([choice.index for choice in choices])] for choices in trace.values()]).mean(0)

@@ -48,6 +48,7 @@ class Policy(nn.Module):
     Args:
         features: channels of the layer's input.
         reads_input: False gives the same network a constant input: one distribution for all samples.
+        channels_last: whether channels come last in the layer's input, as a linear layer has them.
     """
 
     pooled_mean: Tensor
@@ -57,8 +58,9 @@ class Policy(nn.Module):
     allowed: Tensor
     bits: Tensor
 
-    def __init__(self, features: int, reads_input: bool = True) -> None:
+    def __init__(self, features: int, reads_input: bool = True, channels_last: bool = False) -> None:
         super().__init__()
+        self.channels_last = channels_last
         self.features = features
         self.reads_input = reads_input
         self.hidden = nn.Linear(features, HIDDEN_UNITS)
@@ -75,7 +77,7 @@ class Policy(nn.Module):
         self.register_buffer("allowed", torch.ones(len(WIDTHS), dtype=torch.bool))
 
     def distribution(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """mu [N] and log sigma [N] for a layer's input [N, C, H, W], [N, T, C] or [N, C]."""
+        """mu [N] and log sigma [N] for a layer's input [N, C, H, W] or [N, C]; with `channels_last`, [N, ..., C]."""
         read = (
             self._standardised(self._pooled(x)) if self.reads_input else torch.ones(1, self.features, device=x.device)
         )
@@ -86,9 +88,9 @@ class Policy(nn.Module):
 
     def _pooled(self, x: Tensor) -> Tensor:
         x = x.detach().float()
-        if x.dim() == 4:
-            return x.mean((2, 3))
-        return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
+        if x.dim() == 2:
+            return x
+        return x.flatten(1, -2).mean(1) if self.channels_last else x.flatten(2).mean(2)
 
     def _standardised(self, pooled: Tensor) -> Tensor:
         relative, outright = VARIANCE_FLOOR
@@ -121,8 +123,12 @@ class Policy(nn.Module):
     def most_probable(self, x: Tensor) -> Choice:
         """The width nearest to mu + shift, which is the likeliest whatever sigma is; the lower of two equally near."""
         mean, log_sigma = self.distribution(x)
-        distance = (self.bits - (mean + self.shift)[:, None]).abs().masked_fill(~self.allowed, torch.inf)
-        return Choice(distance.argmin(1), mean, log_probabilities(mean, log_sigma, self.bits), None)
+        return self.nearest(Choice(torch.empty(0), mean, log_probabilities(mean, log_sigma, self.bits), None))
+
+    def nearest(self, choice: Choice) -> Choice:
+        """What `most_probable` would choose from the distribution of `choice`."""
+        distance = (self.bits - (choice.mean + self.shift)[:, None]).abs().masked_fill(~self.allowed, torch.inf)
+        return Choice(distance.argmin(1), choice.mean, choice.log_probabilities, None)
 
 
 def log_probabilities(mean: Tensor, log_sigma: Tensor, bits: Tensor) -> Tensor:
