@@ -35,7 +35,7 @@ from domainbed_sfp.registry import register
 FLAG_POLICIES = ("loss", "random", "oracle")
 FLAG_THRESHOLDS = ("environment", "class")
 REMOVALS = ("hard", "soft", "none")
-REMOVAL_SPARES = ("auto", "class_means", "nothing")
+REMOVAL_SPARES = ("class_means", "nothing")
 REMOVAL_VECTORS = ("auto", "relative", "absolute")
 REMOVAL_LAYERS = ("auto", "first", "last", "all")
 CHANNEL_SCORES = ("auto", "class_conditional", "taylor", "unflagged")
@@ -66,9 +66,7 @@ HPARAMS = {
         "share of the possible directions removed",
         valid=Range("a share in (0, 1]", lambda value: 0 < value <= 1),
     ),
-    "removal_spares": Hparam(
-        "auto", doc="class_means: directions that tell classes apart stay; nothing; auto: the first where pretrained"
-    ),
+    "removal_spares": Hparam("nothing", doc="class_means: directions that tell classes apart stay; nothing"),
     "removal_vectors": Hparam(
         "auto",
         doc="what directions are found among: relative (a layer's channel means, of length 1), absolute (as they are); "
@@ -119,8 +117,9 @@ class SFP(ScheduledPruning):
     In a network trained from scratch, directions are found among channel means scaled to length 1 (`removal_vectors`):
     how bright an image is differs between flagged and unflagged samples, too, and would tilt them. They are renewed on
     the way. In a pretrained network they are found once and stay: moving ones take out more and more of what it knows.
-    There a sample of low loss is one whose class is easy to see, and flagged samples differ from others along what
-    tells classes apart: that part is left out of the directions (`removal_spares`).
+    There a sample of low loss may just be one whose class is easy to see, and flagged samples differ from others along
+    what tells classes apart: with `removal_spares` "class_means" that part is left out of the directions. Of few input
+    channels class means span all, and nothing would be left to remove.
 
     Metrics of `domain{d}` are those of the d-th training environment.
     """
@@ -139,10 +138,6 @@ class SFP(ScheduledPruning):
         if self.channel_score == "auto":
             # The contrast alone takes channels a pretrained network cannot do without (PACS: 15 points in domain).
             self.channel_score = "taylor" if self.is_pretrained else "class_conditional"
-        self.removal_spares = self.hparams["removal_spares"]
-        if self.removal_spares == "auto":
-            # Of few input channels class means span all, and nothing would be left to remove.
-            self.removal_spares = "class_means" if self.is_pretrained else "nothing"
         self.removal_vectors = self.hparams["removal_vectors"]
         if self.removal_vectors == "auto":
             # How much ink a digit has differs between flagged and unflagged samples, too, and would tilt the directions
@@ -362,7 +357,7 @@ class SFP(ScheduledPruning):
                 self._moments(name, self.layer_moments),
                 self.hparams["removal_rank"],
                 self.hparams["removal_energy"],
-                self.removal_spares == "class_means",
+                self.hparams["removal_spares"] == "class_means",
             )
             stored = getattr(self, _directions(name))
             stored.zero_()
