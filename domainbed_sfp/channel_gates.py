@@ -37,10 +37,9 @@ class ChannelGate(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # Rounded to bf16 many channels' attention would be the same, and their order is what gates are asked for.
             with torch.autocast(x.device.type, enabled=False):
-                attention = self._attention(x.mean((2, 3), dtype=torch.float32)).to(x.dtype)
-        else:
-            attention = self._attention(x.mean((2, 3)))
-        return x * attention.unsqueeze(2).unsqueeze(3)
+                attention = self._attention(x.mean((2, 3), dtype=torch.float32))
+                return (x * attention.unsqueeze(2).unsqueeze(3)).to(x.dtype)
+        return x * self._attention(x.mean((2, 3))).unsqueeze(2).unsqueeze(3)
 
     def _attention(self, pooled: Tensor) -> Tensor:
         return 2 * torch.sigmoid(self.expand(F.relu(self.reduce(pooled))))

@@ -163,6 +163,8 @@ def choose_precision(name: str, device: torch.device, network: torch.nn.Module) 
     """The arithmetic that `name` stands for on this device and network: "fp32" or "bf16"."""
     if name != "auto":
         return name
+    if getattr(network, "full_precision", False):
+        return "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     fast = "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()

@@ -55,26 +55,33 @@ def test_table(main, sweep):
     lines = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("|")]
     rows = {line[0].strip("| "): [cell.strip("| ") for cell in line[1:]] for line in lines[2:]}
     # Severity 0, 1 and 3 (there is no 5); two runs whose bits rise and one whose bits fall: rho 1, -1, 1.
-    assert rows["DQMQ"] == ["80.0", "70.0", "50.0", "3.67", "4.17", "+0.33 ± 0.67 (p = 0.67)", "3"]
-    assert rows["UniformQuant"] == ["80.0", "70.0", "50.0", "4.00", "4.00", "the bits never move", "1"]
-    assert rows["ERM"] == ["80.0", "70.0", "50.0", ABSENT, ABSENT, ABSENT, "1"]
+    assert rows["DQMQ"] == [
+        "80.0",
+        "70.0",
+        "50.0",
+        "3.67",
+        "4.17",
+        "+0.33 ± 0.67 (p = 0.67)",
+        "blur +0.33, noise +0.33",
+        "3",
+    ]
+    assert rows["UniformQuant"] == ["80.0", "70.0", "50.0", "4.00", "4.00", "the bits never move", ABSENT, "1"]
+    assert rows["ERM"] == ["80.0", "70.0", "50.0", ABSENT, ABSENT, ABSENT, ABSENT, "1"]
     assert "not finished, left out" in result.stderr and "CORAL" not in result.stdout
 
 
-def test_correlation_is_spearmans_with_ties():
-    """Severities 0, 1 2 3, 1 2 3 and bits 0, 1 1 1, 2 2 2 have the ranks 1, 2.5 4.5 6.5, 2.5 4.5 6.5 and 1, 3 3 3, 6 6 6:
-    their products about the mean, 4, sum to 10.5, their squares to 26.5 and 24."""
+def test_correlation_is_spearmans_within_a_degradation():
+    """Severities 0, 1, 2, 3 and bits 0, 1, 1, 1 have the ranks 1, 2, 3, 4 and 1, 3, 3, 3: their products about the mean sum
+    to 3, their squares to 5 and 3. That the other degradation falls does not hide it."""
     pytest.importorskip("scipy", reason="scipy is not installed")
-    found = cases((0.0,) * 4)
-    bits = [0, 1, 1, 1, 2, 2, 2]
+    bits = [0, 1, 1, 1, -1, -2, -3]
     told = [
         degraded.Case("D", "r", "x", 0, 0, "art", case["degradation"], case["severity"], 100, 50.0, bit, None)
-        for case, bit in zip(found, bits)
+        for case, bit in zip(cases((0.0,) * 4), bits)
     ]
-    assert degraded.correlation(told) == pytest.approx(10.5 / (26.5 * 24) ** 0.5)
+    assert degraded.correlations(told) == {"blur": pytest.approx(3 / 15**0.5), "noise": pytest.approx(-1)}
 
 
-@pytest.mark.skipif(NO_SCIPY, reason="scipy is not installed")
 @pytest.mark.skipif(NO_SCIPY, reason="scipy is not installed")
 def test_runs_whose_bits_do_not_move_count(main, tmp_path):
     write_run(tmp_path, "a", finished(cases((3.0, 3.5, 4.0, 4.5))))

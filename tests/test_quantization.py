@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from domainbed_sfp import contract, exported, hparams, registry
+from domainbed_sfp import contract, exported, hparams, registry, training
 from domainbed_sfp.data import degradations, get_dataset_class
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, normalize
 from domainbed_sfp.data.loaders import MinibatchLoader
@@ -31,6 +31,7 @@ from domainbed_sfp.quantization.packing import pack, unpack
 from domainbed_sfp.quantization.policy import (
     WIDTHS,
     Policy,
+    _Bounded,
     common_uniforms,
     log_probabilities,
     reinforce,
@@ -227,6 +228,76 @@ def test_a_policy_without_input_decides_alike_for_all():
         nn.init.normal_(policy.output.weight)
         mean, _ = policy.distribution(torch.randn(3, 3, 4, 4))
         assert len(mean.unique()) == different
+
+
+def test_shifts_leave_room_around_the_widths_they_choose():
+    """Nineteen layers that decide alike for all samples, too many to try every assignment: mu moved by a tenth of a bit
+    either way, or by a rounding error, is still nearest to the same widths."""
+    torch.manual_seed(0)
+    means = (3 + 2 * torch.rand(19)).expand(8, 19)
+    macs = [1 + layer for layer in range(19)]
+    bits = torch.tensor(WIDTHS, dtype=torch.float64)
+
+    def cost(shifted):
+        nearest = bits[(shifted[..., None] - bits).abs().argmin(-1)]
+        return float((nearest.square() * torch.tensor(macs)).sum(1).mean())
+
+    budget = 16.0 * sum(macs)
+    shifted = means.double() + fit_shifts(means, macs, budget)
+    assert 0.95 * budget < cost(shifted) <= budget
+    assert cost(shifted + 0.1) == cost(shifted - 0.1) == cost(shifted)
+    # Samples that spread over less than a width's interval stay in it.
+    spread = means + 0.3 * torch.rand(8, 1)
+    shifts = fit_shifts(spread, macs, budget)
+    assert cost(spread.double() + shifts) <= budget * (1 + 1e-9)
+
+
+def test_a_policy_that_is_too_narrow_finds_back():
+    values = torch.tensor([-3.0, -3.0, 0.0, 4.0, 4.0], requires_grad=True)
+    bounded = _Bounded.apply(values)
+    assert bounded.tolist() == pytest.approx([-0.7, -0.7, 0.0, 1.5, 1.5])
+    (bounded * torch.tensor([1.0, -1.0, 2.0, 1.0, -1.0])).sum().backward()
+    assert values.grad.tolist() == [0.0, -1.0, 2.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("name, overrides", [("UniformQuant", {"bits": 4}), ("StaticMixedPrecision", {})])
+def test_quantized_layers_compute_in_full_precision_under_autocast(name, overrides):
+    algorithm = trained(name, **overrides).eval()
+    x = torch.rand(8, 3, 8, 8)
+    layer = list(algorithm.layers.values())[1]
+    shape = (4, layer.layer.in_channels, 5, 5)
+    inputs = torch.randn(shape).bfloat16()
+    with torch.no_grad():
+        expected = layer(inputs.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(inputs)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert training.choose_precision("auto", torch.device("cuda"), algorithm) == "fp32"
+    assert algorithm.predict(x).shape == (8, algorithm.num_classes)
+
+
+def test_a_uniform_width_may_begin_later(tmp_path):
+    """As the methods with a policy do: 8 bits first, then step sizes start anew from the weights as they are."""
+    values = hparams.resolve_hparams("UniformQuant", "FullColoredDigits", overrides={"bits": 3, "quantize_start": 0.25})
+    torch.manual_seed(0)
+    algorithm = registry.get("UniformQuant").cls((3, 8, 8), 4, 2, values)
+    algorithm.total_steps = 8
+    final = algorithm.bitops.uniform(8)
+    told = []
+    for step in range(8):
+        torch.manual_seed(step)
+        algorithm.update([(torch.rand(8, 3, 8, 8), torch.arange(8) % 4) for _ in range(2)])
+        told.append((algorithm.at_final_compression(), algorithm.costs()["mean_bits"]))
+        if step == 1:
+            assert algorithm.costs()["bitops"] == algorithm.bitops.at_8_bits
+    assert told == [(False, 8.0)] * 2 + [(True, 3.0)] * 6
+    assert algorithm.costs()["bitops"] == final < algorithm.bitops.at_8_bits
+    again = registry.get("UniformQuant").cls((3, 8, 8), 4, 2, values)
+    again.total_steps = 8
+    again.load_state_dict(algorithm.state_dict())
+    x = torch.rand(4, 3, 8, 8)
+    assert torch.equal(again.eval().predict(x), algorithm.eval().predict(x))
+    assert {tuple(layer.widths) for layer in export.deployed_layers(algorithm.export()).values()} == {(8,), (3,)}
 
 
 def test_a_policy_pools_over_positions_wherever_channels_are():

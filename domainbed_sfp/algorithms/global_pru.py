@@ -134,6 +134,8 @@ class GlobalPru(ScheduledPruning):
                 f"GlobalPru prunes by a vote of trained gates: hparam 'vote_at' must be in (0, prune_start], got "
                 f"vote_at {hparams['vote_at']} and prune_start {hparams['prune_start']}"
             )
+        if hparams["gate_reduction"] < 1:
+            raise UserError(f"hparam 'gate_reduction': expected at least 1, got {hparams['gate_reduction']}")
         check_sparsity(hparams["sparsity"])
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.votes = nn.ModuleDict(

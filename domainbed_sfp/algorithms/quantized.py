@@ -67,8 +67,10 @@ class QuantizedAlgorithm(ObjectiveAlgorithm):
     """Trains a network whose weights and inputs are quantized in every convolution and linear layer.
 
     The first layer and the classifier have 8 bits, as is usual (LSQ does so too). BatchNorm's statistics are shared by
-    all widths, and taken afresh from training images before an evaluation.
+    all widths, and taken afresh from training images before an evaluation. Quantized layers compute in full precision.
     """
+
+    full_precision = True
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
@@ -79,6 +81,7 @@ class QuantizedAlgorithm(ObjectiveAlgorithm):
         positions = count_positions(self, self.input_shape, self.network)
         weights = dict(self.named_parameters())
         macs = {name.removesuffix(".weight"): weights[name].numel() * used for name, used in positions.items()}
+        self.macs = macs
         self.layers = self.quantize(list(macs))
         self.network = nn.Sequential(self.featurizer, self.classifier)
         self.optimizer = self.make_optimizer()
@@ -166,7 +169,7 @@ class QuantizedAlgorithm(ObjectiveAlgorithm):
         inner = list(self.layers.values())[1:-1]
         # Without choices every layer is at its widest.
         bits_alike = sum(layer.widths[-1] for layer in inner) / len(inner)
-        return bits_alike, float(self.bitops.uniform(WIDEST))
+        return bits_alike, float(sum(self.macs[name] * layer.widths[-1] ** 2 for name, layer in self.layers.items()))
 
 
 class PolicyQuantization(QuantizedAlgorithm):
@@ -192,6 +195,8 @@ class PolicyQuantization(QuantizedAlgorithm):
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
+        if not 0 <= self.hparams["policy_start"] < 1:  # inside DomainBed nobody has checked it
+            raise UserError(f"hparam 'policy_start': expected a fraction in [0, 1), got {self.hparams['policy_start']}")
         if self.hparams["reinforce"] and self.hparams["objective"] != "ERM":
             raise UserError(
                 f"hparam 'reinforce' rewards each sample by its cross-entropy, which objective "

@@ -62,8 +62,10 @@ class Case:
 class Summary:
     """A row over its runs and test environments, `n` of them.
 
-    accuracy, bits: by severity, 0 first, means over degradations and runs. correlations: Spearman's rho of severity and
-    mean bits over the cases of one run and environment, 0 for one whose bits do not move; none where no run's do.
+    accuracy, bits: by severity, 0 first, means over degradations and runs. correlations: for each run, the mean over
+    degradations (and test environments) of Spearman's rho of severity and mean bits; within a degradation, because
+    degradations differ in their bits and would hide what each does. 0 where bits do not move; none where no run's do.
+    by_degradation: the same by degradation, means over runs.
     """
 
     dataset: str
@@ -72,6 +74,7 @@ class Summary:
     accuracy: dict[int, float]
     bits: dict[int, float]
     correlations: tuple[float, ...]
+    by_degradation: dict[str, float]
 
     def correlation(self) -> str:
         """Mean, standard error and p of a two-sided t-test against 0, in words."""
@@ -175,23 +178,27 @@ def summarise(cases: Iterable[Case]) -> list[Summary]:
     rows: dict[tuple[str, str], dict[tuple[str, str], list[Case]]] = defaultdict(lambda: defaultdict(list))
     for case in cases:
         rows[case.dataset, case.row][case.run, case.environment].append(case)
-    return [
-        Summary(
-            dataset,
-            row,
-            len(runs),
-            _by_severity(runs.values(), "accuracy"),
-            _by_severity(runs.values(), "mean_bits"),
-            _correlations(runs.values()),
-        )
-        for (dataset, row), runs in rows.items()
-    ]
+    return [_summary(dataset, row, runs) for (dataset, row), runs in rows.items()]
 
 
-def _correlations(runs: Iterable[Sequence[Case]]) -> tuple[float, ...]:
-    # Runs whose bits do not move count: without them the rest would speak for all.
-    found = [correlation(run) for run in runs]
-    return () if all(rho is None for rho in found) else tuple(rho or 0.0 for rho in found)
+def _summary(dataset: str, row: str, runs: Mapping[tuple[str, str], Sequence[Case]]) -> Summary:
+    # By run, over its environments; by degradation, over runs.
+    by_run: dict[str, list[float]] = defaultdict(list)
+    by_degradation: dict[str, list[float]] = defaultdict(list)
+    if any(rho for run in runs.values() for rho in correlations(run).values()):
+        for (run, _), found in runs.items():
+            for degradation, rho in correlations(found).items():
+                by_run[run].append(rho)
+                by_degradation[degradation].append(rho)
+    return Summary(
+        dataset,
+        row,
+        len(runs),
+        _by_severity(runs.values(), "accuracy"),
+        _by_severity(runs.values(), "mean_bits"),
+        tuple(fmean(rhos) for rhos in by_run.values()),
+        {degradation: fmean(rhos) for degradation, rhos in by_degradation.items()},
+    )
 
 
 def _by_severity(runs: Iterable[Sequence[Case]], name: str) -> dict[int, float]:
@@ -203,15 +210,20 @@ def _by_severity(runs: Iterable[Sequence[Case]], name: str) -> dict[int, float]:
     return {severity: fmean(found) for severity, found in sorted(values.items())}
 
 
-def correlation(cases: Sequence[Case]) -> float | None:
-    """Spearman's rank correlation of severity and mean bits over the cases of a run; None where bits never move."""
+def correlations(cases: Sequence[Case]) -> dict[str, float]:
+    """By degradation, Spearman's rank correlation of severity and mean bits over the cases of a run, the images as they
+    are among them; 0 where bits do not move. Empty where there are no bits."""
     from scipy import stats
 
-    told = [(case.severity, case.mean_bits) for case in cases if case.mean_bits is not None]
-    severities, bits = [severity for severity, _ in told], [round(bits, 9) for _, bits in told]
-    if len(set(severities)) < 2 or len(set(bits)) < 2:
-        return None
-    return float(stats.spearmanr(severities, bits).statistic)
+    clean = [case for case in cases if case.degradation == NONE]
+    found = {}
+    for degradation in dict.fromkeys(case.degradation for case in cases if case.degradation != NONE):
+        here = [*clean, *(case for case in cases if case.degradation == degradation)]
+        told = [(case.severity, round(case.mean_bits, 9)) for case in here if case.mean_bits is not None]
+        severities, bits = [severity for severity, _ in told], [value for _, value in told]
+        if len(set(severities)) > 1:
+            found[degradation] = float(stats.spearmanr(severities, bits).statistic) if len(set(bits)) > 1 else 0.0
+    return found
 
 
 def markdown_text(summaries: Sequence[Summary]) -> str:
@@ -222,17 +234,22 @@ def markdown_text(summaries: Sequence[Summary]) -> str:
         severities = sorted({severity for summary in here for severity in summary.accuracy})
         shown = [severity for severity in (0, 1, 3, 5) if severity in severities] or severities
         head = ["Row", *(f"Accuracy, severity {s}" for s in shown), "Bits, severity 0", f"Bits, severity {shown[-1]}"]
-        lines = [[*head, "Rho of severity and bits", "Runs"], ["---", *["--:"] * (len(head) + 1)]]
+        lines = [
+            [*head, "Rho of severity and bits", "By degradation", "Runs"],
+            ["---", *["--:"] * len(head), "---", "--:"],
+        ]
         for summary in here:
             accuracies = [f"{summary.accuracy[s]:.1f}" if s in summary.accuracy else ABSENT for s in shown]
             bits = [f"{summary.bits[s]:.2f}" if s in summary.bits else ABSENT for s in (shown[0], shown[-1])]
-            lines.append([summary.row, *accuracies, *bits, summary.correlation(), str(summary.n)])
+            kinds = ", ".join(f"{kind} {rho:+.2f}" for kind, rho in summary.by_degradation.items()) or ABSENT
+            lines.append([summary.row, *accuracies, *bits, summary.correlation(), kinds, str(summary.n)])
         blocks.append(f"### {dataset}, degraded copies of the test environment\n\n" + _table(lines))
     blocks.append(
         "- Accuracy in percent and bits are means over runs and the five degradations (blur, noise, contrast, resize, "
         "JPEG); severity 0: the images as they are.\n"
-        "- Rho: Spearman's rank correlation of severity and mean bits over the cases of a run (0 where its bits do not "
-        "move), mean ± standard error over runs; p of a two-sided t-test against 0.\n"
+        "- Rho: Spearman's rank correlation of severity and mean bits within a degradation, the images as they are "
+        "among the cases (0 where bits do not move), mean over degradations; mean ± standard error over runs; p of a "
+        "two-sided t-test against 0.\n"
     )
     return "\n".join(blocks)
 

@@ -78,9 +78,10 @@ def measure_cost(parameters: Mapping[str, Tensor], positions: Mapping[str, int],
 
     Args:
         parameters: all parameters, by name.
-        positions: see `count_positions`; names as in `parameters`.
+        positions: see `count_positions`; what is no parameter, as helpers of the training are not, costs nothing.
         masks: bool tensors by parameter name; a parameter without one lives whole.
     """
+    positions = {name: used for name, used in positions.items() if name in parameters}
     alive = {name: int(masks[name].sum()) if name in masks else value.numel() for name, value in parameters.items()}
     return Cost(
         parameters=sum(value.numel() for value in parameters.values()),

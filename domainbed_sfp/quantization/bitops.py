@@ -150,7 +150,24 @@ def fit_shifts(means: Tensor, macs: Sequence[int], budget: float) -> Tensor:
 
         shifts[layer] += _largest(layer_cost, budget - others, 0.0, LAYER_SHIFT)
         costs[layer] = layer_cost(float(shifts[layer]) - shift)
-    return shifts
+    return shifts + _centering(means + shifts)
+
+
+def _centering(shifted: Tensor) -> Tensor:
+    """What to add to a layer's shifted mu [N, L] where all samples take one width, so that mu lies around it: [L].
+
+    The largest shift that the budget allows leaves mu just below the next width, and what moves it up ever so little,
+    the next training step or other images, would cost more than the same movement down saves.
+    """
+    bits = torch.tensor(WIDTHS, dtype=torch.float64)
+    between = (bits[1:] + bits[:-1]) / 2
+    taken = torch.bucketize(shifted, between)
+    low, high = shifted.amin(0), shifted.amax(0)
+    half = (high - low) / 2
+    edges = torch.cat((-torch.inf * torch.ones(1, dtype=torch.float64), between, torch.inf * torch.ones(1)))
+    width = taken[0]
+    centre = bits[width].maximum(edges[width] + half).minimum(edges[width + 1] - half)
+    return torch.where((taken == width).all(0), centre - (low + high) / 2, 0.0)
 
 
 def _largest(cost, budget: float, low: float, high: float) -> float:

@@ -123,8 +123,19 @@ class QuantizedLayer(nn.Module):
         rows = weight.expand(len(used), *weight.shape)
         return self.weight_steps.quantize(rows, used, weight.numel(), coefficient)
 
+    def set_bits(self, bits: int) -> None:
+        """Another width, for a layer without policy; its step sizes stay as they are."""
+        assert self.policy is None
+        self.widths = (bits,)
+        for steps in (self.weight_steps, self.input_steps):
+            steps.set_widths(self.widths)
+
     def _run(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional_call(self.layer, {"weight": weight}, (x,))
+        if not torch.is_autocast_enabled(x.device.type):
+            return functional_call(self.layer, {"weight": weight}, (x,))
+        # In bf16 neither inputs nor weights would stay on the grid that is deployed.
+        with torch.autocast(x.device.type, enabled=False):
+            return functional_call(self.layer, {"weight": weight}, (x.float(),))
 
 
 def run_by_width(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
 HIDDEN_UNITS = 16
-# Bounds of log sigma: a policy narrower or wider than these no longer learns from what it draws.
-LOG_SIGMA_RANGE = (-2.0, 1.5)
+# Bounds of log sigma: a policy narrower or wider than these no longer learns from what it draws. At sigma = .5 the next
+# width has an eighth of the likeliest one's probability.
+LOG_SIGMA_RANGE = (-0.7, 1.5)
 
 # Running statistics of the pooled input take this share of a batch's. Beyond the reach, in standard deviations,
 # training tells nothing of what to choose.
@@ -83,7 +85,7 @@ class Policy(nn.Module):
         )
         with torch.autocast(x.device.type, enabled=False):  # bf16 would round the widths, and many would tie
             mean, log_sigma = self.output(F.relu(self.hidden(read))).unbind(1)
-        mean, log_sigma = self.start + mean, log_sigma.clamp(*LOG_SIGMA_RANGE)
+        mean, log_sigma = self.start + mean, _Bounded.apply(log_sigma)
         return mean.expand(len(x)), log_sigma.expand(len(x))
 
     def _pooled(self, x: Tensor) -> Tensor:
@@ -129,6 +131,24 @@ class Policy(nn.Module):
         """What `most_probable` would choose from the distribution of `choice`."""
         distance = (self.bits - (choice.mean + self.shift)[:, None]).abs().masked_fill(~self.allowed, torch.inf)
         return Choice(distance.argmin(1), choice.mean, choice.log_probabilities, None)
+
+
+class _Bounded(torch.autograd.Function):
+    """log sigma clamped to its range. Beyond a bound, gradients whose descent leads back pass; none would under a plain
+    clamp, and the budget, which is cheaper the narrower the policy, leads out."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        ctx.save_for_backward(values)
+        return values.clamp(*LOG_SIGMA_RANGE)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (values,) = ctx.saved_tensors
+        (gradient,) = gradients
+        low, high = LOG_SIGMA_RANGE
+        leads_out = ((values <= low) & (gradient > 0)) | ((values >= high) & (gradient < 0))
+        return gradient.masked_fill(leads_out, 0.0)
 
 
 def log_probabilities(mean: Tensor, log_sigma: Tensor, bits: Tensor) -> Tensor:

@@ -118,13 +118,18 @@ class StepSizes(nn.Module):
 
     def __init__(self, widths: Sequence[int], signed: bool | None = None) -> None:
         super().__init__()
-        self.widths = tuple(widths)
         self.signed = signed
         self.is_ready = False
-        self.level = nn.Parameter(torch.ones(len(self.widths)))
-        tops = {kind: [float(integer_range(bits, kind)[1]) for bits in self.widths] for kind in (True, False)}
-        self.register_buffer("signed_top", torch.tensor(tops[True]), persistent=False)
-        self.register_buffer("unsigned_top", torch.tensor(tops[False]), persistent=False)
+        self.level = nn.Parameter(torch.ones(len(widths)))
+        for name in ("signed_top", "unsigned_top"):
+            self.register_buffer(name, torch.ones(len(widths)), persistent=False)
+        self.set_widths(widths)
+
+    def set_widths(self, widths: Sequence[int]) -> None:
+        """Other widths, as many as there were."""
+        self.widths = tuple(widths)
+        for tops, kind in ((self.signed_top, True), (self.unsigned_top, False)):
+            tops.copy_(torch.tensor([float(integer_range(bits, kind)[1]) for bits in self.widths]))
 
     @torch.no_grad()
     def initialise(self, values: Tensor) -> None:
