@@ -255,7 +255,7 @@ def test_shifts_leave_room_around_the_widths_they_choose():
 def test_a_policy_that_is_too_narrow_finds_back():
     values = torch.tensor([-3.0, -3.0, 0.0, 4.0, 4.0], requires_grad=True)
     bounded = _Bounded.apply(values)
-    assert bounded.tolist() == pytest.approx([-0.7, -0.7, 0.0, 1.5, 1.5])
+    assert bounded.tolist() == pytest.approx([-2.0, -2.0, 0.0, 1.5, 1.5])
     (bounded * torch.tensor([1.0, -1.0, 2.0, 1.0, -1.0])).sum().backward()
     assert values.grad.tolist() == [0.0, -1.0, 2.0, 1.0, 0.0]
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
 HIDDEN_UNITS = 16
-# Bounds of log sigma: a policy narrower or wider than these no longer learns from what it draws. At sigma = .5 the next
-# width has an eighth of the likeliest one's probability.
-LOG_SIGMA_RANGE = (-0.7, 1.5)
+# Bounds of log sigma: a policy narrower or wider than these no longer learns from what it draws.
+LOG_SIGMA_RANGE = (-2.0, 1.5)
 
 # Running statistics of the pooled input take this share of a batch's. Beyond the reach, in standard deviations,
 # training tells nothing of what to choose.
