@@ -13,6 +13,7 @@ from domainbed_sfp import contract, hparams, networks, registry, training
 from domainbed_sfp.algorithms.sfp import SFP, _channel_means, _key
 from domainbed_sfp.data.loaders import Minibatch
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.pruning import spurious
 from domainbed_sfp.pruning.spurious import DECAY, ConditionalMoments, remove_directions, spurious_directions
 
 
@@ -81,7 +82,34 @@ def test_directions_leave_the_layer_its_energy():
     assert spurious_directions(collinear, 1.0, -0.01).shape == (1, 2)
 
 
-def test_directions_never_span_all_inputs():
+@pytest.fixture
+def any_direction(monkeypatch):
+    """Directions are taken from noise, too."""
+    monkeypatch.setattr(spurious, "CHANCE_FACTOR", 0.0)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 40])
+def test_directions_are_taken_beyond_chance_alone(channels):
+    """Colours at random: with flags that mean nothing nothing is found, whatever the draw; with flags of the samples whose
+    colour goes with the label the colours' direction is."""
+    found = {False: 0, True: 0}
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(400) % 2
+        colour = torch.randint(2, (400,), generator=generator)
+        vectors = F.one_hot(colour, channels).float() + 0.1 * torch.randn(400, channels, generator=generator)
+        for told, flags in ((False, torch.rand(400, generator=generator) < 0.8), (True, colour == labels)):
+            moments = ConditionalMoments(2, channels, with_energy=True)
+            for part in range(0, 400, 50):
+                moments.update(*(values[part : part + 50] for values in (vectors, labels, flags)))
+            directions = spurious_directions(moments, 0.1, 0.0)
+            found[told] += len(directions)
+            if told:
+                assert (directions[0, 0] - directions[0, 1]).abs() > 1.35
+    assert found == {False: 0, True: 20}
+
+
+def test_directions_never_span_all_inputs(any_direction):
     torch.manual_seed(0)
     moments = ConditionalMoments(10, 3, True)
     moments.update(torch.randn(200, 3), torch.arange(200) % 10, torch.arange(200) < 120)
@@ -108,7 +136,7 @@ def test_directions_may_spare_what_tells_classes_apart():
     assert spurious_directions(clear, 1.0, 0.0, spare_classes=True).shape == (0, 4)
 
 
-def test_removal_is_exact_where_inputs_are_pruned():
+def test_removal_is_exact_where_inputs_are_pruned(any_direction):
     algorithm = make(total=40, removal_layers="all", backbone="mnist_cnn_bn")
     train(algorithm, 40)
     checked = 0
@@ -372,7 +400,7 @@ def test_a_domain_without_contrast_is_told_once_and_left_out():
     assert moments.counts[0].tolist() == pytest.approx([0, seen, seen, seen])
 
 
-def test_directions_are_renewed_unless_the_network_is_pretrained(monkeypatch):
+def test_directions_are_renewed_unless_the_network_is_pretrained(monkeypatch, any_direction):
     """40 steps: the reference is kept at step 6, directions come every second step from 8 on, or once."""
     renewed: list[int] = []
     real = SFP._renew_directions
@@ -406,7 +434,7 @@ def test_what_counts_as_pretrained(shape, overrides, expected):
     assert networks.is_pretrained(shape, overrides) is expected
 
 
-def test_the_soft_penalty_runs_in_bf16_on_inner_layers():
+def test_the_soft_penalty_runs_in_bf16_on_inner_layers(any_direction):
     overrides = {
         "backbone": "resnet18",
         "weights": "none",

@@ -116,10 +116,11 @@ class SFP(ScheduledPruning):
 
     In a network trained from scratch, directions are found among channel means scaled to length 1 (`removal_vectors`):
     how bright an image is differs between flagged and unflagged samples, too, and would tilt them. They are renewed on
-    the way. In a pretrained network they are found once and stay: moving ones take out more and more of what it knows.
-    There a sample of low loss may just be one whose class is easy to see, and flagged samples differ from others along
-    what tells classes apart: with `removal_spares` "class_means" that part is left out of the directions. Of few input
-    channels class means span all, and nothing would be left to remove.
+    the way, and only those are taken along which the samples differ beyond chance (`pruning.spurious`). In a
+    pretrained network they are found once and stay: moving ones take out more and more of what it knows. There a sample
+    of low loss may just be one whose class is easy to see, and flagged samples differ from others along what tells
+    classes apart: with `removal_spares` "class_means" that part is left out of the directions. Of few input channels
+    class means span all, and nothing would be left to remove.
 
     Metrics of `domain{d}` are those of the d-th training environment.
     """

@@ -16,6 +16,9 @@ DECAY = 0.97
 # A feature whose variance is below this share of its second moment is constant, but for rounding.
 CONSTANT = 1e-6
 
+# How much more than by chance flagged and unflagged samples must differ along a direction.
+CHANCE_FACTOR = 3.0
+
 
 class ConditionalMoments(nn.Module):
     """Running moments of a vector, by class and by flag.
@@ -72,6 +75,12 @@ class ConditionalMoments(nn.Module):
         spread = (self.squares - self.counts[..., None] * means.square()).sum((0, 1))
         return spread.clamp_min(0) / self.counts.sum().clamp_min(1e-6)
 
+    def within_class_covariance(self) -> Tensor:
+        """Covariance within the cells of class and flag, pooled over them: [D, D]; needs `with_energy`."""
+        means = self.sums / self.counts.clamp_min(1e-6)[..., None]
+        cells = (self.counts[..., None] * means).flatten(0, 1)
+        return (self.energy - cells.t() @ means.flatten(0, 1)) / self.counts.sum().clamp_min(1e-6)
+
     def spuriousness(self) -> Tensor:
         """sum_y w_y d_y^2 / within-class variance, per feature [D]: how well the feature tells flagged from unflagged
         samples of the same class.
@@ -100,7 +109,8 @@ def spurious_directions(
 
     The right singular vectors of the matrix with rows sqrt(w_y) d_y, the first max(1, round(rank_fraction * min(K - 1,
     D))) of them, taken in order of singular value while the layer's input keeps at least `keep_energy` of its energy
-    without them: a layer whose inputs are collinear would be wiped out otherwise. Never all D of them.
+    without them: a layer whose inputs are collinear would be wiped out otherwise. Never all D of them, and none along
+    which flagged and unflagged samples differ no more than any two halves of a class would (`_beyond_chance`).
 
     With `spare_classes` the rows d_y are first cleared of the directions in which the class means differ from each
     other: flagged samples may differ from others of their class just in how clearly they show it, and without these
@@ -121,12 +131,32 @@ def spurious_directions(
     total = moments.energy.diagonal().sum()
     accepted: list[Tensor] = []
     removed = torch.zeros_like(total)
-    for value, direction in zip(values[:rank], directions[:rank]):
+    is_clear = _beyond_chance(moments, weights, difference, directions)
+    for value, direction, clear in zip(values[:rank], directions[:rank], is_clear.tolist()):
+        if not clear:
+            break
         removed = removed + direction @ moments.energy @ direction
         if value <= 1e-6 * values[0] or total - removed < keep_energy * total:
             break
         accepted.append(direction)
     return torch.stack(accepted) if accepted else directions.new_zeros(0, features)
+
+
+def _beyond_chance(moments: ConditionalMoments, weights: Tensor, difference: Tensor, directions: Tensor) -> Tensor:
+    """Bool [k]: whether samples with flag and without differ more along a direction than they would by chance.
+
+    Where flags mean nothing, each of the K classes' w_y (d_y p)^2 / (p S p) is a squared standard normal (S: covariance
+    within the cells of class and flag); along the best of about r directions in which samples vary, r = (tr S)^2 / tr
+    S^2, their sum comes to about (sqrt K + sqrt r)^2. CHANCE_FACTOR times that is asked for. Without this a direction is taken
+    however little there is to be seen, and in an input that varies along one line only it is always the right one.
+    """
+    classes = int((weights > 0).sum())
+    within = moments.within_class_covariance()
+    told = (weights[:, None] * (difference @ directions.t()).square()).sum(0)
+    spread = torch.einsum("kc,cd,kd->k", directions, within, directions)
+    size = within.diagonal().sum()
+    varying = size.square() / within.square().sum().clamp_min(1e-30)
+    return told > CHANCE_FACTOR * (classes**0.5 + varying.sqrt()).square() * spread.clamp_min(1e-6 * size)
 
 
 def remove_directions(weight: Tensor, directions: Tensor) -> Tensor:
