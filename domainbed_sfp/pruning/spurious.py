@@ -147,8 +147,8 @@ def _beyond_chance(moments: ConditionalMoments, weights: Tensor, difference: Ten
 
     Where flags mean nothing, each of the K classes' w_y (d_y p)^2 / (p S p) is a squared standard normal (S: covariance
     within the cells of class and flag); along the best of about r directions in which samples vary, r = (tr S)^2 / tr
-    S^2, their sum comes to about (sqrt K + sqrt r)^2. CHANCE_FACTOR times that is asked for. Without this a direction is
-    taken however little there is to be seen, and in an input that varies along one line only it is always the right one.
+    S^2, their sum comes to about (sqrt K + sqrt r)^2. CHANCE_FACTOR times that is asked for. Otherwise a direction is
+    taken however little there is to see, and in an input that varies along one line only it is always the right one.
     """
     classes = int((weights > 0).sum())
     within = moments.within_class_covariance()
