@@ -185,9 +185,10 @@ def _summary(dataset: str, row: str, runs: Mapping[tuple[str, str], Sequence[Cas
     # By run, over its environments; by degradation, over runs.
     by_run: dict[str, list[float]] = defaultdict(list)
     by_degradation: dict[str, list[float]] = defaultdict(list)
-    if any(rho for run in runs.values() for rho in correlations(run).values()):
-        for (run, _), found in runs.items():
-            for degradation, rho in correlations(found).items():
+    told = [(run, correlations(found)) for (run, _), found in runs.items()]
+    if any(rho for _, rhos in told for rho in rhos.values()):
+        for run, rhos in told:
+            for degradation, rho in rhos.items():
                 by_run[run].append(rho)
                 by_degradation[degradation].append(rho)
     return Summary(
