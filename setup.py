@@ -80,6 +80,7 @@ setup(
         "safetensors>=0.4",
         "scikit-learn>=1.3",
         "scipy>=1.9",
+        "setproctitle>=1.3",
         "torch>=2.4",
         "torchvision>=0.19",
     ],

@@ -25,6 +25,9 @@ from domainbed_sfp.training import LOCK, TrainArgs
 
 MANIFEST_FORMAT = 1
 
+# The program `domainbed-sfp`, by the interpreter that runs now.
+PROGRAM = (sys.executable, "-m", "domainbed_sfp")
+
 # What all runs of one directory must share, so that one table can hold them.
 PROTOCOL = ("task", "holdout_fraction", "uda_holdout_fraction", "steps", "checkpoint_freq", "precision")
 
@@ -126,12 +129,10 @@ class Job:
         )
 
 
-def command_line(
-    args: TrainArgs, prefix: Sequence[str] = (sys.executable, "-m", "domainbed_sfp", "train")
-) -> list[str]:
-    """The command that computes `args`; values that are the default are left out."""
+def command_line(args: TrainArgs) -> list[str]:
+    """The arguments of `domainbed-sfp` that compute `args`; values that are the default are left out."""
     defaults = vars(TrainArgs())
-    command = list(prefix)
+    command = ["train"]
     for name, value in sorted(vars(args).items()):
         if value == defaults[name] and name != "test_envs":
             continue

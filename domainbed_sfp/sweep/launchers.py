@@ -6,14 +6,13 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,7 +21,8 @@ from domainbed_sfp import records
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.progress import LOG_INTERVAL, bar
-from domainbed_sfp.sweep.jobs import Job, State, SweepDirectory
+from domainbed_sfp.sweep.jobs import PROGRAM, Job, State, SweepDirectory
+from domainbed_sfp.sweep.processes import JobProcess
 from domainbed_sfp.training import AlreadyRunning
 
 POLL_SECONDS = 0.2
@@ -34,10 +34,15 @@ TAIL_LINES = 8
 
 @dataclass(frozen=True)
 class Task:
-    """A job and the command that computes it."""
+    """A job and the arguments of `domainbed-sfp` that compute it."""
 
     job: Job
-    command: list[str]
+    arguments: list[str]
+
+    @property
+    def command(self) -> list[str]:
+        """The whole command."""
+        return [*PROGRAM, *self.arguments]
 
 
 @dataclass
@@ -116,9 +121,10 @@ def visible_gpus() -> list[str]:
 @dataclass
 class _Running:
     task: Task
-    process: subprocess.Popen[bytes]
+    process: JobProcess
     slot: int
-    errors: IO[bytes]
+    # A file with what it says on standard error.
+    errors: Path
 
 
 class _LocalLaunch:
@@ -180,18 +186,16 @@ class _LocalLaunch:
                 self.running.append(self._start(task, free.pop(0)))
 
     def _start(self, task: Task, slot: int) -> _Running:
-        environment = job_environment(slot, self.slots, self.gpus)
-        errors = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
-        # A session of its own: Ctrl-C reaches this launcher, which then asks each job to save and stop.
-        process = subprocess.Popen(
-            task.command, env=environment, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
-        )
-        return _Running(task, process, slot, errors)
+        descriptor, errors = tempfile.mkstemp(prefix="domainbed-sfp-", suffix=".err")
+        os.close(descriptor)
+        # Ctrl-C reaches this launcher, which then asks each job to save and stop.
+        process = JobProcess(task.arguments, job_environment(slot, self.slots, self.gpus), Path(errors))
+        return _Running(task, process, slot, Path(errors))
 
     def _collect_ended(self) -> None:
         for ended in [running for running in self.running if running.process.poll() is not None]:
             self.running.remove(ended)
-            job, status = ended.task.job, ended.process.returncode
+            job, status = ended.task.job, ended.process.poll()
             if self.directory.state(job) is State.DONE:
                 self.outcome.done += 1
             elif status == AlreadyRunning.exit_status:
@@ -200,14 +204,13 @@ class _LocalLaunch:
                 reason = self._reason(ended)
                 self.outcome.failures.append((job, reason))
                 print(f"failed: {job.describe()}\n{reason}", file=sys.stderr, flush=True)
-            ended.errors.close()
+            ended.errors.unlink(missing_ok=True)
 
     def _reason(self, ended: _Running) -> str:
-        status = ended.process.returncode
+        status = ended.process.poll() or 0
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         folder = self.directory.job_dir(ended.task.job)
-        ended.errors.seek(0)
-        told = ended.errors.read().decode(errors="replace")
+        told = ended.errors.read_text(errors="replace")
         if not told.strip() and (folder / "err.txt").exists():
             told = (folder / "err.txt").read_text(errors="replace")
         tail = "\n".join(f"    {line}" for line in told.strip().splitlines()[-TAIL_LINES:])
@@ -240,7 +243,7 @@ class _LocalLaunch:
             running.process.terminate()
         for running in self.running:
             running.process.wait()
-            running.errors.close()
+            running.errors.unlink(missing_ok=True)
 
     def _progress(self) -> float:
         """Jobs done, with the share of running ones that their records show."""

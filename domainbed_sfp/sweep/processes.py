@@ -1,0 +1,99 @@
+"""Jobs as processes that start warm.
+
+Importing torch, and what a training run needs besides, takes several seconds: as long as a small run. On Linux all jobs
+of a launch are forked from one process that has done it (Python's fork server); elsewhere each imports on its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+PRELOAD = "domainbed_sfp.sweep.preload"
+
+
+class JobProcess:
+    """A command of `domainbed-sfp` in a process and a session of its own: Ctrl-C reaches whoever started it alone.
+
+    Args:
+        arguments: the command line without the program, `train --algorithm ERM ...`.
+        environment: all of its environment variables.
+        errors: file that its standard error is appended to; its standard output goes nowhere.
+    """
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], errors: Path) -> None:
+        given = (list(arguments), dict(environment), errors)
+        self._process: BaseProcess
+        if sys.platform == "linux":
+            server = multiprocessing.get_context("forkserver")
+            server.set_forkserver_preload([PRELOAD])
+            self._process = server.Process(target=_run, args=given)
+        else:
+            self._process = multiprocessing.get_context("spawn").Process(target=_run, args=given)
+        # The fork server reads some of them, the number of threads among them, while it imports.
+        with _environment(environment):
+            self._process.start()
+
+    @property
+    def pid(self) -> int | None:
+        """Its process number."""
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit status, -n where signal n has killed it; None while it runs."""
+        return self._process.exitcode
+
+    def terminate(self) -> None:
+        """Sends SIGTERM."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """Sends SIGKILL."""
+        self._process.kill()
+
+    def wait(self) -> None:
+        """Returns when it has ended."""
+        self._process.join()
+
+
+def _run(arguments: list[str], environment: dict[str, str], errors: Path) -> None:
+    """The job's process."""
+    import setproctitle
+
+    # What `ps` and `nvidia-smi` show; it finds its place by the environment as it was at first.
+    setproctitle.setproctitle(shlex.join(["domainbed-sfp", *arguments]))
+    if hasattr(os, "setsid"):
+        os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    for path, descriptor in ((Path(os.devnull), 1), (errors, 2)):
+        opened = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+
+    import torch
+
+    from domainbed_sfp import cli
+
+    if "OMP_NUM_THREADS" in environment:
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    cli.main(arguments)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Other environment variables for what is started in the block."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
