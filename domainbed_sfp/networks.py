@@ -307,6 +307,15 @@ def set_precision(model: nn.Module, precision: str, channels_last: bool) -> None
                 module.to(memory_format=torch.channels_last)
 
 
+def channels_last_is_faster(model: nn.Module, device: torch.device) -> bool:
+    """Whether a training step is.
+
+    On a CPU everywhere it was measured: a ResNet-18 step at 224 px takes 3.4 s instead of 5.1 s in fp32 on two cores,
+    EfficientNet-Lite0's at 64 px half the time. On an NVIDIA H200 ResNet-18's step of 48 images at 128 px takes 12.9 ms
+    instead of 15.1, EfficientNet-Lite0's 23.9 instead of 19.3 (fp32 both)."""
+    return device.type == "cpu" or not has_depthwise_convolutions(model)
+
+
 def has_depthwise_convolutions(model: nn.Module) -> bool:
     """True where bf16 is slower than fp32 on a CPU: oneDNN's bf16 depthwise kernels are slow (measured)."""
     return any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules())

@@ -392,6 +392,16 @@ def test_minibatches_of_training_are_augmented_unless_told_otherwise(tmp_path):
         assert all(inside) if not augment else not any(inside)
 
 
+def test_an_environments_minibatch_does_not_depend_on_the_others(tmp_path):
+    dataset = get_dataset_class("Folder").build(str(make_tree(tmp_path / "tree")), FOLDER_HPARAMS, 0, None)
+    dataset.augment = True
+    parts = [(i, np.arange(5 + i)) for i in range(3)]
+    together = MinibatchLoader(dataset, parts, 8, False, 0, CPU).minibatches(3)
+    alone = [MinibatchLoader(dataset, [part], 8, False, 0, CPU).minibatches(3)[0] for part in parts]
+    for (x, y), (other_x, other_y) in zip(together, alone):
+        assert torch.equal(x, other_x) and torch.equal(y, other_y)
+
+
 def test_class_balance():
     dataset = get_dataset_class("FullColoredDigits").build(None, {}, 0, None)
     rare = dataset[0].labels == 3

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -80,6 +80,16 @@ class AugmentationParameters:
     def __getitem__(self, rows: slice | Tensor) -> AugmentationParameters:
         """The parameters of some samples; `rows` is a slice, a bool mask or a tensor of positions."""
         return AugmentationParameters(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+def join_parameters(parts: Sequence[AugmentationParameters]) -> AugmentationParameters:
+    """The parameters of the samples of all parts, one after the other."""
+    return AugmentationParameters(
+        **{
+            field.name: torch.cat([getattr(part, field.name) for part in parts])
+            for field in fields(AugmentationParameters)
+        }
+    )
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from torch import Tensor
 from domainbed_sfp.data import augmentation
 from domainbed_sfp.errors import UserError, unknown_name
 
+# Images a batch of an evaluation.
+EVALUATION_BATCH = 256
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -121,7 +124,7 @@ class Dataset:
         return self.environments[index]
 
     def evaluation_batches(
-        self, env_i: int, device: torch.device, batch_size: int = 256
+        self, env_i: int, device: torch.device, batch_size: int = EVALUATION_BATCH
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """All samples of an environment in order, without augmentation: (x float [n, C, H, W], y [n])."""
         environment = self.environments[env_i]

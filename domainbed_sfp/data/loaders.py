@@ -88,7 +88,7 @@ class MinibatchLoader:
         """The minibatches of `step`, one per part; those of the next step are read in the background."""
         raw = self.ahead[1].result() if self.ahead is not None and self.ahead[0] == step else self._read(step)
         self.ahead = (step + 1, self.reader.submit(self._read, step + 1))
-        return [self._finish(part) for part in raw]
+        return self._finish(raw)
 
     def close(self) -> None:
         """Ends the reading thread."""
@@ -124,16 +124,28 @@ class MinibatchLoader:
             degradations = draw_degradations(self.batch_size, self.degrade, own_seed)
         return _Raw(images, environment.labels[picked], aligned, parameters, degradations)
 
-    def _finish(self, raw: _Raw) -> Minibatch:
-        x = raw.images.to(self.device, non_blocking=True)
-        y = raw.labels.to(self.device, non_blocking=True)
-        if raw.parameters is not None:
-            x = augmentation.augment(x, raw.parameters, out_size=self.dataset.input_shape[1])
-        elif x.dtype == torch.uint8:
-            x = augmentation.normalize(x)
-        if raw.degradations is not None:
-            x = degrade_batch(x, raw.degradations, is_normalized=raw.images.dtype == torch.uint8)
-        return Minibatch(x, y, raw.aligned if raw.aligned is None else raw.aligned.to(self.device))
+    def _finish(self, parts: list[_Raw]) -> list[Minibatch]:
+        inputs = [part.images.to(self.device, non_blocking=True) for part in parts]
+        parameters = [part.parameters for part in parts if part.parameters is not None]
+        if len(parameters) == len(parts) and len({x.shape[1:] for x in inputs}) == 1:
+            # All at once: augmentation is many small operations, each of which a GPU waits for.
+            joined = augmentation.join_parameters(parameters)
+            images = augmentation.augment(torch.cat(inputs), joined, out_size=self.dataset.input_shape[1])
+            inputs = list(images.split([len(x) for x in inputs]))
+        else:
+            inputs = [self._prepare(x, part) for x, part in zip(inputs, parts)]
+        minibatches = []
+        for x, part in zip(inputs, parts):
+            if part.degradations is not None:
+                x = degrade_batch(x, part.degradations, is_normalized=part.images.dtype == torch.uint8)
+            y = part.labels.to(self.device, non_blocking=True)
+            minibatches.append(Minibatch(x, y, part.aligned if part.aligned is None else part.aligned.to(self.device)))
+        return minibatches
+
+    def _prepare(self, x: Tensor, part: _Raw) -> Tensor:
+        if part.parameters is not None:
+            return augmentation.augment(x, part.parameters, out_size=self.dataset.input_shape[1])
+        return augmentation.normalize(x) if x.dtype == torch.uint8 else x
 
 
 def _balanced_weights(labels: Tensor) -> np.ndarray:
