@@ -45,6 +45,24 @@ def test_channels_that_never_fire_are_the_first_to_go():
     assert spuriousness.argsort(descending=True, stable=True).tolist() == [1, 3, 2, 0]
 
 
+def test_channels_that_have_died_go_first_though_averages_remember_them():
+    torch.manual_seed(0)
+    moments = ConditionalMoments(2, 3)
+    labels, flags = torch.arange(40) % 2, torch.arange(40) < 20
+    spurious = 2.0 * (flags == (labels == 1))[:, None] * torch.tensor([1.0, 0.0, 0.0])
+    scale, constant = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 0.5, 0.0])
+    for _ in range(50):
+        moments.update(torch.randn(40, 3) * scale + spurious, labels, flags)
+    alive = moments.spuriousness()
+    for _ in range(10):  # the second one dies: what is left of it is its normalization's bias
+        moments.update(
+            (torch.randn(40, 3) * scale + spurious) * torch.tensor([1.0, 0.0, 1.0]) + constant, labels, flags
+        )
+    assert alive.argmax() == 0 and moments.spuriousness().argmax() == 1
+    moments.update(torch.randn(40, 3) * scale + spurious, labels, flags)
+    assert moments.spuriousness().argmax() == 0
+
+
 def test_within_class_variance_by_brute_force():
     torch.manual_seed(0)
     vectors, labels, flags = torch.randn(60, 3), torch.randint(0, 2, (60,)), torch.rand(60) < 0.5

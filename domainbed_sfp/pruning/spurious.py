@@ -16,6 +16,9 @@ DECAY = 0.97
 # A feature whose variance is below this share of its second moment is constant, but for rounding.
 CONSTANT = 1e-6
 
+# A feature that has been constant within as many updates is dead: averages take hundreds to forget that it once varied.
+DEAD_UPDATES = 10
+
 # How much more than by chance flagged and unflagged samples must differ along a direction.
 CHANCE_FACTOR = 3.0
 
@@ -33,6 +36,7 @@ class ConditionalMoments(nn.Module):
     sums: Tensor
     squares: Tensor
     energy: Tensor
+    idle: Tensor
 
     def __init__(self, num_classes: int, features: int, with_energy: bool = False) -> None:
         super().__init__()
@@ -40,6 +44,8 @@ class ConditionalMoments(nn.Module):
         self.register_buffer("sums", torch.zeros(2, num_classes, features))
         self.register_buffer("squares", torch.zeros(2, num_classes, features))
         self.register_buffer("energy", torch.zeros(features, features) if with_energy else torch.zeros(0))
+        # Updates since the feature last differed between samples.
+        self.register_buffer("idle", torch.zeros(features))
 
     @torch.no_grad()
     def update(self, vectors: Tensor, labels: Tensor, flags: Tensor) -> None:
@@ -54,6 +60,8 @@ class ConditionalMoments(nn.Module):
             total.mul_(DECAY).add_(values.view_as(total))
         if self.energy.numel():
             self.energy.mul_(DECAY).add_(vectors.t() @ vectors)
+        varies = vectors.var(0, correction=0) > CONSTANT * vectors.square().mean(0)
+        self.idle.add_(1).masked_fill_(varies, 0)
 
     def contrast(self) -> tuple[Tensor, Tensor]:
         """(d [K, D], w [K]): d_y = E[z | y, flagged] - E[z | y, unflagged], weighted by n1 n0 / (n1 + n0), which is
@@ -85,8 +93,8 @@ class ConditionalMoments(nn.Module):
         """sum_y w_y d_y^2 / within-class variance, per feature [D]: how well the feature tells flagged from unflagged
         samples of the same class.
 
-        A feature that is constant, as a channel is that never fires, tells no class from another either: it comes
-        before all others, with the largest finite number.
+        A feature that is constant, as a channel is that never fires or no longer does, tells no class from another
+        either: it comes before all others, with the largest finite number.
         """
         difference, weights = self.contrast()
         between = (weights[:, None] * difference.square()).sum(0) / weights.sum().clamp_min(1e-6)
@@ -94,7 +102,8 @@ class ConditionalMoments(nn.Module):
         second_moment = self.squares.sum((0, 1)) / self.counts.sum().clamp_min(1e-6)
         # The floor keeps what hardly varies from dividing by next to nothing.
         ratio = between / (variance + 1e-4 * variance.mean() + 1e-12)
-        return ratio.masked_fill(self._total_variance() <= CONSTANT * second_moment, torch.finfo(ratio.dtype).max)
+        constant = (self._total_variance() <= CONSTANT * second_moment) | (self.idle >= DEAD_UPDATES)
+        return ratio.masked_fill(constant, torch.finfo(ratio.dtype).max)
 
     def _total_variance(self) -> Tensor:
         """Variance over all samples: [D]."""
