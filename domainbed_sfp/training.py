@@ -550,7 +550,7 @@ def evaluate(algorithm: Algorithm, dataset: Dataset, splits: list[Split], device
 
 def _predict(algorithm: Algorithm, x: torch.Tensor) -> torch.Tensor:
     """Logits of a batch of an evaluation. On a GPU a smaller one is filled up, unless the algorithm measures what it
-    sees: cuDNN plans each convolution anew for every batch size, which took seconds of a run where it was measured."""
+    sees: cuDNN plans each convolution anew for every batch size."""
     missing = EVALUATION_BATCH - len(x)
     if x.device.type != "cuda" or missing <= 0 or type(algorithm).measurements is not Algorithm.measurements:
         return algorithm.predict(x)

@@ -40,11 +40,6 @@ class JobProcess:
         with _environment(environment):
             self._process.start()
 
-    @property
-    def pid(self) -> int | None:
-        """Its process number."""
-        return self._process.pid
-
     def poll(self) -> int | None:
         """Its exit status, -n where signal n has killed it; None while it runs."""
         return self._process.exitcode
