@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,8 +31,11 @@ from domainbed_sfp.data.sets.digits import FullColoredDigits
 from domainbed_sfp.pruning import accounting, surgery
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
-INPUT_SHAPE, CLASSES, DOMAINS, BATCH = (3, 8, 8), 4, 3, 16
-STEPS = 24
+INPUT_SHAPE, CLASSES, DOMAINS, BATCH = (3, 8, 8), 4, 3, 8
+STEPS = 16
+
+# Of a whole run through the training loop: samples of the data set, and those a batch takes from each environment.
+RUN_SAMPLES, RUN_BATCH = 600, 16
 
 
 def make(name: str, total_steps: int = STEPS, overrides: Mapping[str, Any] | None = None) -> Algorithm:
@@ -67,12 +71,33 @@ def run(algorithm: Algorithm, first: int, last: int) -> list[dict[str, float]]:
     return logged
 
 
+@dataclass(frozen=True)
+class WholeRun:
+    """An algorithm after all its updates, for reading only; what they logged, and its tensors right after them."""
+
+    algorithm: Algorithm
+    logged: list[dict[str, float]]
+    tensors: dict[str, Tensor]
+
+
+def whole_run(name: str) -> WholeRun:
+    """Several checks look at the same run: it is computed once for all that ask in turn."""
+    return _whole_run(registry.get(name).cls, name, make)
+
+
+@functools.lru_cache(maxsize=1)
+def _whole_run(cls: type[Algorithm], name: str, make: Callable[[str], Algorithm]) -> WholeRun:
+    algorithm = make(name)
+    logged = run(algorithm, 0, STEPS)
+    return WholeRun(algorithm, logged, {key: value.clone() for key, value in _tensors(algorithm).items()})
+
+
 def check_updates_lower_the_loss(name: str) -> None:
     """Training on easy data brings the cross-entropy on fresh data clearly down."""
-    algorithm = make(name)
-    before = _risk(algorithm)
-    logged = run(algorithm, 0, STEPS)
-    after = _risk(algorithm)
+    before = _risk(make(name))
+    trained = whole_run(name)
+    logged = trained.logged
+    after = _risk(trained.algorithm)
     assert after < 0.8 * before, f"cross-entropy {before:.3f} before, {after:.3f} after {STEPS} updates"
     for values in logged:
         assert "loss" in values, f"update returns {sorted(values)}, without 'loss'"
@@ -117,28 +142,26 @@ def check_deepcopy(name: str) -> None:
 
 def check_exact_resume(name: str) -> None:
     """Saved at any of several steps and continued in a new object, training ends bit-identical."""
-    whole = make(name)
-    logged = run(whole, 0, STEPS)
-    for stop in (STEPS // 3, STEPS - 2):
-        broken = make(name)
-        run(broken, 0, stop)
+    whole = whole_run(name)
+    broken = make(name)
+    for begin, stop in ((0, STEPS // 3), (STEPS // 3, STEPS - 2)):
+        run(broken, begin, stop)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "checkpoint.safetensors"
             checkpoints.save_checkpoint(path, broken, {"step": stop})
             resumed = make(name)
             assert checkpoints.load_checkpoint(path, resumed) == {"step": stop}
-        assert run(resumed, stop, STEPS) == logged[stop:], f"continued from step {stop}, the logged numbers differ"
-        _assert_same(resumed, whole, f"continued from step {stop}")
+        assert run(resumed, stop, STEPS) == whole.logged[stop:], f"continued from step {stop}, the logged numbers differ"
+        _assert_same(resumed, whole.tensors, f"continued from step {stop}")
 
 
 def check_deterministic(name: str) -> None:
     """Made and trained twice from one seed, with other use of the generators in between, it ends bit-identical."""
-    first = make(name)
-    logged = run(first, 0, STEPS)
+    first = whole_run(name)
     seed_everything(12_345)
     second = make(name)
-    assert run(second, 0, STEPS) == logged, "with the same seed, the logged numbers differ from one run to the next"
-    _assert_same(second, first, "in a second run with the same seed")
+    assert run(second, 0, STEPS) == first.logged, "with the same seed, the logged numbers differ from one run to the next"
+    _assert_same(second, first.tensors, "in a second run with the same seed")
 
 
 def check_degenerate_batches(name: str) -> None:
@@ -157,8 +180,7 @@ def check_degenerate_batches(name: str) -> None:
 def check_masks(name: str) -> None:
     """Masks are bool, shaped as their parameters; dead weights are zero; the sparsity claimed is what they remove; the
     run ends at its final compression and, for an algorithm that has the hparam, at the sparsity asked for."""
-    algorithm = make(name)
-    run(algorithm, 0, STEPS)
+    algorithm = whole_run(name).algorithm
     parameters = dict(algorithm.named_parameters())
     for key, mask in algorithm.masks().items():
         assert key in parameters, f"mask of unknown parameter {key!r}"
@@ -204,7 +226,13 @@ def check_export(name: str) -> None:
 def check_never_touches_the_test_environment(name: str) -> None:
     """With the test environment's images and labels replaced by rubbish, training runs on bit-identically."""
 
-    class Poisoned(FullColoredDigits):
+    class Small(FullColoredDigits):
+        @staticmethod
+        def read(data_dir: str | None) -> tuple[Tensor, Tensor]:
+            images, labels = FullColoredDigits.read(data_dir)
+            return images[:RUN_SAMPLES], labels[:RUN_SAMPLES]
+
+    class Poisoned(Small):
         @classmethod
         def build(cls, *args: Any, **options: Any) -> Dataset:
             dataset = super().build(*args, **options)
@@ -214,17 +242,22 @@ def check_never_touches_the_test_environment(name: str) -> None:
             dataset[1].labels.fill_(3)
             return dataset
 
-    def final_record() -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    def final_record(data: type[Dataset]) -> dict[str, Any]:
+        with (
+            mock.patch.dict(base._datasets, {"FullColoredDigits": data}),
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             arguments = training.TrainArgs(dataset="FullColoredDigits", algorithm=name, test_envs=[1], steps=12)
-            training.train(replace(arguments, checkpoint_freq=6, output_dir=folder, skip_model_save=True))
+            batch = json.dumps({"batch_size": RUN_BATCH})
+            training.train(
+                replace(arguments, hparams=batch, checkpoint_freq=6, output_dir=folder, skip_model_save=True)
+            )
             record = json.loads((Path(folder) / records.RESULTS).read_text().splitlines()[-1])
         volatile = {*records.VOLATILE_FIELDS, "args"}
         return {key: value for key, value in record.items() if key not in volatile and not key.startswith("env1_")}
 
-    clean = final_record()
-    with mock.patch.dict(base._datasets, {"FullColoredDigits": Poisoned}):
-        poisoned = final_record()
+    clean, poisoned = final_record(Small), final_record(Poisoned)
     for key, value in clean.items():
         assert poisoned[key] == value, f"{key} is {poisoned[key]!r} with a poisoned test environment, {value!r} without"
 
@@ -326,7 +359,6 @@ def _tensors(algorithm: Algorithm) -> dict[str, Tensor]:
     return {key: value for key, value in algorithm.state_dict().items() if isinstance(value, Tensor)}
 
 
-def _assert_same(one: Algorithm, other: Algorithm, when: str) -> None:
-    theirs = _tensors(other)
-    for key, value in _tensors(one).items():
-        assert torch.equal(value, theirs[key]), f"{when}, {key} differs"
+def _assert_same(algorithm: Algorithm, expected: Mapping[str, Tensor], when: str) -> None:
+    for key, value in _tensors(algorithm).items():
+        assert torch.equal(value, expected[key]), f"{when}, {key} differs"
