@@ -151,7 +151,9 @@ def check_exact_resume(name: str) -> None:
             checkpoints.save_checkpoint(path, broken, {"step": stop})
             resumed = make(name)
             assert checkpoints.load_checkpoint(path, resumed) == {"step": stop}
-        assert run(resumed, stop, STEPS) == whole.logged[stop:], f"continued from step {stop}, the logged numbers differ"
+        assert run(resumed, stop, STEPS) == whole.logged[stop:], (
+            f"continued from step {stop}, the logged numbers differ"
+        )
         _assert_same(resumed, whole.tensors, f"continued from step {stop}")
 
 
@@ -160,7 +162,9 @@ def check_deterministic(name: str) -> None:
     first = whole_run(name)
     seed_everything(12_345)
     second = make(name)
-    assert run(second, 0, STEPS) == first.logged, "with the same seed, the logged numbers differ from one run to the next"
+    assert run(second, 0, STEPS) == first.logged, (
+        "with the same seed, the logged numbers differ from one run to the next"
+    )
     _assert_same(second, first.tensors, "in a second run with the same seed")
 
 
@@ -251,7 +255,7 @@ def check_never_touches_the_test_environment(name: str) -> None:
             arguments = training.TrainArgs(dataset="FullColoredDigits", algorithm=name, test_envs=[1], steps=12)
             batch = json.dumps({"batch_size": RUN_BATCH})
             training.train(
-                replace(arguments, hparams=batch, checkpoint_freq=6, output_dir=folder, skip_model_save=True)
+                replace(arguments, hparams=batch, checkpoint_freq=12, output_dir=folder, skip_model_save=True)
             )
             record = json.loads((Path(folder) / records.RESULTS).read_text().splitlines()[-1])
         volatile = {*records.VOLATILE_FIELDS, "args"}

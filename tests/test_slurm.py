@@ -445,7 +445,7 @@ def test_threads_are_the_cores_slurm_gives(environment, threads):
     assert given["OMP_NUM_THREADS"] == given["MKL_NUM_THREADS"] == threads
 
 
-def test_a_run_saves_at_sigusr1_and_continues(cli, tmp_path):
+def test_a_run_saves_at_sigusr1_and_continues(main, tmp_path):
     flags = [
         "train", "--dataset", "FullColoredDigits", "--test_envs", "2", "--steps", "201", "--checkpoint_freq", "200",
         "--skip_model_save", "--hparams", '{"batch_size": 16}', "--output_dir", "run",
@@ -461,7 +461,7 @@ def test_a_run_saves_at_sigusr1_and_continues(cli, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode in (138, 143) and b"continues there" in errors and b"Traceback" not in errors
     assert 0 < slurm_task.saved_step(tmp_path / "run") <= 200
-    cli(*flags)
+    main(*flags)
     assert "Continuing at step" in (tmp_path / "run" / "out.txt").read_text()
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     assert steps == [0, 200]

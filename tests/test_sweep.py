@@ -45,8 +45,8 @@ def job_dirs(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-def test_launch_status_collect(cli, tmp_path, spec_file):
-    launched = cli("sweep", "launch", spec_file, "--output_dir", "out", "--jobs", 2)
+def test_launch_status_collect(main, tmp_path, spec_file):
+    launched = main("sweep", "launch", spec_file, "--output_dir", "out", "--jobs", 2)
     assert "2 jobs: 0 done, 0 incomplete, 2 not launched." in launched.stdout
     assert "2 jobs: 2 done, 0 incomplete, 0 not launched." in launched.stdout
     assert len(job_dirs(tmp_path / "out")) == 2
@@ -54,12 +54,12 @@ def test_launch_status_collect(cli, tmp_path, spec_file):
         records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records] == [0, 5, 10]
         assert not (folder / "model.pkl").exists()
-    status = cli("sweep", "status", spec_file, "--output_dir", "out").stdout
+    status = main("sweep", "status", spec_file, "--output_dir", "out").stdout
     assert status.count("Done: ") == 2 and '{"batch_size": 16, "sparsity": 0.3}' in status
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("results.jsonl")}
-    cli("sweep", "launch", spec_file, "--output_dir", "out")
+    main("sweep", "launch", spec_file, "--output_dir", "out")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("results.jsonl")} == before
-    table = cli("collect", "--input_dir", "out", "--selection", "training-domain").stdout
+    table = main("collect", "--input_dir", "out", "--selection", "training-domain").stdout
     assert "ERM" in table and "Magnitude" in table
 
 
@@ -77,15 +77,15 @@ def test_folders_are_named_by_what_is_computed_not_by_where_data_lies(tmp_path):
     assert SweepDirectory(tmp_path, "/somewhere").state(jobs[0]).value == "Done"
 
 
-def test_same_seeds_and_results_as_single_runs(cli, tmp_path, spec_file):
-    cli("sweep", "launch", spec_file, "--output_dir", "out")
-    printed = cli("sweep", "launch", spec_file, "--output_dir", "other", "--command_launcher", "dummy").stdout
+def test_same_seeds_and_results_as_single_runs(main, tmp_path, spec_file):
+    main("sweep", "launch", spec_file, "--output_dir", "out")
+    printed = main("sweep", "launch", spec_file, "--output_dir", "other", "--command_launcher", "dummy").stdout
     commands = [line.split(" -m domainbed_sfp ")[1] for line in printed.splitlines() if " train " in line]
     assert len(commands) == 2
     import shlex
 
     for command in commands:
-        cli(*shlex.split(command))
+        main(*shlex.split(command))
     for folder in job_dirs(tmp_path / "other"):
         one, two = (
             json.loads((tmp_path / root / folder.name / "results.jsonl").read_text().splitlines()[-1])
@@ -108,7 +108,7 @@ def _wait_for(condition, seconds: float = 90) -> None:
         time.sleep(0.05)
 
 
-def test_interrupted_sweep_continues_in_the_middle_of_a_run(cli, tmp_path, spec_file):
+def test_interrupted_sweep_continues_in_the_middle_of_a_run(main, tmp_path, spec_file):
     spec_file.write_text(SPEC.replace("steps: 11", "steps: 2001"))
     process = _start(tmp_path, spec_file)
     _wait_for(lambda: list((tmp_path / "out").glob("*/results.jsonl")))
@@ -116,19 +116,21 @@ def test_interrupted_sweep_continues_in_the_middle_of_a_run(cli, tmp_path, spec_
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command continues" in out and "Traceback" not in errors
     (checkpoint,) = (tmp_path / "out").glob("*/checkpoint.safetensors")
-    status = cli("sweep", "status", spec_file, "--output_dir", "out").stdout
+    status = main("sweep", "status", spec_file, "--output_dir", "out").stdout
     assert "2 jobs: 0 done, 1 incomplete, 1 not launched." in status
     process = _start(tmp_path, spec_file)
     _wait_for(lambda: "Continuing at step" in (checkpoint.parent / "out.txt").read_text())
     process.terminate()
     process.communicate(timeout=60)
-    deleted = cli("sweep", "delete_incomplete", spec_file, "--output_dir", "out", "--skip_confirmation")
+    deleted = main("sweep", "delete_incomplete", spec_file, "--output_dir", "out", "--skip_confirmation")
     assert "Deleted 1 jobs!" in deleted.stdout and not job_dirs(tmp_path / "out")
 
 
-def test_a_job_killed_with_sigkill_is_reported_and_continued(cli, tmp_path, spec_file):
+def test_a_job_killed_with_sigkill_is_reported_and_continued(main, tmp_path, spec_file):
     spec_file.write_text(
-        SPEC.replace("steps: 11", "steps: 401").replace("  - {name: Magnitude, hparams: {sparsity: 0.3}}\n", "")
+        SPEC.replace("steps: 11\ncheckpoint_freq: 5", "steps: 401\ncheckpoint_freq: 50").replace(
+            "  - {name: Magnitude, hparams: {sparsity: 0.3}}\n", ""
+        )
     )
     process = _start(tmp_path, spec_file)
     _wait_for(lambda: list((tmp_path / "out").glob("*/results.jsonl")))
@@ -138,26 +140,26 @@ def test_a_job_killed_with_sigkill_is_reported_and_continued(cli, tmp_path, spec
     os.kill(int(worker.stdout.split()[0]), signal.SIGKILL)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 1 and "killed by SIGKILL" in errors
-    done = cli("sweep", "launch", spec_file, "--output_dir", "out")
+    done = main("sweep", "launch", spec_file, "--output_dir", "out")
     assert "1 jobs: 1 done" in done.stdout
     steps = [
         json.loads(line)["step"] for line in (job_dirs(tmp_path / "out")[0] / "results.jsonl").read_text().splitlines()
     ]
-    assert steps == list(range(0, 401, 5))
+    assert steps == list(range(0, 401, 50))
 
 
-def test_failures_are_reported_with_the_end_of_their_errors_and_the_rest_goes_on(cli, tmp_path, spec_file):
+def test_failures_are_reported_with_the_end_of_their_errors_and_the_rest_goes_on(main, tmp_path, spec_file):
     spec_file.write_text(SPEC.replace("sparsity: 0.3", "lr: 1e+30"))
-    launched = cli("sweep", "launch", spec_file, "--output_dir", "out", check=False)
+    launched = main("sweep", "launch", spec_file, "--output_dir", "out", check=False)
     assert launched.returncode == 1
     assert "Magnitude diverged: the loss is" in launched.stderr and "exit status 2" in launched.stderr
     assert "2 jobs: 1 done, 0 incomplete, 0 not launched, 1 failed." in launched.stdout
-    table = cli("collect", "--input_dir", "out").stdout
+    table = main("collect", "--input_dir", "out").stdout
     assert "the loss is" in table  # the missing cell is explained
 
 
-def test_two_launches_do_not_run_a_job_twice(cli, tmp_path, spec_file):
-    spec_file.write_text(SPEC.replace("steps: 11", "steps: 101"))
+def test_two_launches_do_not_run_a_job_twice(tmp_path, spec_file):
+    spec_file.write_text(SPEC.replace("steps: 11\ncheckpoint_freq: 5", "steps: 61\ncheckpoint_freq: 30"))
     first, second = _start(tmp_path, spec_file), _start(tmp_path, spec_file)
     for process in (first, second):
         out, errors = process.communicate(timeout=120)
@@ -166,7 +168,7 @@ def test_two_launches_do_not_run_a_job_twice(cli, tmp_path, spec_file):
     for folder in job_dirs(tmp_path / "out"):
         assert (folder / "out.txt").read_text().count("HParams:") == 1
         steps = [json.loads(line)["step"] for line in (folder / "results.jsonl").read_text().splitlines()]
-        assert steps == list(range(0, 101, 5))
+        assert steps == list(range(0, 61, 30))
 
 
 def test_a_running_job_is_seen_by_its_lock(tmp_path):
@@ -184,12 +186,12 @@ def test_a_running_job_is_seen_by_its_lock(tmp_path):
     assert directory.state(job).value == "Incomplete"
 
 
-def test_a_sweep_may_grow_but_not_change_its_protocol(cli, tmp_path, spec_file):
-    cli("sweep", "launch", spec_file, "--output_dir", "out")
-    cli("sweep", "launch", spec_file, "--output_dir", "out", "--algorithms", "Random")
+def test_a_sweep_may_grow_but_not_change_its_protocol(main, tmp_path, spec_file):
+    main("sweep", "launch", spec_file, "--output_dir", "out")
+    main("sweep", "launch", spec_file, "--output_dir", "out", "--algorithms", "Random")
     manifest = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert sorted({job["algorithm"] for job in manifest["jobs"]}) == ["ERM", "Magnitude", "Random"]
-    other = cli("sweep", "launch", spec_file, "--output_dir", "out", "--steps", 21, check=False)
+    other = main("sweep", "launch", spec_file, "--output_dir", "out", "--steps", 21, check=False)
     assert_one_line_error(other, "holds another sweep", "steps 11 there, 21 here", "--output_dir")
     assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == manifest
 

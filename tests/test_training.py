@@ -19,6 +19,7 @@ from PIL import Image
 from domainbed_sfp.records import VOLATILE_FIELDS
 
 RUN = ("train", "--dataset", "FullColoredDigits", "--algorithm", "Magnitude", "--test_envs", 2, "--checkpoint_freq", 10)
+SMALL_BATCHES = ("--hparams", '{"batch_size": 16}')
 
 
 def read(folder: Path) -> list[dict]:
@@ -74,17 +75,17 @@ def test_same_arguments_give_the_same_records_and_another_seed_does_not(main, tm
 
 
 @pytest.mark.parametrize("kills", [(12,), (3, 25)])
-def test_killed_at_any_moment_it_continues_with_identical_records(cli, tmp_path, kills):
+def test_killed_at_any_moment_it_continues_with_identical_records(main, tmp_path, kills):
     """kill -9 once or twice, somewhere between checkpoints; the end is bit-identical to an undisturbed run."""
-    arguments = [*map(str, RUN), "--steps", "61", "--skip_model_save"]
-    cli(*arguments, "--output_dir", "whole")
+    arguments = [*map(str, RUN), "--steps", "61", "--skip_model_save", *SMALL_BATCHES]
+    main(*arguments, "--output_dir", "whole")
     for wait_for in kills:
         _start_and_kill(tmp_path, arguments, "broken", signal.SIGKILL, wait_for)
-    cli(*arguments, "--output_dir", "broken")
+    main(*arguments, "--output_dir", "broken")
     assert stable(tmp_path / "broken") == stable(tmp_path / "whole")
 
 
-def test_sigterm_saves_and_exits_cleanly(cli, tmp_path):
+def test_sigterm_saves_and_exits_cleanly(tmp_path):
     arguments = [*map(str, RUN), "--steps", "3001", "--skip_model_save"]
     process, errors = _start_and_kill(tmp_path, arguments, "run", signal.SIGTERM, 10)
     assert process.returncode == 128 + signal.SIGTERM
@@ -180,13 +181,13 @@ def test_an_unforeseen_error_is_in_err_txt(tmp_path, monkeypatch):
     assert "ZeroDivisionError" in (tmp_path / "run" / "err.txt").read_text()
 
 
-def test_a_torn_record_is_repaired_on_resume(cli, tmp_path):
-    arguments = [*map(str, RUN), "--steps", "61", "--skip_model_save"]
-    cli(*arguments, "--output_dir", "whole")
+def test_a_torn_record_is_repaired_on_resume(main, tmp_path):
+    arguments = [*map(str, RUN), "--steps", "61", "--skip_model_save", *SMALL_BATCHES]
+    main(*arguments, "--output_dir", "whole")
     _start_and_kill(tmp_path, arguments, "broken", signal.SIGKILL, 10)
     with open(tmp_path / "broken" / "results.jsonl", "a") as file:
         file.write('{"step": 20, "los')
-    cli(*arguments, "--output_dir", "broken")
+    main(*arguments, "--output_dir", "broken")
     assert stable(tmp_path / "broken") == stable(tmp_path / "whole")
 
 
@@ -217,7 +218,7 @@ def test_domain_adaptation_splits_and_class_balance(main, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "auto"])
 def test_precision(main, tmp_path, precision):
-    main(*RUN, "--steps", 21, "--precision", precision, "--output_dir", "run")
+    main(*RUN, *SMALL_BATCHES, "--steps", 11, "--precision", precision, "--output_dir", "run")
     last = read(tmp_path / "run")[-1]
     assert last["precision"] in (("bf16",) if precision == "bf16" else ("bf16", "fp32"))
     assert last["loss"] < read(tmp_path / "run")[0]["loss"]
@@ -288,7 +289,7 @@ def test_output_dir_that_cannot_be_written(main, tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 @pytest.mark.parametrize("options", ["size=200k", "ro"])
-def test_full_or_read_only_disk(cli, tmp_path, options):
+def test_full_or_read_only_disk(main, tmp_path, options):
     """A run that meets a full disk ends with one line, and goes on where it was once there is room."""
     mount = tmp_path / "small"
     mount.mkdir()
@@ -296,12 +297,12 @@ def test_full_or_read_only_disk(cli, tmp_path, options):
     if subprocess.run(arguments, capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        failed = cli(*RUN, "--steps", 21, "--output_dir", mount / "run", check=False)
+        failed = main(*RUN, "--steps", 21, "--output_dir", mount / "run", check=False)
         assert_one_line_error(failed, "small/run", "No space left" if options != "ro" else "Read-only file system")
         if options != "ro":
             assert not list((mount / "run").glob(".*.tmp")) and not list((mount / "run").glob(".checkpoint*"))
             subprocess.run(["mount", "-o", "remount,size=50m", str(mount)], check=True)
-            cli(*RUN, "--steps", 21, "--output_dir", mount / "run")
+            main(*RUN, "--steps", 21, "--output_dir", mount / "run")
             assert [record["step"] for record in read(mount / "run")] == [0, 10, 20]
     finally:
         subprocess.run(["umount", str(mount)], check=True)

@@ -28,7 +28,8 @@ class JobProcess:
     """
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], errors: Path) -> None:
-        given = (list(arguments), dict(environment), errors)
+        # A child begins in the folder in which this program was started, wherever that has gone since.
+        given = (list(arguments), dict(environment), Path.cwd(), errors)
         self._process: BaseProcess
         if sys.platform == "linux":
             server = multiprocessing.get_context("forkserver")
@@ -57,9 +58,11 @@ class JobProcess:
         self._process.join()
 
 
-def _run(arguments: list[str], environment: dict[str, str], errors: Path) -> None:
+def _run(arguments: list[str], environment: dict[str, str], folder: Path, errors: Path) -> None:
     """The job's process."""
     import setproctitle
+
+    os.chdir(folder)
 
     # What `ps` and `nvidia-smi` show; it finds its place by the environment as it was at first.
     setproctitle.setproctitle(shlex.join(["domainbed-sfp", *arguments]))
