@@ -467,12 +467,12 @@ def test_the_vote_is_taken_over_its_window_in_evaluation_mode():
                 expected[env, row.argsort(descending=True, stable=True)[:64]] += 1
         contract.run(algorithm, step, step + 1)
     vote = algorithm.vote(group)
-    assert torch.equal(vote.given, expected) and vote.voters.tolist() == [48, 48, 48]
+    assert torch.equal(vote.given, expected) and vote.voters.tolist() == [3 * contract.BATCH] * contract.DOMAINS
     votes = expected.mean(0)[vote.ranking]
     assert (votes.diff() <= 0).all() and votes[0] > votes[-1]
     settled = vote.ranking.clone()
     contract.run(algorithm, 13, 40)
-    assert torch.equal(vote.ranking, settled) and vote.voters.tolist() == [48, 48, 48]
+    assert torch.equal(vote.ranking, settled) and vote.voters.tolist() == [3 * contract.BATCH] * contract.DOMAINS
 
 
 def test_the_rank_loss_brings_samples_to_the_global_ranking():
