@@ -555,9 +555,42 @@ def test_the_policy_starts_on_its_budget():
     bitops = BitOps(0, {"a": 10}, 10)
     bits = torch.tensor([float(b) for b in WIDTHS])
     for fraction in (0.2, 0.4, 0.8):
-        mean = starting_mean(bitops, fraction * 640)
-        expected = log_probabilities(torch.tensor([mean]), torch.zeros(1), bits).exp() @ bits**2
-        assert expected.item() * 10 == pytest.approx(fraction * 640, rel=1e-3)
+        for sigma in (0.3, 1.0):
+            mean = starting_mean(bitops, fraction * 640, sigma)
+            expected = log_probabilities(torch.tensor([mean]), torch.tensor([sigma]).log(), bits).exp() @ bits**2
+            assert expected.item() * 10 == pytest.approx(fraction * 640, rel=1e-3)
+    algorithm = make("DQMQ", target_bitops=0.3, policy_sigma=0.3)
+    for policy in algorithm.policies().values():
+        mean, log_sigma = policy.distribution(torch.randn(5, policy.features, 3, 3))
+        assert mean.tolist() == pytest.approx([starting_mean(algorithm.bitops, algorithm.budget, 0.3)] * 5)
+        assert log_sigma.exp().tolist() == pytest.approx([0.3] * 5)
+
+
+@pytest.mark.parametrize("name", ["DQMQ", "StaticMixedPrecision"])
+def test_widths_settle_and_the_network_trains_as_it_is_evaluated(name):
+    """From `policy_end` on no policy moves, the batch keeps to the budget, and evaluations in between change nothing."""
+    algorithm, watched = (
+        contract.make(name, total_steps=12, overrides={"target_bitops": 0.3, "policy_end": 0.5, "backbone": "mnist_cnn_bn"})
+        for _ in range(2)
+    )  # fmt: skip
+    drawing = contract.run(algorithm, 0, 6)
+    contract.run(watched, 0, 6)
+    before = {key: value.clone() for key, value in algorithm.named_parameters()}
+    watched.prepare_evaluation(torch.cat([x for x, _ in contract.minibatches(1000 + i)]) for i in range(3))
+    settled = contract.run(algorithm, 6, 12)
+    assert contract.run(watched, 6, 12) == settled
+    moved = {key for key, value in algorithm.named_parameters() if not torch.equal(value, before[key])}
+    assert moved and not any(".policy." in key for key in moved)
+    assert any(abs(step["expected_bitops"] - 0.3) > 1e-4 for step in drawing[2:])
+    for step in settled:
+        assert 0.95 * 0.3 < step["expected_bitops"] < 1.05 * 0.3
+    # A layer that is settled takes, of all there are, the width nearest to mu + shift.
+    layer = next(layer for layer in algorithm.layers.values() if layer.policy is not None)
+    x = torch.rand(4, layer.policy.features, 4, 4)
+    choice = layer.policy.settled(x, 0.7)
+    mean, _ = layer.policy.distribution(x)
+    assert [WIDTHS[i] for i in choice.index] == [min(WIDTHS, key=lambda b: abs(b - m - 0.7)) for m in mean.tolist()]
+    assert choice.coefficient is None
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -623,6 +656,9 @@ def test_budget_is_met_on_held_out_data(name):
         ("DQMQ", {"target_bitops": 0.05}, "no assignment takes 0.05"),
         ("DQMQ", {"target_bitops": 1.5}, r"a fraction in (0, 1], got 1.5"),
         ("DQMQ", {"reinforce": 0.1, "objective": "Mixup"}, "objective 'Mixup' does not minimise"),
+        ("DQMQ", {"policy_start": 0.5, "policy_end": 0.5}, "ends before it begins: policy_start 0.5, policy_end 0.5"),
+        ("DQMQ", {"policy_end": 1.5}, "a fraction in (0, 1], got 1.5"),
+        ("DQMQ", {"policy_sigma": 0.0}, "'policy_sigma'"),
         ("DQMQ", {"degrade": 1.5}, "a probability in [0, 1], got 1.5"),
     ],
 )

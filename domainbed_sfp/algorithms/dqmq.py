@@ -20,9 +20,9 @@ class DQMQ(PolicyQuantization):
     training; discrete choices relaxed to a continuous distribution with few parameters; an objective of task
     performance and quantization benefit; training data of mixed quality. Its method section is not available to this
     project, so everything else is a reconstruction: the policy (pooled and standardised input, 16 hidden units, a
-    discretised Gaussian), LSQ with a step size for each width, draws that a batch shares, the budget's penalty and its
-    calibration (`quantized.PolicyQuantization`), and the degradations (`data.degradations`). No number of the paper is
-    claimed.
+    discretised Gaussian), LSQ with a step size for each width, draws that a batch shares and that end half way through
+    the run, the budget's penalty and its calibration (`quantized.PolicyQuantization`), and the degradations
+    (`data.degradations`). No number of the paper is claimed.
     """
 
     reads_input = True

@@ -20,6 +20,7 @@ from domainbed_sfp.quantization.deployment import deploy
 from domainbed_sfp.quantization.layers import (
     MOST_PROBABLE,
     SAMPLED,
+    SETTLED,
     WIDEST_ONLY,
     Control,
     Trace,
@@ -29,6 +30,8 @@ from domainbed_sfp.quantization.layers import (
 )
 from domainbed_sfp.quantization.policy import WIDTHS, Policy, reinforce
 from domainbed_sfp.quantization.quantizers import WIDEST, StepSizes
+
+UP_TO_ALL = Range("a fraction in (0, 1]", lambda value: 0 < value <= 1)
 
 QUANTIZATION_HPARAMS = {
     "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO, CORAL or Mixup"),
@@ -42,12 +45,18 @@ POLICY_HPARAMS = {
         0.25,
         lambda r: r.choice([0.15, 0.25, 0.4]),
         "budget: fraction of the 8-bit network's BitOPs",
-        valid=Range("a fraction in (0, 1]", lambda value: 0 < value <= 1),
+        valid=UP_TO_ALL,
     ),
     "budget_weight": Hparam(
         1.0, lambda r: 10 ** r.uniform(-1, 1), "beta, the weight of relu(BitOPs / budget - 1)", valid=NOT_NEGATIVE
     ),
     "policy_start": Hparam(0.1, doc="fraction of the run at 8 bits, before the policy chooses", valid=FRACTION),
+    "policy_end": Hparam(
+        0.5,
+        doc="fraction of the run at which widths settle, and the network trains as it is evaluated",
+        valid=UP_TO_ALL,
+    ),
+    "policy_sigma": Hparam(0.5, doc="sigma of the policies at first, in bits", valid=POSITIVE),
     "policy_lr": Hparam(
         1e-2, lambda r: 10 ** r.uniform(-3, -1.5), "Adam's learning rate for the policy", valid=POSITIVE
     ),
@@ -100,12 +109,20 @@ class QuantizedAlgorithm(ObjectiveAlgorithm):
         return MOST_PROBABLE
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Adam; step sizes and policies have no weight decay, and policies a learning rate of their own."""
+        """Adam; step sizes and policies have no weight decay, and policies learning rates of their own.
+
+        Adam moves every weight by about its rate, and a unit that reads F inputs by up to F times as much. The weights
+        of a policy therefore have `policy_lr` over the number of their inputs (as in muP; Yang et al. 2022, arXiv
+        2203.03466), so that it says how fast mu moves, in bits a step, in wide layers as in narrow ones.
+        """
         rates: dict[int, tuple[float, float]] = {}
         for module in self.network.modules():
-            if isinstance(module, (StepSizes, Policy)):
-                rate = self.hparams["lr"] if isinstance(module, StepSizes) else self.hparams["policy_lr"]
-                rates.update({id(parameter): (rate, 0.0) for parameter in module.parameters()})
+            if isinstance(module, StepSizes):
+                rates.update({id(parameter): (self.hparams["lr"], 0.0) for parameter in module.parameters()})
+            elif isinstance(module, Policy):
+                for parameter in module.parameters():
+                    inputs = parameter.shape[1] if parameter.dim() == 2 else 1
+                    rates[id(parameter)] = (self.hparams["policy_lr"] / inputs, 0.0)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for parameter in self.network.parameters():
             key = rates.get(id(parameter), (self.hparams["lr"], self.hparams["weight_decay"]))
@@ -176,17 +193,22 @@ class PolicyQuantization(QuantizedAlgorithm):
     """Learns with the network which width each layer takes, under a budget of bit operations.
 
     8 bits everywhere for the first `policy_start` of the run; then every layer but the first and the last draws a width
-    for each sample from its policy. The loss is the objective + beta * relu(BitOPs / budget - 1), in which BitOPs are
-    the *expected* ones, known in closed form from the probabilities: no sampling, no variance. The objective reaches
-    the policy through the straight-through gradient of what was drawn (`policy.straight_through`).
+    for each sample from its policy, until `policy_end`. From then on policies rest, and each layer takes the width that
+    evaluation would give it: a network of many layers that has met only draws is not trained for any one assignment,
+    and a draw of few bits in some of fifty layers spoils all it computes.
+
+    While policies learn, the loss is the objective + beta * relu(BitOPs / budget - 1), in which BitOPs are the
+    *expected* ones, known in closed form from the probabilities: no sampling, no variance. The objective reaches the
+    policy through the straight-through gradient of what was drawn (`policy.straight_through`).
 
     `reinforce` adds the score-function gradient of the reward -(cross-entropy + beta * cost), sample by sample with the
     others' mean as baseline. It is off by default: one number for all layers' draws together is far noisier than the
     straight-through gradient, which knows each layer's error.
 
     The likeliest widths, which evaluation takes, need not cost what the draws cost. Before an evaluation mu is
-    therefore shifted (`bitops.fit_shifts`) so that they meet the budget on training images; training does not see the
-    shifts. The widths found in use there are the only ones evaluation may choose, and the only ones that are exported.
+    therefore shifted (`bitops.fit_shifts`) so that they meet the budget on training images. The widths found in use
+    there are the only ones evaluation may choose, and the only ones that are exported. Draws do not see shifts; settled
+    widths have their own, fitted to training batches, so that evaluating changes nothing about training.
     """
 
     reads_input: bool
@@ -197,6 +219,11 @@ class PolicyQuantization(QuantizedAlgorithm):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         if not 0 <= self.hparams["policy_start"] < 1:  # inside DomainBed nobody has checked it
             raise UserError(f"hparam 'policy_start': expected a fraction in [0, 1), got {self.hparams['policy_start']}")
+        if self.hparams["policy_end"] <= self.hparams["policy_start"]:
+            raise UserError(
+                f"the policy's stage ends before it begins: policy_start {self.hparams['policy_start']}, policy_end "
+                f"{self.hparams['policy_end']}"
+            )
         if self.hparams["reinforce"] and self.hparams["objective"] != "ERM":
             raise UserError(
                 f"hparam 'reinforce' rewards each sample by its cross-entropy, which objective "
@@ -207,7 +234,8 @@ class PolicyQuantization(QuantizedAlgorithm):
         self.bitops.check_budget(self.hparams["target_bitops"], alike=not self.reads_input)
         self.budget = self.hparams["target_bitops"] * self.bitops.at_8_bits
         for policy in self.policies().values():
-            policy.start.fill_(starting_mean(self.bitops, self.budget))
+            sigma = self.hparams["policy_sigma"]
+            policy.begin(starting_mean(self.bitops, self.budget, sigma), sigma)
         # What the widths of evaluation take on training images: mean bits and BitOPs.
         self.calibrated = self._taken({}, 0)
 
@@ -233,6 +261,10 @@ class PolicyQuantization(QuantizedAlgorithm):
     def first_policy_step(self) -> int:
         return min(round(self.hparams["policy_start"] * self.total_steps), self.total_steps - 1)
 
+    def first_settled_step(self) -> int:
+        """The first step of settled widths; at least one draws before it."""
+        return max(round(self.hparams["policy_end"] * self.total_steps), self.first_policy_step() + 1)
+
     def evaluation_mode(self) -> str:
         return MOST_PROBABLE if self.at_final_compression() else WIDEST_ONLY
 
@@ -247,30 +279,36 @@ class PolicyQuantization(QuantizedAlgorithm):
         if self.step == first:
             for name in self.policies():
                 self.layers[name].start_widths()
+        settled = self.step >= self.first_settled_step()
         logits: list[Tensor] = []
         listener = self.network.register_forward_hook(lambda module, inputs, output: logits.append(output))
         try:
-            with self.control.traced(SAMPLED) as trace:
+            with self.control.traced(SETTLED if settled else SAMPLED) as trace:
                 loss, metrics = super().compute_loss(minibatches)
         finally:
             listener.remove()
         bits = next(iter(self.policies().values())).bits
-        expected = self.bitops.expected(trace, bits).mean()
+        chosen = self.bitops.chosen(trace, bits).float()
+        expected = (chosen if settled else self.bitops.expected(trace, bits)).mean()
         cost = F.relu(expected / self.budget - 1)
         metrics["expected_bitops"] = expected.item() / self.bitops.at_8_bits
         metrics["drawn_bits"] = mean_bits(trace, bits).mean().item()
         metrics["budget_excess"] = cost.item()
-        loss = loss + self.hparams["budget_weight"] * cost
-        if self.hparams["reinforce"]:
+        if not settled:
+            loss = loss + self.hparams["budget_weight"] * cost
+        if self.hparams["reinforce"] and not settled:
             y = torch.cat([y for _, y in minibatches])
-            excess = F.relu(self.bitops.chosen(trace, bits) / self.budget - 1).float()
+            excess = F.relu(chosen / self.budget - 1)
             reward = -F.cross_entropy(logits[0], y, reduction="none") - self.hparams["budget_weight"] * excess
             log_probability = torch.stack(
                 [c.log_probabilities.gather(1, c.index[:, None])[:, 0] for cs in trace.values() for c in cs]
             ).sum(0)
             loss = loss + self.hparams["reinforce"] * reinforce(log_probability, reward)
-        if (self.step - first) % max(1, (self.total_steps - first) // FITS) == 0 or self.step == self.total_steps - 1:
+        every = max(1, (self.total_steps - first) // FITS)
+        ends = (self.first_settled_step() - 1, self.total_steps - 1)
+        if (self.step - first) % every == 0 or self.step in ends:
             self._fit(trace)
+            self.control.shifts = {name: float(policy.shift) for name, policy in self.policies().items()}
         return loss, metrics
 
     @torch.no_grad()
@@ -295,12 +333,13 @@ class PolicyQuantization(QuantizedAlgorithm):
         self.train()
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {**super().get_extra_state(), "calibrated": list(self.calibrated)}
+        return {**super().get_extra_state(), "calibrated": list(self.calibrated), "shifts": dict(self.control.shifts)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         super().set_extra_state(state)
         # Runs of an earlier version did not keep it.
         self.calibrated = tuple(state.get("calibrated", self.calibrated))
+        self.control.shifts = dict(state.get("shifts", {}))
 
     def costs(self) -> dict[str, float]:
         bits, bitops = self.calibrated if self.at_final_compression() else self._taken({}, 0)

@@ -91,7 +91,7 @@ class BitOps:
         return self.pinned + sum(self.macs.values()) * bits**2
 
 
-def starting_mean(bitops: BitOps, budget: float, sigma: float = 1.0) -> float:
+def starting_mean(bitops: BitOps, budget: float, sigma: float) -> float:
     """The mu, alike for all layers, with which the expected BitOPs are `budget`; the nearest there is."""
     bits = torch.tensor(WIDTHS, dtype=torch.float64)
 

@@ -17,7 +17,7 @@ from domainbed_sfp.quantization.policy import WIDTHS, Choice, Policy
 from domainbed_sfp.quantization.quantizers import WIDEST, StepSizes
 
 # What a policy-driven layer does with its policy.
-WIDEST_ONLY, SAMPLED, MOST_PROBABLE = "widest only", "sampled", "most probable"
+WIDEST_ONLY, SAMPLED, SETTLED, MOST_PROBABLE = "widest only", "sampled", "settled", "most probable"
 
 Trace = dict[str, list[Choice]]
 
@@ -26,13 +26,15 @@ Trace = dict[str, list[Choice]]
 class Control:
     """What the quantized layers of one network have in common.
 
-    mode: one of the three above. trace: the choices made, by layer and in order, while somebody listens. independent:
-    whether each sample draws for itself (see `policy.common_uniforms`).
+    mode: one of the four above. trace: the choices made, by layer and in order, while somebody listens. independent:
+    whether each sample draws for itself (see `policy.common_uniforms`). shifts: what is added to each layer's mu while
+    widths are settled, in bits.
     """
 
     mode: str = MOST_PROBABLE
     independent: bool = False
     trace: Trace | None = field(default=None, repr=False)
+    shifts: dict[str, float] = field(default_factory=dict, repr=False)
 
     @contextmanager
     def traced(self, mode: str | None = None) -> Iterator[Trace]:
@@ -89,8 +91,12 @@ class QuantizedLayer(nn.Module):
             self.input_steps.initialise(x)
         if self.policy is None or self.control.mode == WIDEST_ONLY:
             return self._run_alike(x, len(self.widths) - 1)
-        sampled = self.control.mode == SAMPLED
-        choice = self.policy.sample(x, self.control.independent) if sampled else self.policy.most_probable(x)
+        if self.control.mode == SAMPLED:
+            choice = self.policy.sample(x, self.control.independent)
+        elif self.control.mode == SETTLED:
+            choice = self.policy.settled(x, self.control.shifts[self.name])
+        else:
+            choice = self.policy.most_probable(x)
         if self.control.trace is not None:
             self.control.trace.setdefault(self.name, []).append(choice)
         inputs = self._quantize_input(x, choice.index, choice.coefficient)

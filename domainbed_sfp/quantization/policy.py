@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,8 @@ class Policy(nn.Module):
 
     The input is cut off from the gradient: the policy reads features and does not shape them. Pooled features hardly
     differ from sample to sample beside their mean; they are therefore standardised, by running statistics of the
-    training batches. The output layer starts at zero, so that all samples begin at mu = `start`.
+    training batches. The output layer starts at zero, so that all samples begin at mu = `start` and sigma = 1, unless
+    `begin` says otherwise.
 
     Args:
         features: channels of the layer's input.
@@ -76,6 +78,12 @@ class Policy(nn.Module):
         # Of evaluation alone, found by calibration: what is added to mu, and the widths that are stored.
         self.register_buffer("shift", torch.tensor(0.0))
         self.register_buffer("allowed", torch.ones(len(WIDTHS), dtype=torch.bool))
+
+    @torch.no_grad()
+    def begin(self, mean: float, sigma: float) -> None:
+        """Puts all samples at this distribution."""
+        self.start.fill_(mean)
+        self.output.bias.copy_(torch.tensor([0.0, math.log(sigma)]))
 
     def distribution(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu [N] and log sigma [N] for a layer's input [N, C, H, W] or [N, C]; with `channels_last`, [N, ..., C]."""
@@ -121,15 +129,32 @@ class Policy(nn.Module):
         index, coefficient = straight_through(logs, uniforms)
         return Choice(index, mean, logs, coefficient)
 
+    def settled(self, x: Tensor, shift: float) -> Choice:
+        """The width nearest to mu + `shift`, of all there are, and no gradient for the policy.
+
+        Of training steps alone: the running statistics follow x.
+        """
+        if self.reads_input:
+            self._follow(x)
+        return _nearest(self._undecided(x), self.bits, shift)
+
     def most_probable(self, x: Tensor) -> Choice:
         """The width nearest to mu + shift, which is the likeliest whatever sigma is; the lower of two equally near."""
-        mean, log_sigma = self.distribution(x)
-        return self.nearest(Choice(torch.empty(0), mean, log_probabilities(mean, log_sigma, self.bits), None))
+        return self.nearest(self._undecided(x))
 
     def nearest(self, choice: Choice) -> Choice:
         """What `most_probable` would choose from the distribution of `choice`."""
-        distance = (self.bits - (choice.mean + self.shift)[:, None]).abs().masked_fill(~self.allowed, torch.inf)
-        return Choice(distance.argmin(1), choice.mean, choice.log_probabilities, None)
+        return _nearest(choice, self.bits.masked_fill(~self.allowed, torch.inf), self.shift)
+
+    def _undecided(self, x: Tensor) -> Choice:
+        mean, log_sigma = self.distribution(x)
+        return Choice(torch.empty(0), mean, log_probabilities(mean, log_sigma, self.bits), None)
+
+
+def _nearest(choice: Choice, widths: Tensor, shift: float | Tensor) -> Choice:
+    """The widths nearest to the means of `choice` + shift, the lower of two that are equally near."""
+    distance = (widths - (choice.mean.detach() + shift)[:, None]).abs()
+    return Choice(distance.argmin(1), choice.mean, choice.log_probabilities, None)
 
 
 class _Bounded(torch.autograd.Function):
