@@ -57,7 +57,8 @@ def minibatches(step: int) -> list[Minibatch]:
         for index, label in enumerate(y.tolist()):
             row, column = 4 * (label // 2), 4 * (label % 2)
             x[index, :, row : row + 4, column : column + 4] += 1.5
-        batches.append(Minibatch(x, y, aligned=torch.rand(BATCH, generator=generator) < 0.8))
+        aligned = torch.randperm(BATCH, generator=generator) < 3 * BATCH // 4
+        batches.append(Minibatch(x, y, aligned))
     return batches
 
 
