@@ -30,7 +30,7 @@ def cases(bits=None, accuracy=0.8, fall=0.1):
 
 def finished(found, algorithm="DQMQ", trial=0, **hparams):
     args = {"hparams": json.dumps(hparams)} if hparams else {}
-    names = {"environments": ["art", "photo"]}
+    names = {"environments": ["art", "photo"], "standing": "reconstruction" if algorithm == "DQMQ" else "published"}
     early = record((0.5,) * 4, algorithm=algorithm, trial_seed=trial, args=args, **names)
     last = record((0.6,) * 4, step=9, algorithm=algorithm, trial_seed=trial, args=args, env0_degraded=found, **names)
     return [early, last]
@@ -55,7 +55,7 @@ def test_table(main, sweep):
     lines = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("|")]
     rows = {line[0].strip("| "): [cell.strip("| ") for cell in line[1:]] for line in lines[2:]}
     # Severity 0, 1 and 3 (there is no 5); two runs whose bits rise and one whose bits fall: rho 1, -1, 1.
-    assert rows["DQMQ"] == [
+    assert rows["DQMQ †"] == [
         "80.0",
         "70.0",
         "50.0",
@@ -67,6 +67,7 @@ def test_table(main, sweep):
     ]
     assert rows["UniformQuant"] == ["80.0", "70.0", "50.0", "4.00", "4.00", "the bits never move", ABSENT, "1"]
     assert rows["ERM"] == ["80.0", "70.0", "50.0", ABSENT, ABSENT, ABSENT, ABSENT, "1"]
+    assert "† reconstruction" in result.stdout
     assert "not finished, left out" in result.stderr and "CORAL" not in result.stdout
 
 
@@ -76,7 +77,7 @@ def test_correlation_is_spearmans_within_a_degradation():
     pytest.importorskip("scipy", reason="scipy is not installed")
     bits = [0, 1, 1, 1, -1, -2, -3]
     told = [
-        degraded.Case("D", "r", "x", 0, 0, "art", case["degradation"], case["severity"], 100, 50.0, bit, None)
+        degraded.Case("D", "r", None, "x", 0, 0, "art", case["degradation"], case["severity"], 100, 50.0, bit, None)
         for case, bit in zip(cases((0.0,) * 4), bits)
     ]
     assert degraded.correlations(told) == {"blur": pytest.approx(3 / 15**0.5), "noise": pytest.approx(-1)}
@@ -107,7 +108,7 @@ def test_rows_are_told_apart_by_their_settings(main, tmp_path):
     write_run(tmp_path, "a", finished(cases((3.0, 3.0, 3.0, 3.1)), target_bitops=0.2))
     write_run(tmp_path, "b", finished(cases((3.0, 3.0, 3.0, 3.1)), target_bitops=0.3))
     output = main("degraded", "--input_dir", tmp_path).stdout
-    assert "DQMQ (target_bitops=0.2)" in output and "DQMQ (target_bitops=0.3)" in output
+    assert "DQMQ (target_bitops=0.2) †" in output and "DQMQ (target_bitops=0.3)" in output
 
 
 @pytest.mark.skipif(NO_SCIPY or NO_MATPLOTLIB, reason="scipy and matplotlib, of extras, are not installed")

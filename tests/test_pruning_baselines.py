@@ -90,8 +90,10 @@ def test_snip_ranks_the_untrained_weights_globally():
     """The first step's mask against gradients and a sort written out here; it stays."""
     algorithm = _make("SNIP", granularity="weight", sparsity=0.7)
     twin = copy.deepcopy(algorithm)
-    x, y = balanced_batch(_batch(0))
-    F.cross_entropy(twin.predict(x), y).backward()
+    x, y = (torch.cat(part) for part in zip(*_batch(0)))
+    losses = F.cross_entropy(twin.predict(x), y, reduction="none")
+    assert y.bincount().tolist() != [8, 8]
+    torch.stack([losses[y == label].mean() for label in (0, 1)]).mean().backward()
     names = list(algorithm.unit_shapes)
     parameters = dict(twin.named_parameters())
     flat = torch.cat([(parameters[name] * parameters[name].grad).abs().flatten() for name in names])
@@ -124,8 +126,6 @@ def test_balanced_batch_by_hand():
     # In turn from both: samples 0 5 1 6 2 7 3 8 4 of classes 0 2 0 0 0 2 2 0 2.
     chosen, y = balanced_batch(batches, 2)
     assert chosen.flatten().tolist() == [0, 5, 1, 7] and y.tolist() == [0, 2, 0, 2]
-    chosen, y = balanced_batch(batches)  # five of class 0, four of class 2
-    assert chosen.flatten().tolist() == [0, 5, 1, 6, 2, 7, 3, 4] and y.bincount().tolist() == [4, 0, 4]
     chosen, y = balanced_batch([(x[:1], torch.tensor([1]))], 25)
     assert chosen.flatten().tolist() == [0] and y.tolist() == [1]
 
@@ -588,3 +588,17 @@ def test_lottery_tickets_refuse_to_rewind_past_the_first_pruning():
 def test_impossible_values_are_refused(name, hparam, value):
     with pytest.raises(UserError, match=f"'{hparam}'.*{value}"):
         _make(name, **{hparam: value})
+
+
+@pytest.mark.parametrize(
+    "name, total_steps, hparam, value, told",
+    [
+        ("MRM", STEPS, "mask_end", 1.0, "mask_end': 1.0 of 20 steps leaves none"),
+        ("DCWP", 3, "mask_end", 0.89, "or train longer"),
+        ("LotteryTicket", STEPS, "prune_end", 1.0, "prune_end': 1.0 of 20 steps leaves none"),
+    ],
+)
+def test_a_run_that_would_not_retrain_is_refused_at_its_first_step(name, total_steps, hparam, value, told):
+    algorithm = _make(name, total_steps, **{hparam: value})
+    with pytest.raises(UserError, match=told):
+        _update(algorithm, 0)

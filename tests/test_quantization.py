@@ -483,6 +483,24 @@ def test_grouping_computes_each_sample_once():
     assert sorted(seen) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_an_activation_may_work_in_place_behind_groups(size, memory_format):
+    """As squeeze-and-excitation does, whose maps have one position: output and gradients are those sample by sample."""
+    torch.manual_seed(0)
+    weights = torch.randn(2, 4, 3, 1, 1)
+    x = torch.randn(4, 3, size, size).to(memory_format=memory_format).requires_grad_()
+    index = torch.tensor([1, 0, 1, 1])
+    out = F.relu(run_by_width(index, x, 2, lambda used: weights[used], F.conv2d), inplace=True)
+    alone = x.detach().clone().requires_grad_()
+    expected = torch.cat([F.conv2d(alone[i : i + 1], weights[int(at)]) for i, at in enumerate(index)]).relu()
+    assert torch.allclose(out, expected, atol=1e-6)
+    g = torch.randn_like(expected)
+    (out * g).sum().backward()
+    (expected * g).sum().backward()
+    assert torch.allclose(x.grad, alone.grad, atol=1e-6)
+
+
 def test_the_choice_receives_the_error_of_input_and_weights():
     """dL/dcoefficient of one linear layer: <g, W dx> for each sample plus the mean over its group of <g, dW x>."""
     torch.manual_seed(0)

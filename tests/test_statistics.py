@@ -388,6 +388,20 @@ def test_best_is_the_best_other_pruning_row_of_equal_sparsity(main, two_rows):
     assert excluded["comparisons"][0]["other"]["label"] == "Magnitude"
 
 
+def test_best_of_a_quantizing_row_has_equal_bitops(main, tmp_path):
+    low, middle, high = ({0: [value] * 3, 1: [value] * 3} for value in (0.5, 0.6, 0.9))
+    write_row(tmp_path, "DQMQ", middle, sparsity=0.0, bitops=2000.0, bitops_8bit=10_000.0)
+    write_row(tmp_path, "UniformQuant", high, sparsity=0.0, bitops=2200.0, bitops_8bit=10_000.0)
+    write_row(tmp_path, "StaticMixedPrecision", low, sparsity=0.0, bitops=1910.0, bitops_8bit=10_000.0)
+    write_row(tmp_path, "Magnitude", high, sparsity=0.5)
+    write_row(tmp_path, "ERM", high, sparsity=0.0)
+    (table,) = comparison(main, tmp_path, "--compare", "DQMQ", "best")["tables"]
+    assert [one["other"]["label"] for one in table["comparisons"]] == ["StaticMixedPrecision"]
+    assert "of 1 other quantizing row of 20.0% of the 8-bit network's BitOPs, within 5 %." in " ".join(table["notes"])
+    refused = main("collect", "--input_dir", tmp_path, "--compare", "ERM", "best", check=False)
+    assert refused.returncode == 2 and "ERM neither prunes nor quantizes" in refused.stderr
+
+
 def test_a_single_trial_has_no_interval_and_says_so(main, tmp_path):
     for algorithm, value in (("SFP", 0.7), ("ERM", 0.6)):
         write_row(tmp_path / "one", algorithm, {0: [value]})
@@ -454,7 +468,7 @@ def test_over_data_sets(main, three_datasets):
     assert "3 data sets with a difference: the smallest p of a Wilcoxon test is 0.25, it cannot reach 0.05." in text
     assert "chi-square 6.00" in text and "critical difference 1.91" in text
     pair = main("collect", "--input_dir", three_datasets, "--compare", "SFP", "best").stdout
-    assert "best at equal sparsity" in pair and "No Friedman test: it ranks three rows or more, here 1." in pair
+    assert "best at equal compression" in pair and "No Friedman test: it ranks three rows or more, here 1." in pair
 
 
 def test_two_data_sets_are_too_few_for_any_difference(main, three_datasets):

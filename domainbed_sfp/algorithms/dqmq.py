@@ -22,7 +22,11 @@ class DQMQ(PolicyQuantization):
     project, so everything else is a reconstruction: the policy (pooled and standardised input, 16 hidden units, a
     discretised Gaussian), LSQ with a step size for each width, draws that a batch shares and that end half way through
     the run, the budget's penalty and its calibration (`quantized.PolicyQuantization`), and the degradations
-    (`data.degradations`). No number of the paper is claimed.
+    (`data.degradations`). The gradient of a draw is not the relaxed one of straight-through Gumbel, which computes
+    every width, but has its purpose: see `quantization.policy.straight_through`.
+
+    The paper claims, on ImageNet at equal compression, 2.1 points more for ResNet-18, 1.7 for ResNet-50 and .5 for
+    MobileNet-V2. None of that was tried here, and nothing of it is claimed of this reconstruction.
     """
 
     reads_input = True

@@ -162,7 +162,8 @@ class LearnedMaskPruning(GatedPruning):
     In the mask stage each step draws a straight-through binary-concrete mask (see `pruning.gates`) and minimises the
     loss of the masked network plus alpha * sum(logits). Logits begin at 1.5. A mask keeps what has a positive logit
     (`mask_rule` threshold, the papers' rule, by which the sparsity is what it is) or the largest logits at hparam
-    `sparsity` (`top_k`, for comparisons at equal sparsity). Subclasses say what happens before retraining.
+    `sparsity` (`top_k`, for comparisons at equal sparsity), layer by layer unless `pruning_scope` says otherwise; the
+    papers' rule is one threshold for all layers. Subclasses say what happens before retraining.
 
     As published, how dense the masks of the stage are is what the logits make of it (`mask_density` free): in runs of a
     few hundred steps far denser than the mask that `top_k` keeps. "scheduled" (this project's extension) takes one
@@ -195,6 +196,8 @@ class LearnedMaskPruning(GatedPruning):
         """Called when the mask is final, before dead weights are zeroed."""
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
+        if self.step == 0:
+            self.check_retraining("mask_end")
         if not self.gates_are_open():
             return super().update(minibatches, unlabeled)
         metrics = self._learn_gates(minibatches)

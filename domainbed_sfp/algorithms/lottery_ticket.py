@@ -58,6 +58,8 @@ class LotteryTicket(Magnitude):
         return RoundSchedule(self.hparams["sparsity"], self.hparams["rounds"], self.hparams["prune_end"])
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
+        if self.step == 0:
+            self.check_retraining("prune_end")
         if self.step == round(self.hparams["rewind"] * self.total_steps):
             self._store()
         return super().update(minibatches, unlabeled)

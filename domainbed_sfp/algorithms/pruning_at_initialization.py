@@ -1,4 +1,4 @@
-"""Base of the methods that prune once, before training, by what a balanced batch says of the untrained weights."""
+"""Base of the methods that prune once, before training, by what the first batch says of the untrained weights."""
 
 from __future__ import annotations
 
@@ -71,19 +71,15 @@ class PruningAtInitialization(ScheduledPruning):
         return {name: by_weight[name] for name in self.unit_shapes}
 
 
-def balanced_batch(minibatches: Minibatches, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """(x, y) with the first samples of every class present, taken from the environments in turn.
-
-    Up to `most` of each class, where there are as many; without `most`, of each as many as the rarest class has.
-    """
+def balanced_batch(minibatches: Minibatches, most: int) -> tuple[Tensor, Tensor]:
+    """(x, y) with the first samples of every class present, up to `most` of each, taken from the environments in
+    turn."""
     x = torch.cat([x for x, _ in minibatches])
     y = torch.cat([y for _, y in minibatches])
     position = torch.cat([torch.arange(len(y), device=y.device) for _, y in minibatches])
     order = position.argsort(stable=True)
     y = y[order]
     of_class = F.one_hot(y)
-    counts = of_class.sum(0)
-    limit = int(counts[counts > 0].min()) if most is None else most
     rank = (of_class.cumsum(0) * of_class).sum(1)  # the n-th sample of its class, from 1
-    chosen = rank <= limit
+    chosen = rank <= most
     return x[order[chosen]], y[chosen]

@@ -280,6 +280,8 @@ class PolicyQuantization(QuantizedAlgorithm):
             for name in self.policies():
                 self.layers[name].start_widths()
         settled = self.step >= self.first_settled_step()
+        if settled and not self.control.shifts:  # a run of an earlier version, which did not keep them
+            self._keep_shifts()
         logits: list[Tensor] = []
         listener = self.network.register_forward_hook(lambda module, inputs, output: logits.append(output))
         try:
@@ -308,7 +310,7 @@ class PolicyQuantization(QuantizedAlgorithm):
         ends = (self.first_settled_step() - 1, self.total_steps - 1)
         if (self.step - first) % every == 0 or self.step in ends:
             self._fit(trace)
-            self.control.shifts = {name: float(policy.shift) for name, policy in self.policies().items()}
+            self._keep_shifts()
         return loss, metrics
 
     @torch.no_grad()
@@ -344,6 +346,9 @@ class PolicyQuantization(QuantizedAlgorithm):
     def costs(self) -> dict[str, float]:
         bits, bitops = self.calibrated if self.at_final_compression() else self._taken({}, 0)
         return {"bitops": bitops, "bitops_8bit": float(self.bitops.at_8_bits), "mean_bits": bits}
+
+    def _keep_shifts(self) -> None:
+        self.control.shifts = {name: float(policy.shift) for name, policy in self.policies().items()}
 
     def _traced(self, batches: Iterable[Tensor]) -> Trace:
         with self.control.traced(MOST_PROBABLE) as trace:

@@ -30,7 +30,9 @@ class Taylor(ScheduledPruning):
 
     A channel's importance is (dL/dz)^2 of a gate z on what is read of it, that is (sum of g w)^2 over the weights that
     read it; a weight's is (g w)^2 (section 3). L is the training objective. Importances of single steps enter a running
-    average with momentum .9, as in the authors' code, and the cubic ramp takes the place of their schedule.
+    average with momentum .9, as in the authors' code, and the cubic ramp takes the place of their schedule. The paper
+    ranks the gates of all layers together, which is `pruning_scope` "global" here; by default units are compared within
+    their layer, so that methods are compared at the same cost.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="ROW",
         help="test the first row, named as the tables name it, against the others, or against every row if it is "
-        f"alone; '{BEST}' is the best other pruning row of equal sparsity",
+        f"alone; '{BEST}' is the best other row of equal sparsity, or of equal BitOPs",
     )
     compared.add_argument(
         "--exclude", nargs="+", metavar="ROW", help=f"rows or algorithms that '{BEST}' and 'every row' leave out"

@@ -34,6 +34,13 @@ BEST = "best"
 
 # Sparsities (fractions) that differ by no more are equal: channel pruning cannot meet a target to the last weight.
 SPARSITY_TOLERANCE = 0.005
+# BitOPs that differ by no more of the larger are equal: few assignments of widths lie near a budget.
+BITOPS_TOLERANCE = 0.05
+# What BEST stands for, for readers.
+BEST_RULE = (
+    f"the best other row that is compressed as far: a pruning row of equal sparsity (within "
+    f"{100 * SPARSITY_TOLERANCE:g} points), a quantizing row of equal BitOPs (within {100 * BITOPS_TOLERANCE:g} %)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +111,9 @@ class ComparisonReport:
 def compare(report: Report, names: Sequence[str], exclude: Sequence[str] = ()) -> ComparisonReport:
     """The row names[0] against the rows names[1:], or against every other row where no other is named.
 
-    Rows go by the labels of the tables. BEST stands, per data set, for the best other pruning row of equal sparsity.
-    `exclude` holds labels or algorithms that neither BEST nor "every other row" may pick. Raises UserError for an
-    unknown name, and when no data set allows a comparison.
+    Rows go by the labels of the tables. BEST stands, per data set, for the best other row that is compressed as far
+    (BEST_RULE). `exclude` holds labels or algorithms that neither BEST nor "every other row" may pick. Raises UserError
+    for an unknown name, and when no data set allows a comparison.
     """
     names = [_plain(name) for name in names]
     exclude = [_plain(name) for name in exclude]
@@ -216,7 +223,7 @@ def _compare_in(
     picked: dict[str, list[str]] = {}
     for name in others or [one.label for one in candidates]:
         if name == BEST and name not in rows:
-            best, said = _best_of_equal_sparsity(table, row, candidates)
+            best, said = _best_of_equal_compression(table, row, candidates)
             if best is None:
                 notes.append(f"{where}: {said}")
             else:
@@ -244,28 +251,41 @@ def _compare_in(
     return TableComparison(table, environments, _summary(row, tested), comparisons, tuple(own))
 
 
-def _best_of_equal_sparsity(table: Table, row: Row, candidates: Sequence[Row]) -> tuple[Row | None, str]:
-    """The best other pruning row, and what has to be said about the choice; None and why there is none."""
-    sparsity = row.costs.get("sparsity", 0.0)
-    if sparsity <= 0:
-        return None, f"no {BEST} row of equal sparsity, {row.label} prunes nothing."
+def _best_of_equal_compression(table: Table, row: Row, candidates: Sequence[Row]) -> tuple[Row | None, str]:
+    """The best other row that is compressed as far, and what has to be said about the choice; None and why there is
+    none."""
+    sparsity, bitops = _sparsity(row), _bitops_share(row)
+    if sparsity > 0:
+        kind, tolerance = "pruning", f"{100 * SPARSITY_TOLERANCE:g} points"
+        of_what = f"sparsity {100 * sparsity:.1f}%" + "".join(f" ({name}s)" for name in sorted(_granularities(row)))
+        equal = [
+            one
+            for one in candidates
+            if _sparsity(one) > 0
+            and abs(_sparsity(one) - sparsity) <= SPARSITY_TOLERANCE
+            and _granularities(one) == _granularities(row)
+        ]
+    elif bitops is not None:
+        kind, tolerance = "quantizing", f"{100 * BITOPS_TOLERANCE:g} %"
+        of_what = f"{100 * bitops:.1f}% of the 8-bit network's BitOPs"
+        equal = [
+            one
+            for one in candidates
+            if (share := _bitops_share(one)) is not None
+            and _sparsity(one) <= 0
+            and abs(share - bitops) <= BITOPS_TOLERANCE * max(share, bitops)
+        ]
+    else:
+        return None, f"no {BEST} row of equal compression, {row.label} neither prunes nor quantizes."
     tested = tested_environments(table)
-    equal = [
-        one
-        for one in candidates
-        if one.costs.get("sparsity", 0.0) > 0
-        and abs(one.costs["sparsity"] - sparsity) <= SPARSITY_TOLERANCE
-        and _granularities(one) == _granularities(row)
-    ]
     averages = [(average_of([one.cells[env] for env in tested]), one) for one in equal]
     whole = [(average.accuracy, one) for average, one in averages if average is not None]
-    of_what = f"sparsity {100 * sparsity:.1f}%" + "".join(f" ({name}s)" for name in sorted(_granularities(row)))
     if not whole:
-        return None, f"no other pruning row of {of_what} has a result in every tested environment."
+        return None, f"no other {kind} row of {of_what} has a result in every tested environment."
     average, best = max(whole, key=lambda entry: entry[0])
     said = (
-        f"{BEST}: {best.label}, the highest test accuracy ({average:.1f}) of {len(whole)} other pruning "
-        f"row{'' if len(whole) == 1 else 's'} of {of_what}, within {100 * SPARSITY_TOLERANCE:g} points. "
+        f"{BEST}: {best.label}, the highest test accuracy ({average:.1f}) of {len(whole)} other {kind} "
+        f"row{'' if len(whole) == 1 else 's'} of {of_what}, within {tolerance}. "
         "Choosing it by test accuracy favours it: its average is optimistic, and the difference conservative for "
         f"{row.label}. The p-values take no account of the choice."
     )
@@ -273,6 +293,16 @@ def _best_of_equal_sparsity(table: Table, row: Row, candidates: Sequence[Row]) -
     if lacking:
         said += f" Not considered, for want of a result in an environment: {', '.join(lacking)}."
     return best, said
+
+
+def _sparsity(row: Row) -> float:
+    return row.costs.get("sparsity", 0.0)
+
+
+def _bitops_share(row: Row) -> float | None:
+    """BitOPs as a fraction of the 8-bit network's; None where nothing is quantized."""
+    most = row.costs.get("bitops_8bit")
+    return row.costs["bitops"] / most if most and "bitops" in row.costs else None
 
 
 def _granularities(row: Row) -> set[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from .. import __version__
 from .comparison import (
     BEST,
-    SPARSITY_TOLERANCE,
+    BEST_RULE,
     AcrossDatasets,
     Comparison,
     ComparisonReport,
@@ -238,7 +238,7 @@ def _across_grid(across: AcrossDatasets, standings: dict[str, str | None]) -> Gr
         difference, _, pairs, record = _shown_difference(test)
         label = daggered(name, standings.get(name))
         if name == BEST and name not in standings:
-            label = f"{BEST} at equal sparsity"
+            label = f"{BEST} at equal compression"
         rows.append((label, difference, pairs, record, _p(test.p_wilcoxon), _p(p_holm), rank.get(name, ABSENT)))
     notes = [
         f"Difference: {across.label} minus the row, percentage points, mean over data sets of averages' difference. "
@@ -250,8 +250,7 @@ def _across_grid(across: AcrossDatasets, standings: dict[str, str | None]) -> Gr
         notes.append(RECONSTRUCTION_NOTE)
     if any(name == BEST for name, _, _ in across.tests):
         notes.append(
-            f"{BEST}: per data set the best other pruning row of equal sparsity (within {100 * SPARSITY_TOLERANCE:g} "
-            "points), named under each table; chosen by test accuracy, which favours it."
+            f"{BEST}: per data set {BEST_RULE}, named under each table; chosen by test accuracy, which favours it."
         )
     return Grid(
         f"comparison-datasets-{across.rule.key}",

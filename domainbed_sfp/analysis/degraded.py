@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, unknown_name
 from ..files import write_output
 from ..records import DONE, RESULTS, Warn, read_records
-from .display import ABSENT
+from .display import ABSENT, RECONSTRUCTION_NOTE, daggered
 from .jobs import Method, label_methods, method_of
 from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
 from .statistics import paired_test
+from .tables import RECONSTRUCTION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,12 +41,14 @@ SEEDS = ("test_envs", "hparams_seed", "trial_seed")
 class Case:
     """A run's images of one test environment in one degradation and severity.
 
-    accuracy: in percent. mean_bits: over layers with a policy and samples; bitops: multiply-accumulates times the bits
-    of both factors, an image; None where the algorithm does not quantize.
+    standing: of the algorithm, as in its record. accuracy: in percent. mean_bits: over layers with a policy and
+    samples; bitops: multiply-accumulates times the bits of both factors, an image; None where the algorithm does not
+    quantize.
     """
 
     dataset: str
     row: str
+    standing: str | None
     run: str
     hparams_seed: int
     trial_seed: int
@@ -70,6 +73,7 @@ class Summary:
 
     dataset: str
     row: str
+    standing: str | None
     n: int
     accuracy: dict[int, float]
     bits: dict[int, float]
@@ -160,6 +164,7 @@ def _cases(row: str, run: str, record: Mapping[str, Any]) -> Iterator[Case]:
             yield Case(
                 args["dataset"],
                 row,
+                record.get("standing"),
                 run,
                 args["hparams_seed"],
                 args["trial_seed"],
@@ -194,6 +199,7 @@ def _summary(dataset: str, row: str, runs: Mapping[tuple[str, str], Sequence[Cas
     return Summary(
         dataset,
         row,
+        next((case.standing for found in runs.values() for case in found), None),
         len(runs),
         _by_severity(runs.values(), "accuracy"),
         _by_severity(runs.values(), "mean_bits"),
@@ -243,7 +249,16 @@ def markdown_text(summaries: Sequence[Summary]) -> str:
             accuracies = [f"{summary.accuracy[s]:.1f}" if s in summary.accuracy else ABSENT for s in shown]
             bits = [f"{summary.bits[s]:.2f}" if s in summary.bits else ABSENT for s in (shown[0], shown[-1])]
             kinds = ", ".join(f"{kind} {rho:+.2f}" for kind, rho in summary.by_degradation.items()) or ABSENT
-            lines.append([summary.row, *accuracies, *bits, summary.correlation(), kinds, str(summary.n)])
+            lines.append(
+                [
+                    daggered(summary.row, summary.standing),
+                    *accuracies,
+                    *bits,
+                    summary.correlation(),
+                    kinds,
+                    str(summary.n),
+                ]
+            )
         blocks.append(f"### {dataset}, degraded copies of the test environment\n\n" + _table(lines))
     blocks.append(
         "- Accuracy in percent and bits are means over runs and the five degradations (blur, noise, contrast, resize, "
@@ -251,6 +266,7 @@ def markdown_text(summaries: Sequence[Summary]) -> str:
         "- Rho: Spearman's rank correlation of severity and mean bits within a degradation, the images as they are "
         "among the cases (0 where bits do not move), mean over degradations; mean ± standard error over runs; p of a "
         "two-sided t-test against 0.\n"
+        + (f"- {RECONSTRUCTION_NOTE}\n" if any(s.standing == RECONSTRUCTION for s in summaries) else "")
     )
     return "\n".join(blocks)
 
@@ -278,7 +294,9 @@ def plot(cases: Sequence[Case], suffix: str) -> bytes:
 def _draw(cases: Sequence[Case]) -> Figure:
     from matplotlib.figure import Figure
 
-    moving = {(s.dataset, s.row) for s in summarise(cases) if s.correlations}
+    summaries = summarise(cases)
+    names = {(s.dataset, s.row): daggered(s.row, s.standing) for s in summaries}
+    moving = {(s.dataset, s.row) for s in summaries if s.correlations}
     name, title = ("mean_bits", "mean bits") if moving else ("accuracy", "accuracy (%)")
     panels = list(dict.fromkeys((case.dataset, case.row) for case in cases))
     panels = [panel for panel in panels if panel in moving or not moving]
@@ -294,7 +312,7 @@ def _draw(cases: Sequence[Case]) -> Figure:
             axis.plot(
                 *zip(*points.items()), color=COLOURS[index % len(COLOURS)], linestyle=style, marker=".", label=kind
             )
-        axis.set(title=f"{dataset}\n{row}", xlabel="severity", ylabel=title)
+        axis.set(title=f"{dataset}\n{names[dataset, row]}", xlabel="severity", ylabel=title)
     axes[0].legend()
     return figure
 

@@ -76,8 +76,12 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 def connection_sensitivity(network: nn.Module, weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Scores:
     """|dL/dm| at m = 1 where a mask m multiplies each weight, which is |w dL/dw| (SNIP, Lee et al. 2019, eq. 5), for
-    the cross-entropy L of `network` on images x with classes y. `weights` are parameters of `network`."""
-    gradients = torch.autograd.grad(F.cross_entropy(network(x), y), list(weights.values()), materialize_grads=True)
+    the cross-entropy L of `network` on images x with classes y, all classes that occur counting alike. `weights` are
+    parameters of `network`."""
+    logits = network(x)
+    class_weights = F.one_hot(y, logits.shape[1]).sum(0).clamp_min(1).to(logits.dtype).reciprocal()
+    loss = F.cross_entropy(logits, y, class_weights)
+    gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     return {name: (weight * gradient).detach().abs() for (name, weight), gradient in zip(weights.items(), gradients)}
 
 

@@ -186,7 +186,13 @@ class _Join(torch.autograd.Function):
     def forward(ctx: Any, order: Tensor, *groups: Tensor) -> Tensor:
         ctx.sizes = [len(group) for group in groups]
         ctx.save_for_backward(order.argsort())
-        return _take_rows(groups, order)
+        first = groups[0]
+        memory_format = torch.channels_last if _is_channels_last(first) else torch.contiguous_format
+        # Not a view, as which autograd would forbid the activation behind to work in place.
+        shape = (len(order), *first.shape[1:])
+        joined = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=memory_format)
+        _take_rows(groups, order, out=joined)
+        return joined
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -194,18 +200,25 @@ class _Join(torch.autograd.Function):
         return None, *(_take_rows(gradients, part) for part in order.split(ctx.sizes))
 
 
-def _take_rows(tensors: Sequence[Tensor], order: Tensor) -> Tensor:
-    """The rows `order` of the tensors laid one behind the other, in the memory format of the first."""
-    is_channels_last = tensors[0].dim() == 4 and tensors[0].is_contiguous(memory_format=torch.channels_last)
+def _take_rows(tensors: Sequence[Tensor], order: Tensor, out: Tensor | None = None) -> Tensor:
+    """The rows `order` of the tensors laid one behind the other, in the memory format of the first; written to `out`,
+    if given, which has that format, too."""
+    is_channels_last = _is_channels_last(tensors[0])
     if is_channels_last:
         tensors = [x.permute(0, 2, 3, 1) for x in tensors]
+        out = None if out is None else out.permute(0, 2, 3, 1)
     if order.device.type == "cpu":
         # Row by row: index_select takes twice as long for rows as large as feature maps.
         rows = [row for x in tensors for row in x.unbind()]
-        taken = torch.stack([rows[i] for i in order.tolist()])
+        taken = torch.stack([rows[i] for i in order.tolist()], out=out)
     else:
-        taken = (torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]).index_select(0, order)
+        joined = torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+        taken = torch.index_select(joined, 0, order, out=out)
     return taken.permute(0, 3, 1, 2) if is_channels_last else taken
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def quantize_layers(
