@@ -475,6 +475,20 @@ def test_their_train_runs_gates_and_votes(bridge, tmp_path: Path) -> None:
     assert not weights["featurizer.bn1.gate.reduce.weight"][:, dead].any()
 
 
+def test_their_train_quantizes(bridge, tmp_path: Path) -> None:
+    """DQMQ reads its inputs, draws, settles and is fitted to its budget without our loop's help."""
+    bridge("train", "--algorithm", "DQMQ", "--dataset", "Debug28", "--data_dir", "none", "--test_envs", 0, "--steps", 12,
+           "--checkpoint_freq", 4, "--output_dir", "run", "--hparams", '{"batch_size": 4, "target_bitops": 0.25}',
+           cwd=tmp_path)  # fmt: skip
+    records = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 4, 8, 11]
+    assert "drawn_bits" not in records[0] and 2 <= records[1]["drawn_bits"] <= 8
+    assert records[-1]["expected_bitops"] == pytest.approx(0.25, rel=0.05)  # widths have settled
+    weights = torch.load(tmp_path / "run" / "model.pkl", weights_only=True)["model_dict"]
+    # The first layer keeps 8 bits.
+    assert weights["featurizer.conv2.policy.allowed"].any() and "featurizer.conv1.policy.start" not in weights
+
+
 def test_their_erm_is_theirs(their_sweep: Path) -> None:
     (run,) = runs_of(their_sweep, "ERM")
     record = json.loads((run / "results.jsonl").read_text().splitlines()[-1])

@@ -18,7 +18,7 @@ from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.gates import Gates, density_shift, gated_weights, logistic_noise, straight_through
 from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
-from domainbed_sfp.pruning.schedules import OneShotSchedule, check_fraction
+from domainbed_sfp.pruning.schedules import OneShotSchedule, check_fraction, check_retraining
 
 MASK_RULES = ("top_k", "threshold")
 MASK_DENSITIES = ("free", "scheduled")
@@ -186,6 +186,7 @@ class LearnedMaskPruning(GatedPruning):
             raise unknown_name("mask_density", self.hparams["mask_density"], MASK_DENSITIES)
         if self.hparams["mask_density"] == "scheduled" and self.hparams["mask_rule"] == "threshold":
             raise UserError("mask_rule 'threshold' finds its own sparsity: leave hparam 'mask_density' at 'free'")
+        check_retraining("mask_end", self.hparams["mask_end"])
         shapes = {name: value.shape for name, value in self.named_parameters()}
         self.weights_per_unit = {
             group.name: sum(shapes[name].numel() for name in (*group.filters, *group.readers)) // group.channels
@@ -196,8 +197,6 @@ class LearnedMaskPruning(GatedPruning):
         """Called when the mask is final, before dead weights are zeroed."""
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
-        if self.step == 0:
-            self.check_retraining("mask_end")
         if not self.gates_are_open():
             return super().update(minibatches, unlabeled)
         metrics = self._learn_gates(minibatches)

@@ -15,7 +15,7 @@ from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.hparams import Hparam
 from domainbed_sfp.pruning.named_tensors import NamedTensors
-from domainbed_sfp.pruning.schedules import RoundSchedule
+from domainbed_sfp.pruning.schedules import RoundSchedule, check_retraining
 from domainbed_sfp.registry import register
 
 
@@ -45,6 +45,7 @@ class LotteryTicket(Magnitude):
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
+        check_retraining("prune_end", self.hparams["prune_end"])
         rewind, first = self.hparams["rewind"], self.schedule.end / self.schedule.rounds
         if not 0 <= rewind <= first:
             raise UserError(
@@ -58,8 +59,6 @@ class LotteryTicket(Magnitude):
         return RoundSchedule(self.hparams["sparsity"], self.hparams["rounds"], self.hparams["prune_end"])
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
-        if self.step == 0:
-            self.check_retraining("prune_end")
         if self.step == round(self.hparams["rewind"] * self.total_steps):
             self._store()
         return super().update(minibatches, unlabeled)

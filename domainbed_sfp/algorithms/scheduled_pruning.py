@@ -106,16 +106,6 @@ class ScheduledPruning(ObjectiveAlgorithm):
         if self.step > self.schedule.first_step(self.total_steps):
             recalibrate_batchnorm(self.network, self.network, batches)
 
-    def check_retraining(self, end: str) -> None:
-        """UserError where no step follows the last pruning, which the hparam `end` places: of a method that rewinds or
-        freezes weights, what is recorded would hardly have been trained."""
-        last = self.schedule.last_step(self.total_steps)
-        if last >= self.total_steps - 1:
-            raise UserError(
-                f"hparam {end!r}: {self.hparams[end]} of {self.total_steps} steps leaves none to retrain what is kept; "
-                f"lower {end!r}" + (" or train longer" if self.hparams[end] < 1 else "")
-            )
-
     def masks(self) -> dict[str, Tensor]:
         return self.weight_masks.as_dict()
 

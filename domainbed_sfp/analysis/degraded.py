@@ -262,7 +262,8 @@ def markdown_text(summaries: Sequence[Summary]) -> str:
         blocks.append(f"### {dataset}, degraded copies of the test environment\n\n" + _table(lines))
     blocks.append(
         "- Accuracy in percent and bits are means over runs and the five degradations (blur, noise, contrast, resize, "
-        "JPEG); severity 0: the images as they are.\n"
+        "JPEG); severity 0: the images as they are. They are those of the finished model on some of the test "
+        "environment's images (`samples` of --csv), not of the selected model on all, as in other tables.\n"
         "- Rho: Spearman's rank correlation of severity and mean bits within a degradation, the images as they are "
         "among the cases (0 where bits do not move), mean over degradations; mean ± standard error over runs; p of a "
         "two-sided t-test against 0.\n"

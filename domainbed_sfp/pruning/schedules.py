@@ -63,6 +63,13 @@ def check_fraction(name: str, value: float) -> None:
         raise UserError(f"hparam {name!r}: expected a fraction of the run in [0, 1], got {value}")
 
 
+def check_retraining(name: str, value: float) -> None:
+    """Raises UserError if the hparam `name`, where pruning ends as a fraction of the run, leaves nothing of the run:
+    for methods that rewind or freeze weights, whose outcome would hardly have been trained."""
+    if value == 1:
+        raise UserError(f"hparam {name!r}: {value} leaves no step to train what is kept; expected less than 1")
+
+
 def check_span(start: float, end: float) -> None:
     """Raises UserError unless hparams `prune_start` and `prune_end` are fractions of the run, in this order."""
     check_fraction("prune_start", start)
