@@ -313,6 +313,7 @@ def _draw(cases: Sequence[Case]) -> Figure:
             axis.plot(
                 *zip(*points.items()), color=COLOURS[index % len(COLOURS)], linestyle=style, marker=".", label=kind
             )
+        axis.ticklabel_format(axis="y", useOffset=False)
         axis.set(title=f"{dataset}\n{names[dataset, row]}", xlabel="severity", ylabel=title)
     axes[0].legend()
     return figure
