@@ -327,6 +327,10 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 def test_dimensions_that_move(end):
     features, width, followed = ENDS[end]
+    try:
+        torch.fx.symbolic_trace(features)
+    except TypeError as error:  # `torch.reshape` to a tuple, by torch 2.4
+        pytest.skip(f"torch.fx {torch.__version__} does not trace it: {error}")
     found = _removable(lambda n, x: features(n.b(n.a(x))), head=width, a=_conv(), b=_conv(8))
     assert found == (["a", "b"] if followed else ["a"])
 
