@@ -315,7 +315,7 @@ def _draw(cases: Sequence[Case]) -> Figure:
             )
         axis.ticklabel_format(axis="y", useOffset=False)
         axis.set(title=f"{dataset}\n{names[dataset, row]}", xlabel="severity", ylabel=title)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")  # inside it would hide points
     return figure
 
 
