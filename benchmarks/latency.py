@@ -1,11 +1,12 @@
 """Milliseconds a batch takes in a dense network and in the one whose dead channels are gone.
 
     python benchmarks/latency.py [--backbones efficientnet_lite0 resnet18] [--image_sizes 224 64] [--batch_size 32]
-                                 [--sparsity 0.5] [--repeats 30] [--threads N] [--device cpu] [--json FILE]
+                                 [--sparsity 0.5] [--prune_residual_streams] [--repeats 30] [--threads N]
+                                 [--device cpu] [--json FILE]
 
 Channels are removed as a run of Magnitude with default hparams removes them: the same fraction of every layer, residual
-streams whole; weights are random, which does not matter here. Batches of the two networks alternate. Prints medians
-and quartiles, the speedup, and what share of the MACs is left, above which no speedup can be expected.
+streams whole unless asked; weights are random, which does not matter here. Batches of the two networks alternate.
+Prints medians and quartiles, the speedup, and what share of the MACs is left, above which no speedup can be expected.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image_sizes", type=int, nargs="+", default=[224, 64])
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of the prunable channels of every layer")
+    parser.add_argument("--prune_residual_streams", action="store_true", help="remove channels of residual streams too")
     parser.add_argument("--repeats", type=int, default=30, help="timed batches of each network")
     parser.add_argument("--threads", type=int, help="default: torch's choice")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -68,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
 def measure(args: argparse.Namespace, backbone: str, size: int, device: torch.device) -> dict[str, Any]:
     """Times one backbone at one image size, prints it and returns it as data."""
     shape = (3, size, size)
-    dense, masks = pruned_by_magnitude(backbone, shape, args.sparsity)
+    dense, masks = pruned_by_magnitude(backbone, shape, args.sparsity, args.prune_residual_streams)
     exported, _ = surgery.remove_channels(dense, masks, shape)
     compare(dense, exported, torch.randn(2, *shape), "random")
     plain = ExportedNetwork(dense[0], dense[1])
@@ -95,14 +97,14 @@ def measure(args: argparse.Namespace, backbone: str, size: int, device: torch.de
 
 @torch.no_grad()
 def pruned_by_magnitude(
-    backbone: str, shape: tuple[int, ...], sparsity: float
+    backbone: str, shape: tuple[int, ...], sparsity: float, residual_streams: bool = False
 ) -> tuple[nn.Sequential, dict[str, torch.Tensor]]:
     """A network with random weights, and masks of the channels of smallest norm, whose weights are zero."""
     torch.manual_seed(0)
     values = hparams.resolve_hparams("ERM", "PACS", overrides={"backbone": backbone, "weights": "none"})
     featurizer = networks.make_featurizer(shape, values)
     classifier = networks.make_classifier(featurizer.n_outputs, CLASSES)
-    groups = channel_groups(featurizer, classifier)
+    groups = channel_groups(featurizer, classifier, residual_streams=residual_streams)
     parameters = dict(ExportedNetwork(featurizer, classifier).named_parameters())
     alive = keep_highest(channel_magnitude(groups, parameters), sparsity)
     shapes = {name: value.shape for name, value in parameters.items()}

@@ -35,6 +35,8 @@ ARCHITECTURES = [
     ("mnist_cnn", 8), ("mnist_cnn_bn", 28), ("resnet18", 32), ("resnet50", 32), ("efficientnet_lite0", 33),
     ("mobilenetv3_small_100", 32), ("convnext_atto", 32),
 ]  # fmt: skip
+# Those with residual streams that may be pruned.
+STREAMS = ("resnet18", "resnet50", "efficientnet_lite0", "mobilenetv3_small_100")
 
 
 def make(backbone: str, size: int, nonlinear: bool = False) -> nn.Sequential:
@@ -54,9 +56,11 @@ def make(backbone: str, size: int, nonlinear: bool = False) -> nn.Sequential:
     return network.eval()
 
 
-def mask(network: nn.Sequential, alive: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+def mask(
+    network: nn.Sequential, alive: dict[str, torch.Tensor] | None = None, streams: bool = False
+) -> dict[str, torch.Tensor]:
     """Masks that leave the channels `alive` by group name, half of them at random by default; dead weights become 0."""
-    groups = channel_groups(network[0], network[1])
+    groups = channel_groups(network[0], network[1], residual_streams=streams)
     if alive is None:
         alive = {group.name: torch.rand(group.channels).argsort() < -(-group.channels // 2) for group in groups}
     parameters = dict(exported.ExportedNetwork(network[0], network[1]).named_parameters())
@@ -80,11 +84,14 @@ def through_a_file(network: exported.ExportedNetwork, backbone: str, size: int, 
     return exported.rebuild(exported.Description.from_json(description.to_json()), tensors_of(data))
 
 
-@pytest.mark.parametrize("backbone, size", ARCHITECTURES)
-def test_without_dead_channels_the_logits_stay_and_the_costs_are_those_claimed(backbone, size):
+@pytest.mark.parametrize(
+    "backbone, size, streams",
+    [*((*case, False) for case in ARCHITECTURES), *((*case, True) for case in ARCHITECTURES if case[0] in STREAMS)],
+)
+def test_without_dead_channels_the_logits_stay_and_the_costs_are_those_claimed(backbone, size, streams):
     """Parameters by counting tensors, MACs by torch's own counter (2 FLOPs a MAC), bytes by the stored tensors."""
     network = make(backbone, size)
-    masks = mask(network)
+    masks = mask(network, streams=streams)
     pruned, dead = surgery.remove_channels(network, masks, (3, size, size))
     rebuilt = through_a_file(pruned, backbone, size)
     x = images(size)
@@ -122,6 +129,15 @@ def test_residual_streams_stay_whole_and_what_is_inside_blocks_is_cut():
     block = pruned.featurizer.network.blocks[1]
     assert block.depthwise_conv.weight.shape == (48, 1, 3, 3) and block.depthwise_conv.groups == 48
     assert pruned.featurizer.network.conv_stem.out_channels == 16 and pruned.classifier.in_features == 640
+
+
+def test_residual_streams_are_cut_where_masks_leave_nothing_of_them():
+    network = make("resnet18", 32)
+    pruned, _ = surgery.remove_channels(network, mask(network, streams=True), (3, 32, 32))
+    block = pruned.featurizer.network.layer2[0]
+    assert (block.conv1.in_channels, block.conv1.out_channels) == (32, 64)
+    assert (block.conv2.out_channels, block.downsample[0].in_channels, block.downsample[0].out_channels) == (64, 32, 64)
+    assert pruned.classifier.in_features == 256
 
 
 @settings(max_examples=20, deadline=None)

@@ -119,6 +119,14 @@ BLOCK_INTERNAL = {
     "efficientnet_lite0": [32, 16, 96, 144, 144, 240, 240, *[480] * 3, *[672] * 3, *[1152] * 4, 320, 1280],
 }
 
+# The same with residual streams, each where its first convolution stands: a stream is what the stages of a network pass
+# from block to block.
+WITH_STREAMS = {
+    "resnet18": [64, 64, 64, 128, 128, 128, 256, 256, 256, 512, 512, 512],
+    "resnet50": [64, 64, 64, 256, *[64] * 4, 128, 128, 512, *[128] * 6, 256, 256, 1024, *[256] * 10, 512, 512, 2048, *[512] * 4],
+    "efficientnet_lite0": [32, 16, 96, 24, 144, 144, 40, 240, 240, 80, *[480] * 3, 112, *[672] * 3, 192, *[1152] * 4, 320, 1280],
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("backbone", BLOCK_INTERNAL)
 def test_channel_groups(backbone):
@@ -135,13 +143,39 @@ def test_channel_groups(backbone):
         assert groups[-1].readers == ("classifier.weight",)
 
 
-@pytest.mark.parametrize("backbone", BLOCK_INTERNAL)
-def test_a_dead_channel_cannot_be_heard(backbone):
+@pytest.mark.parametrize("backbone", WITH_STREAMS)
+def test_channel_groups_with_residual_streams(backbone):
+    featurizer = _featurizer(backbone)
+    classifier = nn.Linear(featurizer.n_outputs, 7)
+    groups = channel_groups(featurizer, classifier, residual_streams=True)
+    assert [group.channels for group in groups] == WITH_STREAMS[backbone]
+    assert [group for group in groups if not group.is_residual] == channel_groups(featurizer, classifier)
+    if backbone == "resnet18":
+        stem, last = groups[0], groups[-2]
+        assert set(stem.filters) == {
+            f"featurizer.network.{name}.weight" for name in ("conv1", "layer1.0.conv2", "layer1.1.conv2")
+        }
+        assert stem.readers == tuple(
+            f"featurizer.network.{name}.weight"
+            for name in ("layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.downsample.0")
+        )
+        assert set(last.vectors) == {
+            f"featurizer.network.layer4.{name}.{part}"
+            for name in ("0.bn2", "0.downsample.1", "1.bn2")
+            for part in ("weight", "bias")
+        }
+        assert last.readers == ("featurizer.network.layer4.1.conv1.weight", "classifier.weight")
+
+
+@pytest.mark.parametrize(
+    "backbone, streams", [*((name, False) for name in BLOCK_INTERNAL), *((name, True) for name in WITH_STREAMS)]
+)
+def test_a_dead_channel_cannot_be_heard(backbone, streams):
     """After masking, whatever the dead filters, their normalization's statistics and the weights that read them were,
     the logits are those of a network in which they are different: nothing passes through a dead channel."""
     featurizer, classifier = _featurizer(backbone), nn.Linear(_featurizer(backbone).n_outputs, 7)
     model = nn.ModuleDict({"featurizer": featurizer, "classifier": classifier}).eval()
-    groups = channel_groups(featurizer, classifier)
+    groups = channel_groups(featurizer, classifier, residual_streams=streams)
     alive = {group.name: torch.arange(group.channels) % 2 == 0 for group in groups}
     parameters = dict(model.named_parameters())
     shapes = {name: value.shape for name, value in parameters.items()}
@@ -534,3 +568,34 @@ def test_masked_channels_stay_silent_in_the_network():
         )
     )
     assert not algorithm.featurizer.bn1(out)[:, ~alive].any() and alive.sum() == 64
+
+
+def test_residual_streams_are_pruned_where_asked():
+    values = hparams.resolve_hparams(
+        "Magnitude",
+        "PACS",
+        overrides={"backbone": "resnet18", "weights": "none", "prune_residual_streams": True, "prune_end": 0.3},
+    )
+    algorithm = registry.get("Magnitude").cls((3, 32, 32), 7, 2, values)
+    algorithm.total_steps = 4
+    for _ in range(4):
+        algorithm.update([(torch.randn(4, 3, 32, 32), torch.randint(0, 7, (4,))) for _ in range(2)])
+    assert algorithm.sparsity() == 0.5 and all(int(mask.sum()) * 2 == len(mask) for mask in (
+        algorithm.unit_masks[group.name] for group in algorithm.groups
+    ))  # fmt: skip
+    network = algorithm.featurizer.network
+    dead = ~algorithm.unit_masks[algorithm.groups[0].name]
+    network.eval()
+    assert not network.layer1(network.maxpool(F.relu(network.bn1(network.conv1(torch.randn(2, 3, 32, 32))))))[
+        :, dead
+    ].any()
+
+
+def test_residual_streams_that_cannot_be_pruned():
+    with pytest.raises(UserError, match="'prune_residual_streams' is about channels: it needs granularity 'channel'"):
+        _train("Magnitude", 1, granularity="weight", prune_residual_streams=True)
+    with pytest.raises(UserError, match="'prune_residual_streams': MNIST_CNN has no residual streams"):
+        _train("MRM", 1, granularity="channel", prune_residual_streams=True)
+    for name in ("RigL", "EVIL", "GlobalPru"):  # of single weights, or of channels inside blocks
+        with pytest.raises(UserError, match="prune_residual_streams"):
+            hparams.resolve_hparams(name, "PACS", overrides={"prune_residual_streams": True})

@@ -348,8 +348,29 @@ def test_slimming_uses_the_last_scale_before_a_channel_is_read():
         "NetworkSlimming", "PACS", overrides={"backbone": "efficientnet_lite0", "weights": "none"}
     )
     algorithm = NetworkSlimming((3, 32, 32), 7, 3, values)
-    assert algorithm.scales["featurizer.network.blocks.1.expand_conv"] == "featurizer.network.blocks.1.bn1.weight"
+    assert algorithm.scales["featurizer.network.blocks.1.expand_conv"] == ["featurizer.network.blocks.1.bn1.weight"]
     assert len(algorithm.scales) == len(algorithm.groups) == 19
+    assert {len(names) for names in algorithm.scales.values()} == {1}
+
+
+def test_slimming_ranks_a_residual_stream_by_all_its_scales():
+    values = hparams.resolve_hparams(
+        "NetworkSlimming", "PACS", overrides={"backbone": "resnet18", "weights": "none", "prune_residual_streams": True}
+    )
+    algorithm = NetworkSlimming((3, 32, 32), 7, 3, values)
+    network = algorithm.featurizer.network
+    stream = next(name for name, scales in algorithm.scales.items() if len(scales) == 3 and len(network.bn1.weight) == len(
+        algorithm.unit_masks[name]))  # fmt: skip
+    for norm, scale in ((network.bn1, 1.0), (network.layer1[0].bn2, -3.0), (network.layer1[1].bn2, 0.5)):
+        norm.weight.data[0] = scale
+    assert algorithm.score([])[stream][0].item() == 1.5
+    algorithm.zero_grad()
+    algorithm.total_steps = 10
+    algorithm.after_backward()
+    penalty = algorithm.hparams["slimming_penalty"]
+    assert [norm.weight.grad[0].item() for norm in (network.bn1, network.layer1[0].bn2, network.layer1[1].bn2)] == (
+        pytest.approx([penalty, -penalty, penalty])
+    )
 
 
 def test_slimming_refuses_what_has_no_scales(monkeypatch):

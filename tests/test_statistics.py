@@ -263,6 +263,7 @@ def write_row(
                 trial_seed=trial,
                 test_envs=(env,),
                 args={"hparams": json.dumps(hparams)} if hparams else {},
+                hparams=hparams,
                 **fields,
             )
             write_run(directory, f"{dataset}-{algorithm}-{json.dumps(hparams)}-{env}-{trial}".replace('"', ""), [one])
@@ -370,6 +371,9 @@ def test_best_is_the_best_other_pruning_row_of_equal_sparsity(main, two_rows):
     write_row(two_rows, "ERM", high, sparsity=0.0)
     write_row(two_rows, "Random", high, sparsity=0.7)
     write_row(two_rows, "SNIP", high, sparsity=0.5, granularity="weight")
+    streams = {"prune_residual_streams": True}
+    for name, values in (("Magnitude", high), ("GraSP", middle)):
+        write_row(two_rows, name, values, sparsity=0.5, granularity="channel", hparams=streams)
     write_row(two_rows, "DCWP", high, sparsity=0.5, skip=((1, 0), (1, 1), (1, 2)))
     write_row(two_rows, "Taylor", middle, sparsity=0.503)
     (table,) = comparison(main, two_rows, "--compare", "SFP", "best")["tables"]
@@ -386,6 +390,10 @@ def test_best_is_the_best_other_pruning_row_of_equal_sparsity(main, two_rows):
     assert [(one["other"]["label"], one["best"]) for one in named] == [("Taylor", True)]
     excluded = comparison(main, two_rows, "--compare", "SFP", "best", "--exclude", "Taylor")["tables"][0]
     assert excluded["comparisons"][0]["other"]["label"] == "Magnitude"
+    row = "GraSP"
+    among = comparison(main, two_rows, "--compare", row, "best")["tables"][0]
+    assert among["comparisons"][0]["other"]["label"] == "Magnitude (prune_residual_streams=true)"
+    assert any("of 1 other pruning row of sparsity 50.0% (channels, residual streams too)" in n for n in among["notes"])
 
 
 def test_best_of_a_quantizing_row_has_equal_bitops(main, tmp_path):

@@ -30,6 +30,7 @@ GATE_HPARAMS = {
     "sparsity": UNIT_HPARAMS["sparsity"],
     "granularity": Hparam("weight", doc="weight, the method's own; channel: one gate per channel"),
     "pruning_scope": UNIT_HPARAMS["pruning_scope"],
+    "prune_residual_streams": UNIT_HPARAMS["prune_residual_streams"],
     "mask_rule": Hparam("top_k", doc="top_k: the likeliest, at hparam sparsity; threshold: the method's own rule"),
 }
 

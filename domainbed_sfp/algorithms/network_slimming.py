@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,8 @@ class NetworkSlimming(ScheduledPruning):
     The penalty lambda |gamma| (eq. 1) enters as the subgradient lambda sign(gamma), added to the gradient. It ends with
     the pruning, at a global percentile of |gamma|, and what is left is fine-tuned. gamma is the scale of the last
     normalization a channel passes before it is read: BatchNorm's, and GroupNorm's where a network has that. Channels
-    that cannot be removed, such as a residual stream's, are not penalised, and every layer keeps its best channel.
+    that cannot be removed, such as a residual stream's, are not penalised, and every layer keeps its best channel. With
+    `prune_residual_streams` (this project's extension) the mean |gamma| of all normalizations of a stream counts.
 
     The subgradient goes through the optimizer, as published. Under Adam, which is DomainBed's, a small lambda
     disappears beside the gradient of the loss, and a scale, which begins at 1, moves by about the learning rate a step:
@@ -76,12 +78,12 @@ class NetworkSlimming(ScheduledPruning):
             if isinstance(module, NORMALIZATIONS)
         }
         groups = []
-        self.scales: dict[str, str] = {}  # parameter name by group name
+        self.scales: dict[str, list[str]] = {}  # parameter names by group name
         for group in super().removable_channels():
             own = [name for name in group.vectors if name in scales]
             if own:
                 groups.append(group)
-                self.scales[group.name] = own[-1]
+                self.scales[group.name] = own if group.is_residual else own[-1:]
         if not groups:
             raise UserError(
                 "NetworkSlimming needs normalization layers with scales behind the convolutions, and "
@@ -94,11 +96,14 @@ class NetworkSlimming(ScheduledPruning):
         if self.step > self.schedule.last_step(self.total_steps):
             return
         parameters = dict(self.named_parameters())
-        for name in self.scales.values():
+        for name in itertools.chain.from_iterable(self.scales.values()):
             scale = parameters[name]
             penalty = self.hparams["slimming_penalty"] * scale.sign()
             scale.grad = penalty if scale.grad is None else scale.grad + penalty
 
     def score(self, minibatches: Minibatches) -> scores.Scores:
         parameters = dict(self.named_parameters())
-        return {group: parameters[name].detach().abs() for group, name in self.scales.items()}
+        return {
+            group: torch.stack([parameters[name].detach().abs() for name in names]).mean(0)
+            for group, names in self.scales.items()
+        }

@@ -30,6 +30,7 @@ UNIT_HPARAMS = {
         doc="layer: the same fraction of every layer; global: one ranking of all",
         valid=one_of("layer", "global"),
     ),
+    "prune_residual_streams": Hparam(False, doc="channel: also those that additions carry from block to block"),
     "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO, CORAL or Mixup"),
 }
 
@@ -59,6 +60,10 @@ class ScheduledPruning(ObjectiveAlgorithm):
         self.granularity: str = self.hparams["granularity"]
         if self.granularity not in GRANULARITIES:
             raise unknown_name("granularity", self.granularity, GRANULARITIES)
+        # Not every method has the hparam.
+        self.prunes_streams = bool(self.hparams.get("prune_residual_streams", False))
+        if self.prunes_streams and self.granularity != "channel":
+            raise UserError("hparam 'prune_residual_streams' is about channels: it needs granularity 'channel'")
         self.step = 0
         self.groups: list[ChannelGroup] = []
         parameters = dict(self.named_parameters())
@@ -80,7 +85,14 @@ class ScheduledPruning(ObjectiveAlgorithm):
 
     def removable_channels(self) -> list[ChannelGroup]:
         """The groups of channels that may be pruned, for granularity `channel`."""
-        return channel_groups(self.featurizer, self.classifier)
+        groups = channel_groups(self.featurizer, self.classifier, residual_streams=self.prunes_streams)
+        if self.prunes_streams and not any(group.is_residual for group in groups):
+            network = type(getattr(self.featurizer, "network", self.featurizer)).__name__
+            raise UserError(
+                f"hparam 'prune_residual_streams': {network} has no residual streams whose channels could be removed; "
+                "leave it out or choose another backbone"
+            )
+        return groups
 
     def score(self, minibatches: Minibatches) -> scores.Scores:
         """One number per unit, the lowest go first: by parameter name, each of its shape, for granularity `weight`;

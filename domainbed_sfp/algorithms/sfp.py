@@ -150,7 +150,7 @@ class SFP(ScheduledPruning):
         for name in ("loss_sums", "loss_counts", "flag_counts"):
             self.register_buffer(name, torch.zeros(num_domains, num_classes))
         self.moments = nn.ModuleDict(
-            {_key(group.readers[0]): ConditionalMoments(num_classes, group.channels) for group in self.groups}
+            {_key(group.readers[-1]): ConditionalMoments(num_classes, group.channels) for group in self.groups}
         )
         self.layers = self._regularised_layers()
         self.layer_moments = nn.ModuleDict()
@@ -219,7 +219,7 @@ class SFP(ScheduledPruning):
         self._check_contrast()
         if self.channel_score in ("taylor", "unflagged"):
             return {g.name: getattr(self, f"{self.channel_score} {_key(g.name)}").clone() for g in self.groups}
-        return {group.name: -self._moments(group.readers[0]).spuriousness() for group in self.groups}
+        return {group.name: -self._moments(group.readers[-1]).spuriousness() for group in self.groups}
 
     def _renew_masks(self, minibatches: Minibatches) -> None:
         super()._renew_masks(minibatches)
@@ -499,7 +499,7 @@ class _Capture(AbstractContextManager["_Capture"]):
     def __init__(self, algorithm: SFP) -> None:
         readers = [name for group in algorithm.groups for name in group.readers]
         self.sensitive = set(readers) if algorithm.channel_score == "unflagged" else set()
-        names = dict.fromkeys([*(group.readers[0] for group in algorithm.groups), *algorithm.layers, *self.sensitive])
+        names = dict.fromkeys([*(group.readers[-1] for group in algorithm.groups), *algorithm.layers, *self.sensitive])
         self.layers: dict[str, nn.Module] = {name: algorithm._layer(name) for name in names}
         self.inputs: dict[str, Tensor] = {}
         # By layer, for each of its calls: [N, D], the loss's derivative by a gate on each of D parts of the input.

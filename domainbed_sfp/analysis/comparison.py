@@ -257,13 +257,13 @@ def _best_of_equal_compression(table: Table, row: Row, candidates: Sequence[Row]
     sparsity, bitops = _sparsity(row), _bitops_share(row)
     if sparsity > 0:
         kind, tolerance = "pruning", f"{100 * SPARSITY_TOLERANCE:g} points"
-        of_what = f"sparsity {100 * sparsity:.1f}%" + "".join(f" ({name}s)" for name in sorted(_granularities(row)))
+        of_what = f"sparsity {100 * sparsity:.1f}%" + "".join(f" ({units})" for units in sorted(_units(row)))
         equal = [
             one
             for one in candidates
             if _sparsity(one) > 0
             and abs(_sparsity(one) - sparsity) <= SPARSITY_TOLERANCE
-            and _granularities(one) == _granularities(row)
+            and _units(one) == _units(row)
         ]
     elif bitops is not None:
         kind, tolerance = "quantizing", f"{100 * BITOPS_TOLERANCE:g} %"
@@ -305,10 +305,15 @@ def _bitops_share(row: Row) -> float | None:
     return row.costs["bitops"] / most if most and "bitops" in row.costs else None
 
 
-def _granularities(row: Row) -> set[str]:
-    """What its chosen runs prune, "weight" or "channel", where they say so."""
+def _units(row: Row) -> set[str]:
+    """What its chosen runs prune, "weights" or "channels", where they say so. A residual stream's channels cost more
+    than others: half of all of them is not half of those inside blocks."""
     runs = [choice.run for cell in row.cells if cell for _, choice in cell.choices]
-    return {run.facts["granularity"] for run in runs if run.facts.get("granularity")}
+    return {
+        f"{run.facts['granularity']}s" + (", residual streams too" if run.hparams.get("prune_residual_streams") else "")
+        for run in runs
+        if run.facts.get("granularity")
+    }
 
 
 def _accuracies(cell: Cell | None) -> dict[int, float]:

@@ -2,7 +2,7 @@
 
 Removing a channel of a convolution touches everything that carries it: the normalization behind it, depthwise
 convolutions, the layers that read it, and, across an addition, the other branch. Channels joined by an addition
-are a residual stream, which stays whole.
+are a residual stream, which stays whole unless asked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class ChannelGroup:
 
     filters: weights [channels, ...] of the convolutions that produce or carry them, by parameter name, and of gates.
     vectors: biases and normalization weights [channels].
-    readers: weights [out, channels * k, ...] of the layers that read them.
+    readers: weights [out, channels * k, ...] of the layers that read them, in the order of the network.
+    is_residual: whether additions join several layers that produce them: a residual stream.
     """
 
     name: str
@@ -37,9 +38,10 @@ class ChannelGroup:
     filters: tuple[str, ...]
     vectors: tuple[str, ...]
     readers: tuple[str, ...]
+    is_residual: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Stream:
     """A set of channels while the graph is being followed."""
 
@@ -48,7 +50,8 @@ class _Stream:
     filters: list[str] = field(default_factory=list)
     vectors: list[str] = field(default_factory=list)
     readers: list[str] = field(default_factory=list)
-    whole: bool = False  # must not be pruned: network input, residual stream, or something we cannot follow
+    is_residual: bool = False
+    whole: bool = False  # must not be pruned: network input, or something we cannot follow
 
     def absorb(self, other: _Stream) -> None:
         self.channels = self.channels or other.channels
@@ -59,6 +62,7 @@ class _Stream:
             (self.readers, other.readers),
         ):
             mine.extend(theirs)
+        self.is_residual = self.is_residual or other.is_residual
         self.whole = self.whole or other.whole
 
 
@@ -150,12 +154,15 @@ def uses_weight_as_is(module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
     return kind._conv_forward in arithmetic and kind.forward in (nn.Conv2d.forward, SameConv2d.forward)
 
 
-def channel_groups(featurizer: nn.Module, classifier: nn.Module, method: str = "features") -> list[ChannelGroup]:
+def channel_groups(
+    featurizer: nn.Module, classifier: nn.Module, method: str = "features", residual_streams: bool = False
+) -> list[ChannelGroup]:
     """The groups of channels that structured pruning may remove, in the order of the network.
 
     Args:
         featurizer: the network body; its `method` is traced. Parameter names get the prefix `featurizer.`.
         classifier: reads the features; its first linear layer is the reader of the last channels.
+        residual_streams: whether residual streams are among them.
 
     Raises:
         UserError: if the network cannot be traced, or holds no channel that may be removed.
@@ -166,9 +173,9 @@ def channel_groups(featurizer: nn.Module, classifier: nn.Module, method: str = "
         follower.visit(node)
     follower.read_output(classifier)
     groups = [
-        ChannelGroup(s.name, s.channels or 0, tuple(s.filters), tuple(s.vectors), tuple(s.readers))
+        ChannelGroup(s.name, s.channels or 0, tuple(s.filters), tuple(s.vectors), tuple(s.readers), s.is_residual)
         for s in follower.streams()
-        if s.filters and not s.whole and s.readers
+        if s.filters and not s.whole and s.readers and (residual_streams or not s.is_residual)
     ]
     if not groups:
         raise UserError(f"{type(featurizer).__name__} has no channels that pruning could remove")
@@ -324,7 +331,7 @@ class _Follower:
             return
         if len(inputs) > 1:
             stream = self._join([self.stream_of[arg] for arg in inputs])
-            stream.whole = stream.whole or self._is_addition(node)
+            stream.is_residual = stream.is_residual or self._is_addition(node)
         self._place(node, stream, replace(layout, flat=any(self.layout_of[arg].flat for arg in inputs)))
 
     def _spreads(self, value: object, stream: _Stream, layout: _Layout) -> bool:
@@ -371,8 +378,8 @@ class _Follower:
         self.layout_of[node] = layout
 
     def _join(self, streams: list[_Stream]) -> _Stream:
-        first = streams[0]
-        for other in streams[1:]:
+        first = min(streams, key=self.order.index)  # a stream stands where its first layer does
+        for other in streams:
             if other is not first:
                 first.absorb(other)
                 for node, stream in self.stream_of.items():

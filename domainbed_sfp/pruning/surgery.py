@@ -68,7 +68,7 @@ def find_dead_channels(network: ExportedNetwork, masks: Mapping[str, Tensor]) ->
     if all(bool(mask.all()) for mask in masks.values()):
         return []
     try:
-        groups = channel_groups(network.featurizer, network.classifier)
+        groups = channel_groups(network.featurizer, network.classifier, residual_streams=True)
     except UserError:  # no network whose channels could have been masked
         return []
     found = []
