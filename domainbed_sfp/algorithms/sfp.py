@@ -149,6 +149,7 @@ class SFP(ScheduledPruning):
         # Decayed sums over the samples of a domain and class: losses, samples, flagged samples.
         for name in ("loss_sums", "loss_counts", "flag_counts"):
             self.register_buffer(name, torch.zeros(num_domains, num_classes))
+        # At the last reader: there a residual stream holds what all its layers have written.
         self.moments = nn.ModuleDict(
             {_key(group.readers[-1]): ConditionalMoments(num_classes, group.channels) for group in self.groups}
         )
