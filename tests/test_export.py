@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     groups = channel_groups(network[0], network[1])
     wrong = surgery.ChannelGroup(groups[0].name, 64, groups[0].filters, groups[0].vectors[:1], groups[0].readers)
     with monkeypatch.context() as patch:
-        patch.setattr(surgery, "channel_groups", lambda *parts: [wrong])
+        patch.setattr(surgery, "channel_groups", lambda *parts, **options: [wrong])
         with pytest.raises(UserError, match=r"disagree.*'featurizer\.conv1'.*featurizer\.bn0"):
             surgery.remove_channels(network, masks, (3, 8, 8))
     monkeypatch.setattr(surgery, "is_available", lambda: False)
