@@ -176,6 +176,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--task", choices=["domain_generalization", "domain_adaptation"])
     parser.add_argument("--n_hparams_from", type=int)
     parser.add_argument("--n_hparams", type=int)
+    parser.add_argument("--n_trials_from", type=int, help="first trial seed (0)")
     parser.add_argument("--n_trials", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--checkpoint_freq", type=int)
@@ -220,8 +221,8 @@ def _sweep(args: argparse.Namespace) -> int:
     spec = commands.read_spec(args.spec) if args.spec else commands.default_spec()
     overrides = {**spec.hparams, **hparams.parse_overrides(args.hparams)} if args.hparams else None
     names = (
-        "datasets", "algorithms", "task", "n_hparams_from", "n_hparams", "n_trials", "steps", "checkpoint_freq",
-        "holdout_fraction", "single_test_envs", "precision", "skip_model_save",
+        "datasets", "algorithms", "task", "n_hparams_from", "n_hparams", "n_trials_from", "n_trials", "steps",
+        "checkpoint_freq", "holdout_fraction", "single_test_envs", "precision", "skip_model_save",
     )  # fmt: skip
     spec = spec.updated(**{name: getattr(args, name) for name in names}, hparams=overrides)
     if args.watch is not None and args.action != "status":

@@ -48,7 +48,7 @@ def sweeps() -> Rows:
         spec = read_spec(name)
         names = list(dict.fromkeys(e if isinstance(e, str) else e["name"] for e in spec.algorithms))
         draws = spec.n_hparams - spec.n_hparams_from
-        rows.append((name, " ".join(spec.datasets), " ".join(names), f"{spec.n_trials} x {draws}"))
+        rows.append((name, " ".join(spec.datasets), " ".join(names), f"{spec.n_trials - spec.n_trials_from} x {draws}"))
     return rows
 
 

@@ -77,6 +77,13 @@ def test_folders_are_named_by_what_is_computed_not_by_where_data_lies(tmp_path):
     assert SweepDirectory(tmp_path, "/somewhere").state(jobs[0]).value == "Done"
 
 
+def test_trials_can_begin_later():
+    spec = SweepSpec(["FullColoredDigits"], ["ERM", "Magnitude"], n_hparams=2, n_trials=5, test_envs=[[2]])
+    later = make_jobs(spec.updated(n_trials_from=3), None)
+    assert {job.trial_seed for job in later} == {3, 4} and len(later) == 8
+    assert [job for job in make_jobs(spec, None) if job.trial_seed >= 3] == later
+
+
 def test_same_seeds_and_results_as_single_runs(main, tmp_path, spec_file):
     main("sweep", "launch", spec_file, "--output_dir", "out")
     printed = main("sweep", "launch", spec_file, "--output_dir", "other", "--command_launcher", "dummy").stdout
@@ -210,6 +217,8 @@ def test_a_sweep_may_grow_but_not_change_its_protocol(main, tmp_path, spec_file)
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM, ERM]", ("names a job twice",)),
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\ntest_envs: [[5]]", ("no environment 5",)),
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nn_trials: 0", ("empty",)),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nn_trials_from: 3", ("empty", "n_trials_from 3, n_trials 3")),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nn_trials_from: -1", ("n_trials_from is -1",)),
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\ntest_envs: []", ("empty",)),
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\ntest_envs: [2]", ("test_envs holds 2", "[0] or [0, 1]")),
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\ntest_envs: [[a]]", ("test_envs holds ['a']",)),

@@ -37,6 +37,8 @@ class SweepSpec:
     test_envs: the lists of test environments to run, e.g. [[2]]; None takes all single ones and, unless
         `single_test_envs`, all pairs (which leave-one-out selection needs).
     hparams: overrides for all algorithms.
+    n_trials_from: the first trial seed, as n_hparams_from is the first draw; DomainBed's sweeps begin at 0. Trials
+        that nobody has looked at while choosing anything can be run by themselves.
     """
 
     datasets: list[str] = field(default_factory=list)
@@ -44,6 +46,7 @@ class SweepSpec:
     task: str = "domain_generalization"
     n_hparams_from: int = 0
     n_hparams: int = 20
+    n_trials_from: int = 0
     n_trials: int = 3
     steps: int | None = None
     checkpoint_freq: int | None = None
@@ -106,7 +109,7 @@ def _spec_text(path: str) -> str:
 def _check_kinds(spec: SweepSpec, path: str) -> None:
     kinds: dict[str, tuple[type, ...]] = {
         "datasets": (list,), "algorithms": (list,), "task": (str,), "n_hparams_from": (int,), "n_hparams": (int,),
-        "n_trials": (int,), "steps": (int, type(None)), "checkpoint_freq": (int, type(None)),
+        "n_trials_from": (int,), "n_trials": (int,), "steps": (int, type(None)), "checkpoint_freq": (int, type(None)),
         "holdout_fraction": (float, int), "uda_holdout_fraction": (float, int), "single_test_envs": (bool,),
         "test_envs": (list, type(None)), "hparams": (dict,), "precision": (str,), "skip_model_save": (bool,),
     }  # fmt: skip
@@ -131,10 +134,14 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
     if not spec.datasets or not spec.algorithms:
         missing = "--datasets" if not spec.datasets else "--algorithms"
         raise UserError(f"the sweep names no {missing.strip('-')}; give {missing} or a spec")
-    if spec.test_envs == [] or spec.n_hparams <= spec.n_hparams_from or spec.n_trials < 1:
+    for name in ("n_hparams_from", "n_trials_from"):
+        if (first := getattr(spec, name)) < 0:
+            raise UserError(f"{name} is {first}, expected 0 or more")
+    if spec.test_envs == [] or spec.n_hparams <= spec.n_hparams_from or spec.n_trials <= spec.n_trials_from:
         raise UserError(
-            f"the sweep is empty: n_hparams_from {spec.n_hparams_from}, n_hparams {spec.n_hparams}, "
-            f"n_trials {spec.n_trials}, test_envs {spec.test_envs}"
+            f"the sweep is empty: n_hparams_from {spec.n_hparams_from}, n_hparams {spec.n_hparams}, n_trials_from "
+            f"{spec.n_trials_from}, n_trials {spec.n_trials} (seeds go up to, not including, n_hparams and n_trials), "
+            f"test_envs {spec.test_envs}"
         )
     check_settings(spec)
     rows = [_row(entry, spec.hparams) for entry in spec.algorithms]
@@ -144,7 +151,8 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
         for algorithm, overrides in rows:
             hparams.resolve_hparams(algorithm, dataset, overrides=overrides)
     jobs = []
-    for trial_seed, dataset, (algorithm, overrides) in product(range(spec.n_trials), spec.datasets, rows):
+    trials = range(spec.n_trials_from, spec.n_trials)
+    for trial_seed, dataset, (algorithm, overrides) in product(trials, spec.datasets, rows):
         for test_envs in _all_test_envs(spec, dataset, environments[dataset]):
             for hparams_seed in range(spec.n_hparams_from, spec.n_hparams):
                 jobs.append(
