@@ -181,6 +181,18 @@ def test_means_sample_errors_average_and_worst(tmp_path, table):
     assert [choice["accuracy"] for choice in row["cells"][1]["choices"]] == pytest.approx([20, 20, 50])
 
 
+def test_in_domain_is_what_the_chosen_networks_reach_where_they_were_trained(tmp_path, table):
+    """A network that has learnt a spurious attribute upside down does well on the test environment alone."""
+    for trial, (second, third) in enumerate([(0.1, 0.3), (0.2, 0.4)]):
+        # In and out of environments 0, 1 and 2; the training domains' own training parts do not count.
+        first = record((0.9, 0.8, 0.7, second - 0.1, 0.7, third - 0.1), trial_seed=trial)
+        chosen = record((0.9, 0.8, 0.7, second, 0.7, third), trial_seed=trial, step=100)
+        write_run(tmp_path, f"a{trial}", [first, chosen])
+    (row,) = table(tmp_path)["rows"]
+    assert row["cells"][0]["accuracy"] == pytest.approx(90)
+    assert row["in_domain"] == pytest.approx(25)
+
+
 def test_an_average_is_never_over_fewer_environments(tmp_path, table, collect):
     three_trials(tmp_path)
     for trial in range(3):
@@ -192,7 +204,8 @@ def test_an_average_is_never_over_fewer_environments(tmp_path, table, collect):
     said = "No job of this sweep has env1 as its test environment; no average is taken over fewer environments."
     assert said in only["notes"]
     _, out, _ = collect("--input_dir", tmp_path)
-    assert "| Algorithm |       env0 | Trials |" in out and "| ERM       | 60.0 ± 5.8 |      3 |" in out
+    assert "| Algorithm |       env0 | In-domain | Trials |" in out
+    assert "| ERM       | 60.0 ± 5.8 |      50.0 |      3 |" in out
     assert "Average" not in out and "Worst" not in out
 
 
@@ -201,8 +214,8 @@ def test_an_environment_whose_jobs_are_missing_stays_in_the_table(tmp_path, coll
     for trial in range(3):
         (tmp_path / f"b{trial}" / "done").unlink(missing_ok=True)
     _, out, _ = collect("--input_dir", tmp_path)
-    assert "| Algorithm |       env0 | env1 | Average | Worst | Trials |" in out
-    assert "| ERM       | 60.0 ± 5.8 |    X |       X |     X |    0-3 |" in out
+    assert "| Algorithm |       env0 | env1 | Average | Worst | In-domain | Trials |" in out
+    assert "| ERM       | 60.0 ± 5.8 |    X |       X |     X |      50.0 |    0-3 |" in out
 
 
 def test_the_error_of_an_average_is_over_whole_trials(tmp_path, table, collect):
@@ -716,14 +729,14 @@ def test_markdown(compressed, collect):
     assert out.splitlines()[:6] == [
         "### Tiny, model selection: training-domain validation set",
         "",
-        "| Algorithm |          50% |        a_b&c |      Average |          Worst | Trials | Sparsity "
+        "| Algorithm |          50% |        a_b&c |      Average |          Worst | In-domain | Trials | Sparsity "
         "| Parameters left |    MACs left |",
-        "| --------- | -----------: | -----------: | -----------: | -------------: | -----: | -------: "
+        "| --------- | -----------: | -----------: | -----------: | -------------: | --------: | -----: | -------: "
         "| --------------: | -----------: |",
         f"| ERM       |     60.0 ± {dash} |     60.0 ± {dash} |     60.0 ± {dash} |     60.0 (50%) "
-        "|      1 |     0.0% |    11.2M (100%) | 1.80G (100%) |",
+        "|      60.0 |      1 |     0.0% |    11.2M (100%) | 1.80G (100%) |",
         f"| My_<b> †  | **70.0 ± {dash}** | **70.0 ± {dash}** | **70.0 ± {dash}** | **70.0 (50%)** "
-        "|      1 |    50.0% |     5.60M (50%) |   450M (25%) |",
+        "|      70.0 |      1 |    50.0% |     5.60M (50%) |   450M (25%) |",
     ]
     assert "- † reconstruction: " in out
 
@@ -747,7 +760,7 @@ def test_counts_have_three_digits(number, text):
 def test_latex_is_escaped_and_ruled(compressed, collect):
     for flags in (["--latex"], ["--format", "latex"]):
         _, out, _ = collect("--input_dir", compressed, "--selection", "oracle", *flags)
-        assert "Algorithm & 50\\% & a\\_b\\&c & Average & Worst & Trials &" in out
+        assert "Algorithm & 50\\% & a\\_b\\&c & Average & Worst & In-domain & Trials &" in out
         assert "My\\_\\textless{}b\\textgreater{} $^\\dagger$ & \\textbf{70.0 $\\pm$ --} &" in out
         assert out.count("\\toprule") == out.count("\\midrule") == out.count("\\bottomrule") == 1
         (caption,) = [line for line in out.splitlines() if line.startswith("\\caption{")]
@@ -758,8 +771,8 @@ def test_csv_is_tidy_and_unrounded(tmp_path, collect):
     three_trials(tmp_path)
     _, out, _ = collect("--input_dir", tmp_path, "--format", "csv", "--selection", "training-domain")
     rows = list(csv.DictReader(io.StringIO(out)))
-    assert [row["environment"] for row in rows] == ["env0", "env1", "average", "worst"]
-    assert [float(row["accuracy"]) for row in rows] == pytest.approx([60, 30, 45, 30])
+    assert [row["environment"] for row in rows] == ["env0", "env1", "average", "worst", "in-domain"]
+    assert [float(row["accuracy"]) for row in rows] == pytest.approx([60, 30, 45, 30, 50])
     assert float(rows[0]["std_err"]) == pytest.approx(10 / 3**0.5, rel=1e-12)
     assert (rows[0]["trials"], rows[0]["sparsity"], rows[0]["selection"]) == ("3", "", "training-domain")
 
@@ -798,9 +811,9 @@ def test_html_stands_alone_and_is_escaped(compressed, collect):
     page.feed(out)
     assert page.open == [] and page.loads == [] and "http" not in out
     assert page.cells[:4] == ["Algorithm", "50%", "a_b&c", "Average"]
-    assert page.scopes[:9] == ["col"] * 9
-    assert page.cells[18:20] == ["My_<b> †", "70.0 ± \N{EN DASH}"]
-    assert (page.scopes[18], page.scopes[19]) == ("row", None)
+    assert page.scopes[:10] == ["col"] * 10
+    assert page.cells[20:22] == ["My_<b> †", "70.0 ± \N{EN DASH}"]
+    assert (page.scopes[20], page.scopes[21]) == ("row", None)
     assert "prefers-color-scheme: dark" in out and "@media print" in out
 
 

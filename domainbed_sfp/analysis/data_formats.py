@@ -27,8 +27,8 @@ _COLUMNS = (
 
 
 def csv_text(report: Report) -> str:
-    """Long form: a line for every environment of every row and, as environment "average" and "worst", for
-    these.
+    """Long form: a line for every environment of every row and, as environment "average", "worst" and
+    "in-domain", for these.
 
     Accuracies and standard errors are percent; a missing value is empty.
     """
@@ -37,7 +37,12 @@ def csv_text(report: Report) -> str:
     writer.writeheader()
     for table in report.tables:
         for row in table.rows:
-            cells = [*zip(table.environments, row.cells), ("average", row.average), ("worst", _worst(row))]
+            cells = [
+                *zip(table.environments, row.cells),
+                ("average", row.average),
+                ("worst", _worst(row)),
+                ("in-domain", _in_domain(row)),
+            ]
             for environment, cell in cells:
                 writer.writerow(
                     {
@@ -113,6 +118,7 @@ def _row(row: Row, environments: tuple[str, ...]) -> dict[str, Any]:
             "environment": None if row.worst is None else environments[row.worst],
             **_numbers(_worst(row)),
         },
+        "in_domain": row.in_domain,
         "costs": row.costs,
     }
 
@@ -139,3 +145,7 @@ def _numbers(cell: Cell | None) -> dict[str, Any]:
 
 def _worst(row: Row) -> Cell | None:
     return None if row.worst is None else row.cells[row.worst]
+
+
+def _in_domain(row: Row) -> Cell | None:
+    return None if row.in_domain is None else Cell(row.in_domain, None, None)

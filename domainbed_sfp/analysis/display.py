@@ -83,6 +83,7 @@ def _table_grid(table: Table) -> Grid:
         "Algorithm",
         *(table.environments[env] for env in shown),
         *summaries,
+        "In-domain",
         "Trials",
         *(name for name, _ in cost_columns),
     )
@@ -96,6 +97,7 @@ def _table_grid(table: Table) -> Grid:
                 for one, row in zip(_cells(worst, table.rows, error=False), table.rows)
             ]
         )
+    columns.append([Shown(_in_domain(row)) for row in table.rows])
     columns.append([Shown(_trials(row, shown)) for row in table.rows])
     columns += [[Shown(show(row)) for row in table.rows] for _, show in cost_columns]
     labels = [Shown(_label(row)) for row in table.rows]
@@ -168,6 +170,12 @@ def _label(row: Row) -> str:
     return daggered(row.label, row.standing)
 
 
+def _in_domain(row: Row) -> str:
+    if row.in_domain is None:
+        return ABSENT if row.published is not None else MISSING
+    return f"{row.in_domain:.1f}"
+
+
 def _trials(row: Row, shown: Sequence[int]) -> str:
     if row.published is not None:
         return ABSENT
@@ -208,6 +216,8 @@ def _legend(table: Table) -> list[str]:
     measured = [row for row in table.rows if row.published is None]
     cells = [row.cells[env] for row in measured for env in _shown_environments(table)]
     notes = ["Accuracy in percent ± standard error over trials (sample standard deviation / sqrt(n))."]
+    if any(row.in_domain is not None for row in measured):
+        notes.append("In-domain: the chosen networks on the held-out parts of the environments they were trained on.")
     if any(cell is not None and cell.std_err is None for cell in cells):
         notes.append(f"{ABSENT} in place of a standard error: n=1, a single trial has none.")
     if any(cell is None for cell in cells):

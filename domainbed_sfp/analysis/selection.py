@@ -26,6 +26,11 @@ class Choice:
     run: Run
     checkpoint: int
 
+    @property
+    def in_domain(self) -> float:
+        """Mean accuracy on the held-out parts of the environments that the run trained on."""
+        return float(np.delete(self.run.out_acc[self.checkpoint], self.run.test_envs).mean())
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:

@@ -36,7 +36,9 @@ class Cell:
 @dataclass(frozen=True, slots=True)
 class Row:
     """`cells` has one entry per environment, None where no run allows one. `average` and `worst` need all of
-    them.
+    them. `in_domain`: the chosen checkpoints on the held-out parts of the environments they were trained on, mean over
+    them, trials and test environments, in percent; a network that does well only where an attribute turns round shows
+    there.
 
     `costs` are means over the chosen checkpoints, by the names of COST_FIELDS. `published` is set for rows
     that come from a publication: the rest was measured.
@@ -49,6 +51,7 @@ class Row:
     cells: tuple[Cell | None, ...]
     average: Cell | None
     worst: int | None
+    in_domain: float | None
     costs: dict[str, float]
     published: PublishedRow | None = None
 
@@ -203,6 +206,7 @@ def _row(label: str, method: Method, rule: Rule, runs: dict[Job, Run], environme
         cells,
         average_of(cells),
         _worst(cells),
+        100 * float(np.mean([choice.in_domain for choice in choices])) if choices else None,
         _costs(choices),
     )
 
@@ -242,7 +246,7 @@ def _costs(choices: list[Choice]) -> dict[str, float]:
 def _published_row(row: PublishedRow) -> Row:
     cells = tuple(None if one is None else Cell(one[0], one[1], None) for one in row.environments)
     average = None if row.average is None else Cell(row.average[0], row.average[1], None)
-    return Row(row.algorithm, row.algorithm, {}, "published", cells, average, _worst(cells), {}, row)
+    return Row(row.algorithm, row.algorithm, {}, "published", cells, average, _worst(cells), None, {}, row)
 
 
 def _averages(rule: Rule, tables: Sequence[Table]) -> Averages:
