@@ -387,7 +387,8 @@ class _Run:
         try:
             for index in range(RECALIBRATION_BATCHES):
                 step = self.step * RECALIBRATION_BATCHES + index
-                yield torch.cat([x for x, _ in loader.minibatches(step)])
+                images = [x for x, _ in loader.minibatches(step)]
+                yield from images if self.algorithm.domain_by_domain else [torch.cat(images)]
         finally:
             loader.close()
 

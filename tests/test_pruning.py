@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from domainbed_sfp import hparams, networks, registry
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.pruning.accounting import count_positions, measure_cost
+from domainbed_sfp.pruning.accounting import count_positions, measure_cost, sparsities_of
 from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels
 from domainbed_sfp.pruning.schedules import CubicSchedule
 from domainbed_sfp.pruning.scores import channel_magnitude, prunable_weights, random_like, weight_magnitude
@@ -589,6 +589,27 @@ def test_residual_streams_are_pruned_where_asked():
     assert not network.layer1(network.maxpool(F.relu(network.bn1(network.conv1(torch.randn(2, 3, 32, 32))))))[
         :, dead
     ].any()
+
+
+def test_masks_of_an_algorithm_that_brings_its_own_are_counted_with_residual_streams_only_where_they_are_pruned():
+    """A method without `groups`: what a channel's sparsity is a fraction of follows from its masks."""
+    values = hparams.resolve_hparams("ERM", "PACS", overrides={"backbone": "resnet18", "weights": "none"})
+    network = torch.nn.Module()
+    network.featurizer = networks.make_featurizer((3, 32, 32), values)
+    network.classifier = torch.nn.Linear(network.featurizer.n_outputs, 7)
+    network.hparams = {"granularity": "channel"}
+    parameters = dict(network.named_parameters())
+    for streams in (False, True):
+        groups = channel_groups(network.featurizer, network.classifier, residual_streams=True)
+        total = sum(group.channels for group in groups if streams or not group.is_residual)
+        masks = {}
+        for group in groups:
+            if group.is_residual == streams:
+                for name in group.filters:
+                    masks[name] = torch.ones_like(parameters[name], dtype=torch.bool)
+                    masks[name][::2] = False
+        dead = sum(group.channels // 2 for group in groups if group.is_residual == streams)
+        assert sparsities_of(network, masks) == {"channel": pytest.approx(dead / total)}
 
 
 def test_residual_streams_that_cannot_be_pruned():

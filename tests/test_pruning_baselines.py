@@ -206,6 +206,26 @@ def test_grasps_channels_are_scored_by_what_reads_them():
         assert torch.allclose(scores[group.name], by_weight[reader].transpose(0, 1).flatten(1).sum(1), rtol=1e-4)
 
 
+def test_grasp_on_networks_without_second_derivatives():
+    """Attention has them by one of its kernels; hard sigmoids have none."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4) % 2
+    for backbone in ("test_vit", "timm:mobilenetv3_small_050"):
+        values = hparams.resolve_hparams(
+            "GraSP",
+            "PACS",
+            overrides={"backbone": backbone, "weights": "none", "image_size": 32, "granularity": "weight"},
+        )
+        algorithm = registry.get("GraSP").cls((3, 32, 32), 2, 2, values)
+        algorithm.total_steps = 4
+        if backbone == "test_vit":
+            algorithm.update([(x, y), (x, y)])
+            assert algorithm.sparsity() == pytest.approx(0.5, abs=1e-3)
+        else:
+            with pytest.raises(UserError, match=r"GraSP needs second derivatives.*hardsigmoid"):
+                algorithm.update([(x, y), (x, y)])
+
+
 def test_grasp_keeps_what_the_gradient_flow_needs():
     """Of the weights, those whose removal would shrink the flow live; 25 samples of a class enter."""
     algorithm = _make("GraSP", granularity="weight", sparsity=0.5)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
 import torch
 from torch import nn
 
+from domainbed_sfp import training
+from domainbed_sfp.algorithms import scheduled_pruning
 from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
 
 
@@ -34,3 +39,23 @@ def test_no_batch_is_read_without_batchnorm():
 
     net = nn.Sequential(nn.GroupNorm(1, 4))
     recalibrate_batchnorm(net, net, unread())
+
+
+@pytest.mark.parametrize("objective, images", [("ERM", 16), ("GroupDRO", 8), ("CORAL", 8)])
+def test_batchnorm_is_recalibrated_on_what_it_has_seen_in_training(objective, images, tmp_path, monkeypatch):
+    """All environments together, or one at a time where the objective runs the network so."""
+    seen = []
+
+    def note(network, forward, batches):
+        seen.extend(len(batch) for batch in batches)
+
+    monkeypatch.setattr(scheduled_pruning, "recalibrate_batchnorm", note)
+    overrides = {"backbone": "mnist_cnn_bn", "batch_size": 8, "objective": objective}
+    training.train(
+        training.TrainArgs(
+            dataset="FullColoredDigits", algorithm="Magnitude", test_envs=[2], steps=3, checkpoint_freq=3,
+            skip_model_save=True, output_dir=str(tmp_path / "run"), hparams=json.dumps(overrides),
+        )
+    )  # fmt: skip
+    evaluations = 2  # after the first step and the last
+    assert set(seen) == {images} and sum(seen) == evaluations * training.RECALIBRATION_BATCHES * 16

@@ -492,9 +492,21 @@ def test_sfp_prunes_a_network_with_channels_last():
     assert algorithm.sparsity() == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize("overrides", [{"backbone": "mnist_cnn_bn"}, {"backbone": "mnist_cnn", "objective": "CORAL"}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"backbone": "mnist_cnn_bn"},
+        {"backbone": "mnist_cnn", "objective": "CORAL"},
+        # Here several layers read a channel: those of a residual stream, or squeeze-and-excitation's.
+        {"backbone": "resnet18", "weights": "none", "prune_residual_streams": True},
+        {"backbone": "timm:mobilenetv3_small_050", "weights": "none", "lr": 1e-5},
+    ],
+    ids=lambda overrides: overrides["backbone"],
+)
 def test_score_of_unflagged_samples_is_the_square_of_gates_derivatives(overrides, monkeypatch):
     """Gates [N, channels] in front of what reads the channels, differentiated by autograd, against what SFP collects."""
+    if overrides["backbone"].startswith("timm"):
+        pytest.importorskip("timm", reason="timm is not installed")
     algorithm = make(**overrides, removal="none", channel_score="unflagged")
     for step in range(20):
         torch.manual_seed(step)

@@ -34,6 +34,12 @@ class Algorithm(nn.Module):
     # True for a method that learns from unlabelled images of the test environment: the leaderboard ranks it apart.
     transductive: bool = False
 
+    @property
+    def domain_by_domain(self) -> bool:
+        """Whether training runs the network on one environment at a time. `prepare_evaluation` then has batches of one
+        environment each, as its BatchNorm has seen them, and otherwise of all."""
+        return False
+
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
@@ -102,6 +108,9 @@ class Algorithm(nn.Module):
 class Objective(nn.Module):
     """A training objective: turns minibatches into a loss. Its state, if any, is in buffers."""
 
+    # Whether it runs the network on one environment at a time: BatchNorm then sees no differences between environments.
+    domain_by_domain = False
+
     def __init__(self, hparams: Mapping[str, Any], num_domains: int) -> None:
         super().__init__()
         self.hparams = dict(hparams)
@@ -127,6 +136,10 @@ class ObjectiveAlgorithm(Algorithm):
     """
 
     objective_name: str | None = None
+
+    @property
+    def domain_by_domain(self) -> bool:
+        return self.objective.domain_by_domain
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]

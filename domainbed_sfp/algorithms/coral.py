@@ -34,6 +34,8 @@ def coral_distance(a: Tensor, b: Tensor) -> Tensor:
 class CORALObjective(Objective):
     """Mean risk over environments plus gamma times the mean CORAL distance over pairs of environments."""
 
+    domain_by_domain = True
+
     def loss(self, algorithm: ObjectiveAlgorithm, minibatches: Minibatches) -> tuple[Tensor, dict[str, float]]:
         features = [algorithm.featurizer(x) for x, _ in minibatches]
         risks = [F.cross_entropy(algorithm.classifier(part), y) for part, (_, y) in zip(features, minibatches)]

@@ -40,6 +40,9 @@ class GraSP(PruningAtInitialization):
     First-order effects add up, and so a channel's score (this project's extension) is the sum over the weights that
     read it. Over those of its filters it would be minus the squared norm of their gradient wherever a normalization
     follows, whatever the curvature: scaling such a filter changes nothing, which leaves w (H g) = -g g.
+
+    The authors' code takes 25 samples of each class. Here they come from the minibatches of the step before which it
+    prunes: a class of which those hold fewer counts with what there is.
     """
 
     def __init__(

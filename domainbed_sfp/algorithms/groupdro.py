@@ -24,6 +24,8 @@ HPARAMS = {
 class GroupDROObjective(Objective):
     """Risks weighted by exponentiated-gradient weights `q`, one per environment."""
 
+    domain_by_domain = True
+
     q: Tensor
 
     def __init__(self, hparams: Mapping[str, Any], num_domains: int) -> None:

@@ -326,6 +326,8 @@ class SFP(ScheduledPruning):
         self.unflagged = kept & ~torch.cat(flags)
         labels, flagged = torch.cat([y for _, y in minibatches])[kept], torch.cat(flags)[kept]
         for name, x in inputs.items():
+            if _key(name) not in self.moments and name not in self.layers:
+                continue  # one of several readers of a group, captured for its sensitivity alone
             known = self.moments if _key(name) in self.moments else self.layer_moments
             channels = self._moments(name, known).sums.shape[2]
             vectors = _channel_means(x.detach().float()[kept], self._layer(name), channels)
@@ -402,7 +404,9 @@ class SFP(ScheduledPruning):
             out = F.linear(x @ directions.t() @ directions, layer.weight)
             return out.square().sum(-1).mean() / x.square().sum(-1).mean().clamp_min(1e-12)
         part = torch.einsum("kc,kd,ndhw->nchw", directions, directions, x)
-        out = F.conv2d(part, layer.weight, None, layer.stride, layer.padding, layer.dilation)
+        out = type(layer).forward(layer, part)  # with the layer's own padding, and without its hooks
+        if layer.bias is not None:
+            out = out - layer.bias.view(-1, 1, 1)
         return out.square().sum(1).mean() / x.square().sum(1).mean().clamp_min(1e-12)
 
     # the network ------------------------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ class SparseIRM(GatedPruning):
     The network that is tested has one draw of the mask, m = 1[logit s + noise > 0], which is Bernoulli(s). Its noise is
     drawn once, at the beginning, so that prediction is a function of the weights and scores at any time. At `mask_end`
     the draw becomes the mask of the run: dead weights are zeroed and the rest is trained on under it. `mask_rule`
-    threshold is that draw as it is; `top_k` moves its threshold from 0 to where exactly keep * n units live, which is
-    the same draw given their number.
+    threshold is that draw as it is; `top_k` moves its threshold from 0 to where exactly keep * n units live: the
+    units whose score and noise add up to most.
     """
 
     initial_gate = 1.0

@@ -118,7 +118,9 @@ def sparsities_of(algorithm: nn.Module, masks: Mapping[str, Tensor]) -> dict[str
     featurizer, classifier = getattr(algorithm, "featurizer", None), getattr(algorithm, "classifier", None)
     if not groups and featurizer is not None and classifier is not None:
         with suppress(UserError):  # a network without channels that may be removed
-            groups = channel_groups(featurizer, classifier)
+            groups = channel_groups(featurizer, classifier, residual_streams=True)
+        if not any(group.is_residual and sparsities(masks, [group])["channel"] for group in groups):
+            groups = [group for group in groups if not group.is_residual]  # it leaves residual streams whole
     found = sparsities(masks, groups)
     unit = getattr(algorithm, "hparams", {}).get("granularity")
     return {unit: found[unit]} if unit in found else found

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.pruning.structure import ChannelGroup, uses_weight_as_is
@@ -93,12 +94,24 @@ def gradient_flow(
 
     g and H are gradient and Hessian, with respect to `weights`, of the cross-entropy of logits / `temperature` on
     images x with classes y.
+
+    Raises:
+        UserError: for a network with an operation that torch cannot differentiate twice.
     """
     values = list(weights.values())
-    loss = F.cross_entropy(network(x) / temperature, y)
-    gradients = torch.autograd.grad(loss, values, create_graph=True, materialize_grads=True)
-    product = torch.stack([(gradient.detach() * gradient).sum() for gradient in gradients]).sum()
-    curved = torch.autograd.grad(product, values, materialize_grads=True)
+    with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention have no second derivative
+        loss = F.cross_entropy(network(x) / temperature, y)
+        gradients = torch.autograd.grad(loss, values, create_graph=True, materialize_grads=True)
+        product = torch.stack([(gradient.detach() * gradient).sum() for gradient in gradients]).sum()
+        try:
+            curved = torch.autograd.grad(product, values, materialize_grads=True)
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            raise UserError(
+                f"GraSP needs second derivatives, which this backbone does not have ({error}); choose another backbone "
+                "or another method"
+            ) from None
     return {name: (weight * row).detach() for (name, weight), row in zip(weights.items(), curved)}
 
 
