@@ -89,7 +89,9 @@ def test_list_hparams_follows_the_algorithm(main):
 
 def test_results_in_the_readme_are_those_of_the_records(main):
     """The table in the README is what collect prints for the committed records."""
-    printed = main("collect", "--input_dir", ROOT / "results" / "coloured_fresh", "--selection", "training-domain").stdout
+    printed = main(
+        "collect", "--input_dir", ROOT / "results" / "coloured_fresh", "--selection", "training-domain"
+    ).stdout
     _, averages = printed.split("### Averages over data sets")
     table = [line for line in averages.splitlines() if line.startswith("|")]
     assert len(table) == 9 and "\n".join(table) in (ROOT / "README.md").read_text()
