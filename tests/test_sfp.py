@@ -329,18 +329,21 @@ def test_risk_weights_by_hand():
     assert algorithm._weighted_loss([first, second], flags)[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_soft_penalty_is_the_share_that_the_layer_passes_on():
-    algorithm = make(removal="soft")
+@pytest.mark.parametrize("backbone", ["mnist_cnn", "efficientnet_lite0"])  # the latter pads before it convolves
+def test_soft_penalty_is_the_share_that_the_layer_passes_on(backbone):
+    algorithm = make(removal="soft", backbone=backbone, weights="none")
     (name,) = algorithm.layers
     stored = getattr(algorithm, f"directions {name.replace('.', '/')}")
     stored[0] = torch.tensor([1.0, 0.0, 0.0])
     x = torch.randn(5, 3, 8, 8)
     only_red = x.clone()
     only_red[:, 1:] = 0
-    layer = algorithm.featurizer.conv1
-    expected = (layer(only_red) - layer.bias.view(1, -1, 1, 1)).square().sum((1, 2, 3)).mean() / x.square().sum(
-        (1, 2, 3)
-    ).mean()
+    layer = algorithm.get_submodule(name.removesuffix(".weight"))
+    passed_on = layer(only_red)
+    if layer.bias is not None:
+        passed_on = passed_on - layer.bias.view(1, -1, 1, 1)
+    # Over channels, mean over samples and positions, of which a strided layer has fewer.
+    expected = passed_on.square().sum(1).mean() / x.square().sum(1).mean()
     assert algorithm._projection(name, x).item() == pytest.approx(expected.item(), rel=1e-4)
 
 

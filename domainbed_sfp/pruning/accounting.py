@@ -102,13 +102,17 @@ def sparsities(masks: Mapping[str, Tensor], groups: Iterable[ChannelGroup]) -> d
     }
     rows = [mask.flatten(1).any(1) for mask in masks.values() if mask.ndim > 1]
     counted["filter"] = (sum(int(row.sum()) for row in rows), sum(len(row) for row in rows))
-    alive = total = 0
-    for group in groups:
-        filters = masks.get(group.filters[0])
-        alive += group.channels if filters is None else int(filters.flatten(1).any(1).sum())
-        total += group.channels
-    counted["channel"] = (alive, total)
+    groups = list(groups)
+    counted["channel"] = (
+        sum(_living_channels(masks, group) for group in groups),
+        sum(group.channels for group in groups),
+    )
     return {unit: 1 - alive / total for unit, (alive, total) in counted.items() if total}
+
+
+def _living_channels(masks: Mapping[str, Tensor], group: ChannelGroup) -> int:
+    filters = masks.get(group.filters[0])
+    return group.channels if filters is None else int(filters.flatten(1).any(1).sum())
 
 
 def sparsities_of(algorithm: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, float]:
@@ -119,7 +123,7 @@ def sparsities_of(algorithm: nn.Module, masks: Mapping[str, Tensor]) -> dict[str
     if not groups and featurizer is not None and classifier is not None:
         with suppress(UserError):  # a network without channels that may be removed
             groups = channel_groups(featurizer, classifier, residual_streams=True)
-        if not any(group.is_residual and sparsities(masks, [group])["channel"] for group in groups):
+        if not any(group.is_residual and _living_channels(masks, group) < group.channels for group in groups):
             groups = [group for group in groups if not group.is_residual]  # it leaves residual streams whole
     found = sparsities(masks, groups)
     unit = getattr(algorithm, "hparams", {}).get("granularity")
