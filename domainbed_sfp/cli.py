@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from domainbed_sfp import __version__
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from domainbed_sfp.sweep.slurm import SlurmOptions
@@ -36,9 +37,27 @@ def main(argv: list[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest choice for what is mistyped, in the words of the command that it was given to."""
+
+    def parse_args(self, args=None, namespace=None):
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            parser = getattr(known, "parser", self)
+            hint = did_you_mean(unknown[0].split("=")[0], parser._option_string_actions)
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        mistyped = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if mistyped:
+            message += did_you_mean(mistyped[1], re.findall(r"[\w-]+", mistyped[2]))
+        super().error(message)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="domainbed-sfp", description="Pruning and quantization for domain generalization, on DomainBed's protocol."
     )
     parser.add_argument("--version", action="version", version=f"domainbed-sfp {__version__}")
@@ -63,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add(commands: argparse._SubParsersAction, name: str, text: str, run: Command) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
@@ -219,6 +238,8 @@ def _sweep(args: argparse.Namespace) -> int:
     from domainbed_sfp.sweep import commands
 
     spec = commands.read_spec(args.spec) if args.spec else commands.default_spec()
+    if args.spec:
+        commands.check_rows(spec, args.spec)
     overrides = {**spec.hparams, **hparams.parse_overrides(args.hparams)} if args.hparams else None
     names = (
         "datasets", "algorithms", "task", "n_hparams_from", "n_hparams", "n_trials_from", "n_trials", "steps",
@@ -275,7 +296,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     parser = _add(commands, "export", "write a run's network to a file, without its dead channels", _export)
     parser.add_argument("run_dir", metavar="RUN", help="output folder of a finished run")
     parser.add_argument("--output", required=True, metavar="FILE")
-    parser.add_argument("--format", default="safetensors", help="safetensors or onnx")
+    parser.add_argument("--format", help="safetensors or onnx; default: as FILE ends, else safetensors")
     parser.add_argument("--data_dir", help="compare logits on real images too (embedded sets are compared without)")
     _add_cache_dir(parser)
 

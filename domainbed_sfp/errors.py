@@ -10,11 +10,15 @@ class UserError(Exception):
     """Bad input. The command line prints the message as one line and exits with status 2."""
 
 
+def did_you_mean(given: object, valid: Iterable[object]) -> str:
+    """ "; did you mean 'NAME'?" for the name nearest to `given`; empty where none is near."""
+    by_lower = {str(name).lower(): str(name) for name in valid}
+    near = difflib.get_close_matches(str(given).lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
+
+
 def unknown_name(kind: str, given: object, valid: Iterable[object]) -> UserError:
     """The error for a name that is not among `valid`: what was given, the nearest choice, all choices."""
     names = [str(name) for name in valid]
-    by_lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(str(given).lower(), by_lower, n=1, cutoff=0.5)
-    hint = f"; did you mean {by_lower[near[0]]!r}?" if near else ""
     shown = ", ".join(names) if len(names) <= 40 else ", ".join(names[:40]) + ", ..."
-    return UserError(f"unknown {kind} {given!r}{hint} (known: {shown})")
+    return UserError(f"unknown {kind} {given!r}{did_you_mean(given, names)} (known: {shown})")

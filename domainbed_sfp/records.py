@@ -295,8 +295,10 @@ class _Columns:
                 costs[name] = np.array(values + [np.nan] * (count - len(values)), dtype=float)
         in_acc = np.array(self.in_acc, dtype=float).reshape(shape)
         out_acc = np.array(self.out_acc, dtype=float).reshape(shape)
-        if np.isnan(in_acc).any() or np.isnan(out_acc).any():
-            raise ValueError("NaN or null")
+        for accuracies, fields in ((in_acc, self.in_fields), (out_acc, self.out_fields)):
+            # The negation catches NaN, which null becomes.
+            for row, column in np.argwhere(~((accuracies >= 0) & (accuracies <= 1)))[:1]:
+                raise ValueError(f"{fields[column]} of step {self.steps[row]} is {accuracies[row, column]}")
         return Run(
             directory,
             complete,
@@ -316,7 +318,8 @@ def _read_runs(directory: Path, warn: Warn) -> list[Run]:
     path = directory / RESULTS
     stretches: list[_Columns] = []
     current: _Columns | None = None
-    for number, record in _numbered_records(path, warn):
+    torn: list[str] = []
+    for number, record in _numbered_records(path, torn.append):
         try:
             if current is None or record["args"] != current.args or current.next_field in record:
                 environments = _count_environments(record)
@@ -328,12 +331,17 @@ def _read_runs(directory: Path, warn: Warn) -> list[Run]:
             raise UserError(f"{path}, line {number}: the record has no field {error.args[0]!r}") from error
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}, line {number}: {error}") from error
-    complete = (directory / DONE).exists()
+    for message in torn:
+        warn(message)
+    is_done = (directory / DONE).exists()
+    complete = is_done and not torn
     failure = None if complete else load_failure(directory)
+    if is_done and torn:
+        failure = "its last record is torn although it is done: remove its folder and launch it again"
     try:
         return [columns.run(directory.name, complete, failure) for columns in stretches]
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: an accuracy or cost is not a number ({error})") from error
+        raise UserError(f"{path}: an accuracy is no fraction in [0, 1], or a cost no number ({error})") from error
 
 
 def _count_environments(record: dict[str, Any]) -> int:

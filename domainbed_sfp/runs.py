@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from domainbed_sfp import networks, records, registry
 from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.tensor_files import load_tensors
 
 MODEL = "model.pkl"
 
@@ -44,18 +43,21 @@ def load_run(folder: str | os.PathLike[str]) -> TrainedRun:
             "train it again without that flag"
         )
     try:
-        saved = torch.load(model, map_location="cpu", weights_only=True)
+        saved = load_tensors(model)
+        if not isinstance(saved, dict):
+            raise ValueError(f"it holds a {type(saved).__name__}")
         shape, classes, domains, hparams, args, state = (
             saved[name]
             for name in (
                 "model_input_shape", "model_num_classes", "model_num_domains", "model_hparams", "args", "model_dict"
             )
         )  # fmt: skip
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+    except (ValueError, OSError) as error:
         raise UserError(
-            f"{str(model)!r} cannot be read as a trained model ({type(error).__name__}: {reason})"
+            f"{str(model)!r} cannot be read as a trained model: {error}; remove the run's folder and train it again"
         ) from error
+    except KeyError as error:
+        raise UserError(f"{str(model)!r} is not the file of a trained model: it has no {error}") from error
     info = registry.get(args["algorithm"])
     steps = args.get("steps") or get_dataset_class(args["dataset"]).N_STEPS
     try:

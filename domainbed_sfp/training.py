@@ -108,7 +108,7 @@ def train(args: TrainArgs) -> None:
 
     Raises:
         UserError: for arguments or data that cannot be used, a directory that holds another run, or a loss that is
-            not finite (then failure.json says where).
+            not finite; failure.json says so where training had begun.
         AlreadyRunning: if another process holds the run.
         Interrupted: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint saved.
     """
@@ -187,6 +187,14 @@ def check_settings(settings: Any) -> None:
             raise UserError(f"--{name}: expected one of {', '.join(valid)}, got {getattr(settings, name)!r}")
 
 
+def not_as_published(dataset: str, differences: list[str]) -> str:
+    """What a user should know of a data set's files that are not the published ones."""
+    return (
+        f"{dataset} is not the published data set: {', '.join(differences)}; records and tables say "
+        "so, and the leaderboard does not take it"
+    )
+
+
 def check_test_envs(dataset: str, test_envs: list[int], names: list[str]) -> None:
     """Raises UserError unless `test_envs` are distinct environments and leave one to train on."""
     for index in test_envs:
@@ -197,6 +205,17 @@ def check_test_envs(dataset: str, test_envs: list[int], names: list[str]) -> Non
         raise UserError(f"--test_envs: {test_envs} names an environment twice")
     if len(test_envs) >= len(names):
         raise UserError(f"--test_envs: {test_envs} leaves no environment of {dataset} to train on")
+
+
+class _Diverged(UserError):
+    """A loss that is not finite."""
+
+    def __init__(self, what: str, algorithm: str, kept: int, lr: float) -> None:
+        super().__init__(
+            f"{algorithm} diverged: {what}; the {kept} records before it are kept. Lower hparam 'lr' ({lr:g}) or the "
+            "weight of a penalty"
+        )
+        self.what = what
 
 
 class _Run:
@@ -222,6 +241,8 @@ class _Run:
         cache_dir = Path(args.cache_dir) if args.cache_dir else None
         self.dataset: Dataset = dataset_class.build(args.data_dir, self.hparams, args.seed, cache_dir)
         self.data_digest = dataset_class.data_digest(args.data_dir)
+        if self.data_digest and (differences := dataset_class.differences(args.data_dir)):
+            print(f"warning: {not_as_published(args.dataset, differences)}", file=sys.stderr)
         self._refuse_other_data()
         self.splits = self._split()
         self.loader, self.unlabeled_loader = self._loaders()
@@ -245,6 +266,7 @@ class _Run:
         # Set while a step's update is in the weights and its record, if one is due, is not yet made.
         self.update_is_done = False
         self.records: list[dict[str, Any]] = []
+        self.printed_columns: list[str] = []
         self.metrics: dict[str, list[float]] = defaultdict(list)
         self.earlier_seconds = 0.0
 
@@ -260,6 +282,12 @@ class _Run:
                 stopped.signal_number,
                 f"stopped at step {self.step} of {self.n_steps}; the same command continues there",
             ) from None
+        except _Diverged as error:
+            self._note_failure(error.what)
+            raise
+        except UserError as error:
+            self._note_failure(str(error))
+            raise
         finally:
             self.loader.close()
             if self.unlabeled_loader:
@@ -299,13 +327,19 @@ class _Run:
         values = self.algorithm.update(minibatches, unlabeled)
         for name, value in values.items():
             if name == "loss" and not math.isfinite(value):
-                self._fail(f"the loss is {value} at step {self.step}")
+                raise _Diverged(
+                    f"the loss is {value} at step {self.step}",
+                    self.args.algorithm,
+                    len(self.records),
+                    self.hparams["lr"],
+                )
             self.metrics[name].append(float(value))
         seconds = time.perf_counter() - start
         self.metrics["step_time"].append(seconds)
         self.metrics["images_per_second"].append(sum(len(y) for _, y in minibatches) / seconds)
 
-    def _fail(self, what: str) -> None:
+    def _note_failure(self, what: str) -> None:
+        """Says why the run cannot go on where `sweep status` and `collect` look."""
         failure = {
             "step": self.step,
             "error": what,
@@ -314,10 +348,6 @@ class _Run:
             "args": asdict(self.args),
         }
         records.write_atomically(self.output_dir / records.FAILURE, json.dumps(failure, sort_keys=True))
-        raise UserError(
-            f"{self.args.algorithm} diverged: {what}; the {len(self.records)} records before it are kept. "
-            f"Lower hparam 'lr' ({self.hparams['lr']:g}) or the weight of a penalty"
-        )
 
     def _record(self) -> None:
         """Evaluates, and appends the record of this step."""
@@ -508,8 +538,10 @@ class _Run:
         columns = sorted(name for name, value in record.items() if isinstance(value, (int, float)))
         if isinstance(sys.stderr, _Tee) and sys.stderr.isatty():
             sys.stderr.show("")
-        if len(self.records) == 1 or self.step == 0:
+        # What a method measures may begin after the first record.
+        if columns != self.printed_columns:
             print("  ".join(name.ljust(12)[:12] for name in columns))
+            self.printed_columns = columns
         cells = [f"{record[name]:.10f}" if isinstance(record[name], float) else str(record[name]) for name in columns]
         print("  ".join(cell.ljust(12)[:12] for cell in cells), flush=True)
 

@@ -78,7 +78,9 @@ def test_the_compatible_format_equals_domainbeds_to_the_byte(tmp_path, monkeypat
     for suffix, flags in (("txt", []), ("tex", ["--latex"])):
         expected = (GOLDEN / "expected" / f"{variant}{order}.{suffix}").read_text()
         status, out, err = collect("--input_dir", tmp_path, "--format", "domainbed", *flags)
-        assert (status, err) == (0, "")
+        # What it mixes is said beside the tables.
+        mixed = "PACS: DomainBed goes by the algorithm's name, row IRM chooses among IRM (irm_lambda=1), IRM (irm_lambda=10)"
+        assert (status, err) == (0, f"warning: {mixed}\n" if variant == "edges" else "")
         assert out == expected
         assert (tmp_path / f"results.{suffix}").read_text() == expected
 
@@ -100,6 +102,86 @@ def test_the_compatible_format_ignores_final_compression(tmp_path, collect):
     assert "90.0 +/- 0.0" in out
     _, out, _ = collect("--input_dir", tmp_path, "--selection", "training-domain")
     assert "90.0" not in out and "10.0 ± " in out
+
+
+def test_the_compatible_format_says_beside_it_what_it_mixes(tmp_path, collect):
+    """Its rows go by the algorithm's name, and every checkpoint is a candidate: said on stderr, the text is DomainBed's."""
+    for at, sparsity in enumerate((0.3, 0.5)):
+        settings = {"hparams": json.dumps({"sparsity": sparsity})}
+        early = record((0.2,) * 8, dataset="PACS", algorithm="SFP", args=settings, final_compression=False)
+        late = record((0.1,) * 8, dataset="PACS", algorithm="SFP", args=settings, step=300)
+        write_run(tmp_path, f"run{at}", [early, late])
+    status, out, err = collect("--input_dir", tmp_path, "--format", "domainbed")
+    assert status == 0 and "warning" not in out
+    assert err.splitlines() == [
+        "warning: PACS: DomainBed goes by the algorithm's name, row SFP chooses among SFP (sparsity=0.3), "
+        "SFP (sparsity=0.5)",
+        "warning: 2 checkpoints before their run's final compression are candidates here, as in DomainBed",
+    ]
+    _, out, _ = collect("--input_dir", tmp_path)
+    assert "2 earlier checkpoints of 2 runs left out, which DomainBed counts." in out
+
+
+def searched_sweep(directory: Path) -> None:
+    """Two trials of two draws; draw 1 is the better one in the training domain of trial 0, draw 0 in that of trial 1."""
+    for trial, better in ((0, 1), (1, 0)):
+        for seed in (0, 1):
+            hparams = {"lr": 0.001 if seed == 0 else 0.0123456 + trial, "sparsity": 0.5 if seed == 0 else 0.3}
+            accuracy = 0.9 if seed == better else 0.8
+            one = record(
+                (0.1 * seed + 0.3, 0.2, 0.4, accuracy), step=300, trial_seed=trial, hparams_seed=seed, hparams=hparams,
+                algorithm="SFP", sparsity=hparams["sparsity"], parameters=10,
+            )  # fmt: skip
+            write_run(directory, f"t{trial}h{seed}", [one])
+
+
+def test_what_was_chosen_is_listed(tmp_path, collect):
+    searched_sweep(tmp_path)
+    training = ("--input_dir", tmp_path, "--selection", "training-domain")
+    status, out, err = collect(*training, "--chosen", "--format", "csv")
+    assert (status, err) == (0, "")
+    assert list(csv.DictReader(io.StringIO(out))) == [
+        {
+            "dataset": "Tiny", "selection": "training-domain", "algorithm": "SFP", "label": "SFP", "environment": "env0",
+            "trial_seed": trial, "hparams_seed": seed, "step": "300", "validation_accuracy": "90.0", "accuracy": accuracy,
+            "run": f"t{trial}h{seed}", "hparam.lr": lr, "hparam.sparsity": sparsity,
+        }
+        for trial, seed, accuracy, lr, sparsity in (("0", "1", "40.0", "0.0123456", "0.3"), ("1", "0", "30.0", "0.001", "0.5"))
+    ]  # fmt: skip
+    _, out, _ = collect(*training, "--chosen")
+    assert "lr=0.01235, sparsity=0.3" in out and "t0h1" in out and "| SFP" in out
+    for name, part in (("html", "lr=0.01235"), ("latex", "lr=0.01235")):
+        assert part in collect(*training, "--chosen", "--format", name)[1]
+    (only,) = json.loads(collect(*training, "--format", "json")[1])["tables"]
+    choices = only["rows"][0]["cells"][0]["choices"]
+    assert [choice["hparams"] for choice in choices] == [
+        {"lr": 0.0123456, "sparsity": 0.3},
+        {"lr": 0.001, "sparsity": 0.5},
+    ]
+
+
+def test_a_row_whose_networks_are_not_compressed_alike_says_so(tmp_path, collect):
+    searched_sweep(tmp_path)
+    _, out, _ = collect("--input_dir", tmp_path, "--selection", "training-domain")
+    assert "SFP: the chosen networks have sparsities from 30.0% to 50.0%; the row's costs are means over them." in out
+    assert "`collect --chosen` lists the hparams behind each number." in out
+
+
+@pytest.mark.parametrize(
+    "option", [("--compare", "SFP"), ("--published",), ("--format", "domainbed"), ("--top_hparams",)]
+)
+def test_chosen_goes_with_tables_of_our_own(tmp_path, collect, option):
+    searched_sweep(tmp_path)
+    extra = ("--dataset", "Tiny", "--algorithm", "SFP", "--test_env", 0) if option == ("--top_hparams",) else ()
+    status, out, err = collect("--input_dir", tmp_path, "--chosen", *option, *extra)
+    assert (status, out) == (2, "") and "does not go with" in err and err.count("\n") == 1
+
+
+def test_tables_say_that_images_are_not_the_published_ones(tmp_path, collect):
+    write_run(tmp_path, "run0", [record((0.1,) * 8, dataset="PACS", data_digest="0123456789abcdef")])
+    write_run(tmp_path, "run1", [record((0.1,) * 8, dataset="PACS", trial_seed=1)])
+    _, out, _ = collect("--input_dir", tmp_path, "--selection", "training-domain")
+    assert "this table mixes protocols, data: 0123456789abcdef in 1 runs, published in 1 runs." in out
 
 
 def test_the_compatible_format_needs_a_data_set_domainbed_knows(tmp_path, collect):
@@ -854,7 +936,7 @@ def test_as_a_program(tmp_path):
     whole = (run / "results.jsonl").read_text()
     (run / "results.jsonl").write_text(whole + whole[:50])
     command = [sys.executable, "-X", "importtime", "-m", "domainbed_sfp.analysis.collect", "--input_dir"]
-    done = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, str(tmp_path), "--include_incomplete"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("### PACS")
     assert f"warning: {run / 'results.jsonl'}: the last line (4) is torn and skipped\n" in done.stderr
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "import time" in line}

@@ -274,7 +274,7 @@ def test_export_writes_what_a_plain_script_can_load(run, main, tmp_path):
 def test_export_to_onnx_takes_any_batch(run, main, tmp_path):
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
-    main("export", run, "--output", "net.onnx", "--format", "onnx")
+    main("export", run, "--output", "net.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
     algorithm = runs.load_run(run).algorithm
     for batch in (1, 5):
@@ -408,6 +408,10 @@ def _edit_model(**changes):
     return edit
 
 
+class _Foreign:
+    """What a file of tensors must not hold."""
+
+
 def _without_granularity(values: dict) -> dict:
     return {name: value for name, value in values.items() if name != "granularity"}
 
@@ -423,7 +427,10 @@ def _mask_of_another(state: dict) -> dict:
         (_without("model.pkl"), "no model.pkl: it was trained with --skip_model_save"),
         (_without("results.jsonl"), "expected the output folder of a run, with results.jsonl, done and model.pkl"),
         (_not_final, "ended before its final compression (sparsity 0.50 at step 8)"),
-        (lambda folder: (folder / "model.pkl").write_bytes(b"x"), "cannot be read as a trained model"),
+        (lambda folder: (folder / "model.pkl").write_bytes(b"x"), "cannot be read as a trained model: it is not a file of torch.save; remove"),
+        (lambda folder: torch.save([1], folder / "model.pkl"), "cannot be read as a trained model: it holds a list"),
+        (lambda folder: torch.save({"args": {}}, folder / "model.pkl"), "it has no 'model_input_shape'"),
+        (lambda folder: torch.save({"args": _Foreign()}, folder / "model.pkl"), "_Foreign, and no code is loaded from files"),
         (_edit_model(model_dict=_mask_of_another), "is of another network than its hparams say"),
         (_edit_model(model_hparams=lambda h: {**h, "backbone": "mnist_cnn_bn"}), "is of another network"),
         (_edit_model(args=lambda a: {**a, "algorithm": "Magnitud"}), "did you mean 'Magnitude'?"),
@@ -462,6 +469,7 @@ def test_outputs_formats_and_extras_that_are_not_there(run, main, tmp_path, monk
     refused("is a folder", "--output", "folder")
     refused("there is no folder", "--output", "nowhere/net")
     refused("did you mean 'onnx'? (known: safetensors, onnx)", "--output", "net", "--format", "onxx")
+    refused("contradict each other", "--output", "net.onnx", "--format", "safetensors")
     with monkeypatch.context() as patch:
         patch.setattr(
             export, "write_atomically", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))

@@ -91,6 +91,8 @@ def test_a_torn_last_line_is_skipped_with_a_warning(tmp_path):
     warnings: list[str] = []
     (loaded,) = load_records(tmp_path, warn=warnings.append)
     assert loaded.steps == [0, 1]
+    # It was done, so what is lost was its end: it must not count by an earlier checkpoint.
+    assert not loaded.complete and "remove its folder and launch it again" in str(loaded.failure)
     assert warnings == [f"{run / 'results.jsonl'}: the last line (3) is torn and skipped"]
 
 
@@ -142,7 +144,15 @@ def test_a_record_without_a_field_says_which(tmp_path, change, message):
 @pytest.mark.parametrize("value", [None, math.nan, "high", [0.5]])
 def test_an_accuracy_that_is_no_number_names_the_file(tmp_path, value):
     write_run(tmp_path, "run", [{**record((0.1, 0.2, 0.3, 0.4)), "env1_in_acc": value}])
-    with pytest.raises(UserError, match=r"run/results\.jsonl: an accuracy or cost is not a number"):
+    with pytest.raises(UserError, match=r"run/results\.jsonl: an accuracy is no fraction in \[0, 1\], or"):
+        load_records(tmp_path, warn=fail)
+
+
+@pytest.mark.parametrize("value", [7.5, -0.1, math.inf])
+def test_an_accuracy_outside_its_range_names_file_field_and_step(tmp_path, value):
+    steps = [record((0.1, 0.2, 0.3, 0.4)), {**record((0.1, 0.2, 0.3, 0.4), step=5), "env1_in_acc": value}]
+    write_run(tmp_path, "run", steps)
+    with pytest.raises(UserError, match=rf"run/results\.jsonl: .*\(env1_in_acc of step 5 is {value}\)"):
         load_records(tmp_path, warn=fail)
 
 

@@ -230,6 +230,10 @@ def test_a_sweep_may_grow_but_not_change_its_protocol(main, tmp_path, spec_file)
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nholdout_fraction: 5", ("--holdout_fraction", "(0, 1)", "5")),
         ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\nhparams: {lr: -1}", ("'lr'", "at least 0")),
         ("datasets: [PACS]\nalgorithms: [ERM]", ("--data_dir",)),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERMM]", ("spec.yaml", "did you mean 'ERM'")),
+        ("datasets: [FullColoredDigits]\nalgorithms: [{name: SFP, sparsity: .5}]", ("spec.yaml", "{name: NAME, hparams: {...}}")),
+        ("datasets: [FullColoredDigits]\nalgorithms: [{name: SFP, hparams: {removal_layers: frist}}]", ("spec.yaml", "'first'")),
+        ("datasets: [FullColoredDigits]\nalgorithms: [ERM]\ntest_envs: [[5]]", ("no environment 5", "0 95%, 1 90%, 2 10%")),
     ],
 )  # fmt: skip
 def test_bad_specs(main, spec_file, text, parts):
@@ -241,6 +245,7 @@ def test_bad_specs(main, spec_file, text, parts):
     "options, parts",
     [
         (("nowhere.yaml",), ("nowhere.yaml", "quickstart")),
+        (("quikstart",), ("no sweep spec 'quikstart'", "did you mean 'quickstart'?")),
         (("quickstart", "--command_launcher", "slrm"), ("unknown command launcher", "local")),
         (("quickstart", "--jobs", "0"), ("--jobs", "at least 1")),
         (("quickstart", "--hparams", "{"), ("--hparams", "JSON")),
@@ -318,3 +323,46 @@ def test_jobs_share_threads_and_gpus(monkeypatch):
     assert launchers.visible_gpus() == []
     with pytest.raises(UserError, match="no GPU is visible"):
         launchers.launch_multi_gpu([], SweepDirectory("nowhere"), 1)
+
+
+def test_a_compression_that_is_drawn_is_told_at_the_launch(main, spec_file):
+    text = "{{datasets: [FullColoredDigits], algorithms: [ERM, {row}, UniformQuant], n_hparams: {n}, n_trials: 1}}"
+    launch = ("sweep", "launch", spec_file, "--output_dir", "out", "--command_launcher", "dummy")
+    spec_file.write_text(text.format(row="SFP", n=2))
+    warnings = main(*launch).stderr.splitlines()
+    assert [line.split(":")[1] for line in warnings] == [
+        " hparam 'sparsity' is drawn for SFP",
+        " hparam 'bits' is drawn for UniformQuant",
+    ]
+    spec_file.write_text(text.format(row="{name: SFP, hparams: {sparsity: .5}}", n=2))
+    assert [line.split(":")[1] for line in main(*launch).stderr.splitlines()] == [
+        " hparam 'bits' is drawn for UniformQuant"
+    ]
+    spec_file.write_text(text.format(row="SFP", n=1))
+    assert main(*launch).stderr == ""
+
+
+def test_status_tells_why_a_run_cannot_go_on(main, spec_file):
+    spec_file.write_text(
+        "{datasets: [FullColoredDigits], algorithms: [{name: SFP, hparams: {flag_kappa: 1e-9}}], test_envs: [[2]], "
+        "n_hparams: 1, n_trials: 1, steps: 20, hparams: {batch_size: 16}}"
+    )
+    sweep = (spec_file, "--output_dir", "out")
+    assert main("sweep", "launch", *sweep, check=False).returncode == 1
+    told = main("sweep", "status", *sweep).stdout
+    assert "Failed: out/" in told and "failed at step 4: " in told and "no contrast" in told
+
+
+def test_an_incomplete_copy_of_a_known_data_set_is_told_and_kept_apart(main, tmp_path, spec_file):
+    make_tree(tmp_path / "data" / "PACS", environments=("art_painting", "cartoon", "photo", "sketch"), n=9)
+    spec_file.write_text(
+        "{datasets: [PACS], algorithms: [ERM], test_envs: [[3]], n_hparams: 1, n_trials: 1, steps: 2, checkpoint_freq: 2, "
+        "skip_model_save: true, hparams: {image_size: 16, backbone: mnist_cnn, batch_size: 4}}"
+    )
+    done = main("sweep", "launch", spec_file, "--data_dir", "data", "--output_dir", "out")
+    assert "warning: PACS is not the published data set: art_painting has 18 images of 2,048" in done.stderr
+    (run,) = (tmp_path / "out").glob("*/results.jsonl")
+    digest = json.loads(run.read_text().splitlines()[-1])["data_digest"]
+    assert len(digest) == 16
+    assert "is not the published data set" in (run.parent / "err.txt").read_text()
+    assert f"data {digest}" in main("collect", "--input_dir", "out", "--selection", "training-domain").stdout

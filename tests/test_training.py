@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -209,6 +210,34 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_record(main, tmp_path):
     assert read(tmp_path / "run")[0]["step"] == 0 and not (tmp_path / "run" / "done").exists()
 
 
+def test_a_run_that_cannot_go_on_says_why_where_status_looks(main, tmp_path):
+    failed = main(*RUN[:1], "--dataset", "FullColoredDigits", "--algorithm", "SFP", "--test_envs", 2, "--steps", 20,
+                  "--hparams", '{"flag_kappa": 1e-9, "batch_size": 16}', "--output_dir", "run", check=False)  # fmt: skip
+    assert_one_line_error(failed, "no contrast")
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert failure["step"] == 4 and "no contrast" in failure["error"]
+
+
+def test_columns_are_headed_anew_where_they_change(main):
+    """SFP measures more once it prunes; numbers must stand under their own names."""
+    printed = main("train", "--dataset", "FullColoredDigits", "--algorithm", "SFP", "--test_envs", 2, "--steps", 21,
+                   "--checkpoint_freq", 5, "--hparams", '{"batch_size": 16}', "--output_dir", "run").stdout  # fmt: skip
+    lines = [line.split() for line in printed.splitlines()]
+    heads = [at for at, line in enumerate(lines) if line[:1] == ["dense_macs"]]
+    assert len(heads) >= 2
+    records = []
+    for line in lines[heads[0] :]:
+        if line[:1] == ["dense_macs"]:
+            names = line
+        elif line and re.fullmatch(r"[\d.]+", line[0]) and len(line) == len(names):
+            records.append(dict(zip(names, line)))
+    written = read(Path("run"))
+    assert len(records) == len(written)
+    for shown, record in zip(records, written):
+        assert shown["step"] == str(record["step"])
+        assert float(shown["env0_in_acc"]) == pytest.approx(record["env0_in_acc"], abs=1e-9)
+
+
 def test_domain_adaptation_splits_and_class_balance(main, tmp_path):
     main("train", "--dataset", "RotatedDigits", "--steps", 3, "--test_envs", 0, 1, "--task", "domain_adaptation",
         "--uda_holdout_fraction", 0.5, "--hparams", '{"class_balanced": true, "batch_size": 16}', "--output_dir", "run")  # fmt: skip
@@ -268,6 +297,9 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
         (("--hparams", '{"pruning_scope": "x"}', "--algorithm", "Magnitude"), ("unknown pruning_scope of Magnitude 'x'", "layer, global")),
         (("--hparams", '{"granularity": "block"}', "--algorithm", "Magnitude"), ("unknown granularity of Magnitude 'block'", "channel, weight")),
         (("--hparams", '{"lars": true}'), ("'lars' cannot be set",)),
+        (("--hparams", '{"removal_layers": "frist"}', "--algorithm", "SFP"), ("unknown removal_layers of SFP", "did you mean 'first'")),
+        (("--hparams", '{"mask_end": 1.5}', "--algorithm", "MRM"), ("'mask_end' of MRM", "fraction of the run in [0, 1]", "1.5")),
+        (("--hparams", '{"rounds": 0}', "--algorithm", "LotteryTicket"), ("'rounds'", "at least 1", "0")),
     ],
 )  # fmt: skip
 def test_bad_input(main, tmp_path, arguments, parts):

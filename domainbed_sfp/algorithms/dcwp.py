@@ -14,7 +14,7 @@ from torch import Tensor
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LearnedMaskPruning
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, RUN_FRACTION, Hparam
 from domainbed_sfp.registry import register
 
 # Of the generalized cross-entropy that trains the biased model.
@@ -28,11 +28,17 @@ CONTRASTIVE_TEMPERATURE = 0.07
     reference="Park et al. 2023 (CVPR), arXiv 2210.05247",
     hparams={
         **LEARNED_MASK_HPARAMS,
-        "mask_start": Hparam(0.44, doc="fraction of the run at which weights freeze and masks are learned"),
-        "mask_end": Hparam(0.89, doc="fraction of the run at which the mask is final and retraining begins"),
-        "mask_upweight": Hparam(80.0, doc="weight of a bias-conflicting sample in the mask stage"),
-        "retrain_upweight": Hparam(20.0, lambda r: r.choice([10.0, 20.0, 50.0]), "its weight in retraining"),
-        "contrastive_weight": Hparam(0.05, doc="weight of the debiased contrastive loss"),
+        "mask_start": Hparam(
+            0.44, doc="fraction of the run at which weights freeze and masks are learned", valid=RUN_FRACTION
+        ),
+        "mask_end": Hparam(
+            0.89, doc="fraction of the run at which the mask is final and retraining begins", valid=RUN_FRACTION
+        ),
+        "mask_upweight": Hparam(80.0, doc="weight of a bias-conflicting sample in the mask stage", valid=POSITIVE),
+        "retrain_upweight": Hparam(
+            20.0, lambda r: r.choice([10.0, 20.0, 50.0]), "its weight in retraining", valid=POSITIVE
+        ),
+        "contrastive_weight": Hparam(0.05, doc="weight of the debiased contrastive loss", valid=NOT_NEGATIVE),
     },
 )
 class DCWP(LearnedMaskPruning):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import RUN_FRACTION, SHARE, Hparam
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.schedules import EXCHANGE_INTERVAL, check_fraction, check_sparsity, exchange_period
 from domainbed_sfp.registry import register
@@ -87,11 +87,11 @@ class ExchangeSchedule:
         "granularity": Hparam("weight", doc="weight (unstructured)"),
         "pruning_scope": UNIT_HPARAMS["pruning_scope"],
         "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO or CORAL"),
-        "prune_start": Hparam(0.2, doc="fraction of the run at which the magnitude mask is made"),
-        "update_end": Hparam(0.75, doc="fraction of the run after which the mask is final"),
+        "prune_start": Hparam(0.2, doc="fraction of the run at which the magnitude mask is made", valid=RUN_FRACTION),
+        "update_end": Hparam(0.75, doc="fraction of the run after which the mask is final", valid=RUN_FRACTION),
         "update_interval": EXCHANGE_INTERVAL,
         "update_fraction": Hparam(
-            0.3, lambda r: r.choice([0.1, 0.3, 0.5]), "of the living weights, exchanged at the start"
+            0.3, lambda r: r.choice([0.1, 0.3, 0.5]), "of the living weights, exchanged at the start", valid=SHARE
         ),
     },
 )

@@ -28,10 +28,16 @@ REFERENCE_STEPS = 1000
 
 GATE_HPARAMS = {
     "sparsity": UNIT_HPARAMS["sparsity"],
-    "granularity": Hparam("weight", doc="weight, the method's own; channel: one gate per channel"),
+    "granularity": Hparam(
+        "weight", doc="weight, the method's own; channel: one gate per channel", valid=one_of("channel", "weight")
+    ),
     "pruning_scope": UNIT_HPARAMS["pruning_scope"],
     "prune_residual_streams": UNIT_HPARAMS["prune_residual_streams"],
-    "mask_rule": Hparam("top_k", doc="top_k: the likeliest, at hparam sparsity; threshold: the method's own rule"),
+    "mask_rule": Hparam(
+        "top_k",
+        doc="top_k: the likeliest, at hparam sparsity; threshold: the method's own rule",
+        valid=one_of(*MASK_RULES),
+    ),
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Hparam, one_of
+from domainbed_sfp.hparams import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, RUN_FRACTION, Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.channel_attention import (
     gate_logits,
@@ -59,9 +59,10 @@ CHOICES = {
         "sparsity": SCHEDULE_HPARAMS["sparsity"],
         "granularity": Hparam("channel", doc="attention belongs to channels", valid=one_of(*CHOICES["granularity"])),
         "objective": UNIT_HPARAMS["objective"],
-        "prune_start": Hparam(0.6, doc="fraction of the run at which the first channels go"),
+        "prune_start": Hparam(0.6, doc="fraction of the run at which the first channels go", valid=RUN_FRACTION),
         "prune_end": Hparam(
-            0.8, doc="fraction of the run at which the last channels go; with one round all go at prune_start"
+            0.8, doc="fraction of the run at which the last channels go; with one round all go at prune_start",
+            valid=RUN_FRACTION,
         ),
         "prune_rounds": Hparam(3, doc="prunings from prune_start to prune_end", valid=AT_LEAST_ONE),
         "gated_layers": Hparam(

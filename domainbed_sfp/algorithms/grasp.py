@@ -14,7 +14,7 @@ from domainbed_sfp.algorithms.pruning_at_initialization import (
     balanced_batch,
 )
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import AT_LEAST_ONE, POSITIVE, Hparam
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.registry import register
 
@@ -26,9 +26,11 @@ from domainbed_sfp.registry import register
     hparams={
         **AT_INITIALIZATION_HPARAMS,
         "grasp_temperature": Hparam(
-            200.0, lambda r: r.choice([1.0, 200.0]), "logits are divided by it, as in the code"
+            200.0, lambda r: r.choice([1.0, 200.0]), "logits are divided by it, as in the code", valid=POSITIVE
         ),
-        "grasp_samples": Hparam(25, doc="samples of each class that scores are taken from, where there are as many"),
+        "grasp_samples": Hparam(
+            25, doc="samples of each class that scores are taken from, where there are as many", valid=AT_LEAST_ONE
+        ),
     },
 )
 class GraSP(PruningAtInitialization):

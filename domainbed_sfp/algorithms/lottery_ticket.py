@@ -13,7 +13,7 @@ from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.magnitude import Magnitude
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import AT_LEAST_ONE, RUN_FRACTION, Hparam
 from domainbed_sfp.pruning.named_tensors import NamedTensors
 from domainbed_sfp.pruning.schedules import RoundSchedule, check_retraining
 from domainbed_sfp.registry import register
@@ -25,9 +25,14 @@ from domainbed_sfp.registry import register
     reference="Frankle & Carbin 2019, arXiv 1803.03635; rewinding: Frankle et al. 2020, arXiv 1912.05671",
     hparams={
         **UNIT_HPARAMS,
-        "rounds": Hparam(3, lambda r: r.choice([2, 3, 5]), "prunings, each followed by rewinding"),
-        "prune_end": Hparam(0.6, doc="fraction of the run at which the last round begins"),
-        "rewind": Hparam(0.01, lambda r: r.choice([0.0, 0.01, 0.03]), "fraction of the run to whose state it rewinds"),
+        "rounds": Hparam(3, lambda r: r.choice([2, 3, 5]), "prunings, each followed by rewinding", valid=AT_LEAST_ONE),
+        "prune_end": Hparam(0.6, doc="fraction of the run at which the last round begins", valid=RUN_FRACTION),
+        "rewind": Hparam(
+            0.01,
+            lambda r: r.choice([0.0, 0.01, 0.03]),
+            "fraction of the run to whose state it rewinds",
+            valid=RUN_FRACTION,
+        ),
     },
 )
 class LotteryTicket(Magnitude):

@@ -12,7 +12,7 @@ from torch import nn
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import Hparam, one_of
+from domainbed_sfp.hparams import NOT_NEGATIVE, RUN_FRACTION, Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.schedules import OneShotSchedule
 from domainbed_sfp.pruning.structure import ChannelGroup
@@ -27,16 +27,18 @@ NORMALIZATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
     reference="Liu et al. 2017, arXiv 1708.06519",
     hparams={
         **UNIT_HPARAMS,
-        "granularity": Hparam("channel", doc="channel: scales belong to channels"),
+        "granularity": Hparam("channel", doc="channel: scales belong to channels", valid=one_of("channel")),
         "pruning_scope": Hparam(
             "global",
             doc="global: one percentile of all scales, as published; layer: one for each",
             valid=one_of("layer", "global"),
         ),
         "slimming_penalty": Hparam(
-            1e-4, lambda r: r.choice([1e-5, 1e-4, 1e-3]), "lambda; 1e-5 for ResNets in the code"
+            1e-4, lambda r: r.choice([1e-5, 1e-4, 1e-3]), "lambda; 1e-5 for ResNets in the code", valid=NOT_NEGATIVE
         ),
-        "prune_at": Hparam(0.5, doc="fraction of the run that trains with the penalty; the rest fine-tunes"),
+        "prune_at": Hparam(
+            0.5, doc="fraction of the run that trains with the penalty; the rest fine-tunes", valid=RUN_FRACTION
+        ),
     },
 )
 class NetworkSlimming(ScheduledPruning):

@@ -13,7 +13,7 @@ from torch import Tensor
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import RUN_FRACTION, SHARE, Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.masks import keep_highest
 from domainbed_sfp.pruning.schedules import EXCHANGE_INTERVAL, check_fraction, check_sparsity, exchange_period
@@ -81,11 +81,16 @@ class RigLSchedule:
         "granularity": Hparam("weight", doc="weight (unstructured)"),
         "objective": UNIT_HPARAMS["objective"],
         "sparsity_distribution": Hparam(
-            "erk", lambda r: r.choice(["erk", "uniform"]), "erk: Erdos-Renyi-Kernel; uniform: the first layer dense"
+            "erk",
+            lambda r: r.choice(["erk", "uniform"]),
+            "erk: Erdos-Renyi-Kernel; uniform: the first layer dense",
+            valid=one_of(*DISTRIBUTIONS),
         ),
-        "drop_fraction": Hparam(0.3, lambda r: r.choice([0.1, 0.3, 0.5]), "alpha, of the living weights, at the start"),
+        "drop_fraction": Hparam(
+            0.3, lambda r: r.choice([0.1, 0.3, 0.5]), "alpha, of the living weights, at the start", valid=SHARE
+        ),
         "update_interval": EXCHANGE_INTERVAL,
-        "update_end": Hparam(0.75, doc="fraction of the run after which the mask is final"),
+        "update_end": Hparam(0.75, doc="fraction of the run after which the mask is final", valid=RUN_FRACTION),
     },
 )
 class RigL(ScheduledPruning):

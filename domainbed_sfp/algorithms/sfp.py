@@ -27,7 +27,7 @@ from domainbed_sfp import networks
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, PROBABILITY, Hparam, Range
+from domainbed_sfp.hparams import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, SHARE, Hparam, Range, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.spurious import ConditionalMoments, remove_directions, spurious_directions
 from domainbed_sfp.registry import register
@@ -53,31 +53,51 @@ LAST_PART = 0.25
 
 HPARAMS = {
     **PRUNING_HPARAMS,
-    "flag_policy": Hparam("loss", doc="loss: below the threshold; random: as many at random; oracle: the truth"),
+    "flag_policy": Hparam(
+        "loss",
+        doc="loss: below the threshold; random: as many at random; oracle: the truth",
+        valid=one_of(*FLAG_POLICIES),
+    ),
     "flag_kappa": Hparam(
         1.0, lambda r: r.choice([0.75, 1.0]), "flagged below kappa times the domain's mean loss", valid=POSITIVE
     ),
-    "flag_threshold": Hparam("environment", doc="mean loss of the environment, or of each class in it (class)"),
-    "removal": Hparam("hard", doc="hard: project weights; soft: penalise the projection; none"),
-    "removal_layers": Hparam("auto", doc="first, last (quarter), all; auto: first, or last where pretrained"),
+    "flag_threshold": Hparam(
+        "environment",
+        doc="mean loss of the environment, or of each class in it (class)",
+        valid=one_of(*FLAG_THRESHOLDS),
+    ),
+    "removal": Hparam(
+        "hard", doc="hard: project weights; soft: penalise the projection; none", valid=one_of(*REMOVALS)
+    ),
+    "removal_layers": Hparam(
+        "auto",
+        doc="first, last (quarter), all; auto: first, or last where pretrained",
+        valid=one_of(*REMOVAL_LAYERS),
+    ),
     "removal_rank": Hparam(
         0.6,
         lambda r: r.choice([0.4, 0.6, 0.8]),
         "share of the possible directions removed",
         valid=Range("a share in (0, 1]", lambda value: 0 < value <= 1),
     ),
-    "removal_spares": Hparam("nothing", doc="class_means: directions that tell classes apart stay; nothing"),
+    "removal_spares": Hparam(
+        "nothing",
+        doc="class_means: directions that tell classes apart stay; nothing",
+        valid=one_of(*REMOVAL_SPARES),
+    ),
     "removal_vectors": Hparam(
         "auto",
         doc="what directions are found among: relative (a layer's channel means, of length 1), absolute (as they are); "
         "auto: the first, or the second where pretrained",
+        valid=one_of(*REMOVAL_VECTORS),
     ),
-    "removal_energy": Hparam(0.2, doc="share of its energy a layer's input keeps at least", valid=PROBABILITY),
+    "removal_energy": Hparam(0.2, doc="share of its energy a layer's input keeps at least", valid=SHARE),
     "removal_strength": Hparam(10.0, lambda r: 10 ** r.uniform(0, 3), "weight of the soft penalty", valid=NOT_NEGATIVE),
     "channel_score": Hparam(
         "auto",
         doc="class_conditional; taylor; unflagged: what a channel does for unflagged samples; auto: the first, or the "
         "second where pretrained",
+        valid=one_of(*CHANNEL_SCORES),
     ),
     "risk_weight": Hparam(1.0, doc="weight of unflagged samples in the risk; 1 weighs all alike", valid=POSITIVE),
     "statistics_every": Hparam(

@@ -11,7 +11,7 @@ from torch import Tensor
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.gated_pruning import GATE_HPARAMS, GatedPruning
 from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import POSITIVE, Hparam, one_of
+from domainbed_sfp.hparams import POSITIVE, RUN_FRACTION, Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.gates import binary_concrete, log_odds, logistic_noise, projection_shift
 from domainbed_sfp.pruning.named_tensors import NamedTensors
@@ -32,15 +32,21 @@ OBJECTIVES = ("IRM", "VREx")
             doc="global: one budget for all layers, the paper's; layer: one for each",
             valid=one_of("layer", "global"),
         ),
-        "objective": Hparam("IRM", doc="IRM (IRMv1) or VREx, whose penalty it minimises"),
+        "objective": Hparam("IRM", doc="IRM (IRMv1) or VREx, whose penalty it minimises", valid=one_of(*OBJECTIVES)),
         "mask_lr": Hparam(
             6e-3,
             doc="Adam's learning rate for the scores, at 1,000 steps with masks; more where fewer",
             valid=POSITIVE,
         ),
-        "mask_start": Hparam(0.28, doc="fraction of the run until which the network is dense"),
-        "ramp_end": Hparam(0.6, doc="fraction of the run at which the budget of scores has reached its final size"),
-        "mask_end": Hparam(0.9, doc="fraction of the run at which the mask is drawn; 1: at the last step, the paper's"),
+        "mask_start": Hparam(0.28, doc="fraction of the run until which the network is dense", valid=RUN_FRACTION),
+        "ramp_end": Hparam(
+            0.6, doc="fraction of the run at which the budget of scores has reached its final size", valid=RUN_FRACTION
+        ),
+        "mask_end": Hparam(
+            0.9,
+            doc="fraction of the run at which the mask is drawn; 1: at the last step, the paper's",
+            valid=RUN_FRACTION,
+        ),
     },
 )
 class SparseIRM(GatedPruning):

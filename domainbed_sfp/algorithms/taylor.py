@@ -10,7 +10,7 @@ import torch
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import FRACTION, Hparam
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.named_tensors import NamedTensors
 from domainbed_sfp.registry import register
@@ -22,7 +22,9 @@ from domainbed_sfp.registry import register
     reference="Molchanov et al. 2019, arXiv 1906.10771",
     hparams={
         **PRUNING_HPARAMS,
-        "taylor_momentum": Hparam(0.9, lambda r: r.choice([0.9, 0.99]), "of the running average of the scores"),
+        "taylor_momentum": Hparam(
+            0.9, lambda r: r.choice([0.9, 0.99]), "of the running average of the scores", valid=FRACTION
+        ),
     },
 )
 class Taylor(ScheduledPruning):

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError, unknown_name
-from ..records import load_records, write_atomically
+from ..records import Run, load_records, write_atomically
+from .chosen import CHOSEN_FORMATS
 from .comparison import BEST, compare
 from .comparison_formats import COMPARISON_FORMATS
 from .data_formats import csv_text, json_text
 from .domainbed_format import domainbed_text
 from .html_page import html_text
-from .jobs import take_account
+from .jobs import rows_of_algorithms, take_account
 from .latex import latex_text
 from .markdown import markdown_text
 from .plots import PLOTS, SUFFIXES, save_plot
@@ -72,11 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exclude", nargs="+", metavar="ROW", help=f"rows or algorithms that '{BEST}' and 'every row' leave out"
     )
     compared.add_argument(
+        "--chosen", action="store_true", help="list the run, checkpoint and searched hparams behind each number"
+    )
+    compared.add_argument(
         "--plot",
         metavar="PLOT",
         help=f"{', '.join(PLOTS)}: draw into --output ({', '.join(SUFFIXES)}), with the numbers as CSV beside it",
     )
-    top = parser.add_argument_group("the hparams behind a cell, as DomainBed's list_top_hparams prints them")
+    top = parser.add_argument_group("hparams as DomainBed's list_top_hparams prints them, every checkpoint a candidate")
     top.add_argument("--top_hparams", action="store_true", help="list hparams by validation accuracy")
     top.add_argument("--dataset", metavar="D")
     top.add_argument("--algorithm", metavar="A")
@@ -108,6 +112,8 @@ def _text(args: argparse.Namespace) -> str:
     if chosen == _DOMAINBED:
         return _compatible_text(args)
     report = _report(args, _rules(args.selection))
+    if args.chosen:
+        return CHOSEN_FORMATS[chosen](report)
     if args.compare is None:
         return _FORMATS[chosen](report)
     return COMPARISON_FORMATS[chosen](compare(report, args.compare, args.exclude or ()))
@@ -142,12 +148,22 @@ def _compatible_text(args: argparse.Namespace) -> str:
             raise UserError(f"--{option} does not go with --format {_DOMAINBED}, which prints what DomainBed prints")
     runs = load_records(args.input_dir, warn=_warn, directory_order=True)
     text = domainbed_text(runs, latex=args.latex)
+    _warn_of_conventions(runs)
     beside = Path(args.input_dir) / ("results.tex" if args.latex else "results.txt")
     try:
         write_atomically(beside, text)
     except OSError as error:
         _warn(f"{beside} is not written: {error.strerror}")
     return text
+
+
+def _warn_of_conventions(runs: list[Run]) -> None:
+    """What DomainBed's tables do with runs that it does not know: said beside them, since they stay as they are."""
+    for (dataset, algorithm), rows in rows_of_algorithms(runs).items():
+        if len(rows) > 1:
+            _warn(f"{dataset}: DomainBed goes by the algorithm's name, row {algorithm} chooses among {', '.join(rows)}")
+    if early := sum(int((~run.final).sum()) for run in runs):
+        _warn(f"{early:,} checkpoints before their run's final compression are candidates here, as in DomainBed")
 
 
 def _format(args: argparse.Namespace) -> str:
@@ -183,16 +199,18 @@ def _check_top_hparams(args: argparse.Namespace) -> None:
 def _check_modes(args: argparse.Namespace) -> None:
     """Options that would have no effect together are refused."""
     foreign = {
-        "plot": ("format", "latex", "compare", "published", "top_hparams"),
-        "compare": ("published", "top_hparams"),
+        "plot": ("format", "latex", "compare", "published", "top_hparams", "chosen"),
+        "compare": ("published", "top_hparams", "chosen"),
+        "chosen": ("published", "top_hparams"),
     }
     for option, others in foreign.items():
-        if getattr(args, option) is not None:
+        if getattr(args, option) not in (None, False):
             for other in others:
                 if getattr(args, other) not in (None, False):
                     raise UserError(f"--{other} does not go with --{option}")
-    if args.compare is not None and args.format == _DOMAINBED:
-        raise UserError(f"--compare does not go with --format {_DOMAINBED}, which prints what DomainBed prints")
+    for option in ("compare", "chosen"):
+        if getattr(args, option) not in (None, False) and args.format == _DOMAINBED:
+            raise UserError(f"--{option} does not go with --format {_DOMAINBED}, which prints what DomainBed prints")
     if args.exclude is not None and args.compare is None:
         raise UserError("--exclude goes with --compare")
     if args.exclude is not None and len(args.compare) > 1 and BEST not in args.compare[1:]:

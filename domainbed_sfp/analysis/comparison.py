@@ -28,12 +28,10 @@ from .statistics import (
     pairs_text,
     smallest_wilcoxon_p,
 )
-from .tables import Cell, Report, Row, Table, average_of, tested_environments
+from .tables import SPARSITY_TOLERANCE, Cell, Report, Row, Table, average_of, tested_environments
 
 BEST = "best"
 
-# Sparsities (fractions) that differ by no more are equal: channel pruning cannot meet a target to the last weight.
-SPARSITY_TOLERANCE = 0.005
 # BitOPs that differ by no more of the larger are equal: few assignments of widths lie near a budget.
 BITOPS_TOLERANCE = 0.05
 # What BEST stands for, for readers.

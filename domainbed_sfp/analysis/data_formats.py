@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..records import COST_FIELDS
-from .tables import Cell, Report, Row, Table
+from .tables import Cell, Report, Row, Table, chosen_hparams
 
 _COLUMNS = (
     "dataset",
@@ -61,8 +61,8 @@ def csv_text(report: Report) -> str:
 
 
 def json_text(report: Report) -> str:
-    """Everything the report holds: protocol, notes, cells, and per trial the run, step and hparams seed
-    chosen."""
+    """Everything the report holds: protocol, notes, cells, and per trial the run, step, hparams seed and
+    searched hparams chosen."""
     document = {
         "format": 1,
         "package": f"domainbed_sfp {__version__}",
@@ -102,7 +102,7 @@ def _table(table: Table) -> dict[str, Any]:
 
 def _row(row: Row, environments: tuple[str, ...]) -> dict[str, Any]:
     cells = [
-        {"environment": environment, "test_env": env, **_numbers(cell), "choices": _choices(cell)}
+        {"environment": environment, "test_env": env, **_numbers(cell), "choices": _choices(row, cell)}
         for env, (environment, cell) in enumerate(zip(environments, row.cells))
     ]
     return {
@@ -123,13 +123,14 @@ def _row(row: Row, environments: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _choices(cell: Cell | None) -> list[dict[str, Any]]:
+def _choices(row: Row, cell: Cell | None) -> list[dict[str, Any]]:
     return [
         {
             "trial_seed": trial,
             "accuracy": 100 * choice.test,
             "validation_accuracy": 100 * choice.validation,
             "hparams_seed": choice.run.hparams_seed,
+            "hparams": chosen_hparams(row, choice),
             "step": choice.run.steps[choice.checkpoint],
             "run": choice.run.directory,
         }

@@ -218,6 +218,8 @@ def _legend(table: Table) -> list[str]:
     notes = ["Accuracy in percent ± standard error over trials (sample standard deviation / sqrt(n))."]
     if any(row.in_domain is not None for row in measured):
         notes.append("In-domain: the chosen networks on the held-out parts of the environments they were trained on.")
+    if len(table.protocol.hparams_seeds) > 1:
+        notes.append("`collect --chosen` lists the hparams behind each number.")
     if any(cell is not None and cell.std_err is None for cell in cells):
         notes.append(f"{ABSENT} in place of a standard error: n=1, a single trial has none.")
     if any(cell is None for cell in cells):

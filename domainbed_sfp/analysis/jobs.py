@@ -61,7 +61,7 @@ def take_account(runs: Sequence[Run], input_dir: str | Path, *, include_incomple
     found = _merge_repeats(runs, account.notes)
     sweep = load_sweep(input_dir)
     expected = _grid(found) if sweep is None else _listed(found, sweep, Path(input_dir), account.notes)
-    left_out = 0
+    left_out = dropped = shortened = 0
     for job, run in found.items():
         if not run.complete and not include_incomplete:
             left_out += 1
@@ -72,6 +72,8 @@ def take_account(runs: Sequence[Run], input_dir: str | Path, *, include_incomple
             account.missing[job] = "has no checkpoint at its final compression"
             continue
         account.runs[job] = run if len(final) == len(run.steps) else run.at(final)
+        dropped += len(run.steps) - len(final)
+        shortened += len(final) < len(run.steps)
     for job, state in expected.items():
         if job not in found:
             account.missing[job] = state
@@ -80,6 +82,11 @@ def take_account(runs: Sequence[Run], input_dir: str | Path, *, include_incomple
         account.notes.append(f"{_count(left_out, 'incomplete run')} left out (--include_incomplete counts them).")
     if incomplete:
         account.notes.append(f"{_count(incomplete, 'incomplete run')} counted (--include_incomplete).")
+    if dropped:
+        account.notes.append(
+            f"A compressed network is a candidate for selection only at its final compression: "
+            f"{_count(dropped, 'earlier checkpoint')} of {_count(shortened, 'run')} left out, which DomainBed counts."
+        )
     return account
 
 
@@ -103,6 +110,19 @@ def label_methods(methods: Iterable[Method]) -> dict[Method, str]:
             shown = [name + "=" + own[name].strip('"') for name in differing if name in own]
             labels[method] = f"{algorithm} ({', '.join(shown)})" if shown else algorithm
     return labels
+
+
+def rows_of_algorithms(runs: Iterable[Run]) -> dict[tuple[str, str], list[str]]:
+    """By data set and algorithm, the names of the rows that its runs have in the tables."""
+    methods: dict[str, dict[Method, None]] = {}
+    for run in runs:
+        job = _job_of(run)
+        methods.setdefault(job.dataset, {})[job.method] = None
+    rows: dict[tuple[str, str], list[str]] = {}
+    for dataset, of_dataset in methods.items():
+        for method, label in label_methods(of_dataset).items():
+            rows.setdefault((dataset, method.algorithm), []).append(label)
+    return rows
 
 
 def algorithm_order(name: str) -> tuple[int, str]:

@@ -21,6 +21,9 @@ _SMALL_SIDE = 28
 # Data sets of such images, for records that do not tell their input's shape.
 _MNIST_LIKE = (*SMALL_IMAGES, "FullColoredMNIST", "ColoredDigits", "RotatedDigits", "FullColoredDigits")
 
+# Data whose name says all.
+PUBLISHED = "published"
+
 # DomainBed's defaults of the hparams among the conditions. A record that does not have them was made with these.
 _USUAL = {"data_augmentation": True, "class_balanced": False, "nonlinear_classifier": False}
 
@@ -40,6 +43,8 @@ class Conditions:
     data_augmentation: bool
     class_balanced: bool
     nonlinear_classifier: bool
+    # PUBLISHED, or what tells images from others under the data set's name.
+    data: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,8 @@ class Protocol:
         ]
         if set(shown["task"].split("/")) != {"domain_generalization"}:
             parts.append(f"task {shown['task']}")
+        if shown["data"] != PUBLISHED:
+            parts.append(f"data {shown['data']}")
         for name, usual in _USUAL.items():
             if shown[name] != shown_value(usual):
                 parts.append(f"{name.replace('_', ' ')} {shown[name]}")
@@ -148,6 +155,7 @@ def conditions_of(run: Run) -> Conditions:
         run.facts.get("precision", "fp32"),
         run.args.get("task", "domain_generalization"),
         **{name: bool(run.hparams.get(name, usual)) for name, usual in _USUAL.items()},
+        data=run.facts.get("data_digest") or PUBLISHED,
     )
 
 

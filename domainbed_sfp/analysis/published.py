@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..domainbed_facts import DEFAULT_STEPS
 from ..errors import UserError
-from .protocol import Protocol, shown_value
+from .protocol import PUBLISHED, Protocol, shown_value
 from .selection import Rule
 
 # The environments of a data set under the names publications use, in DomainBed's order.
@@ -132,6 +132,7 @@ def _obstacle(protocol: Protocol) -> str | None:
         "task": ("the task domain_generalization", "domain_generalization"),
         "data_augmentation": ("data augmentation", True),
         "class_balanced": ("no class balance (class_balanced false)", False),
+        "data": ("the published images", PUBLISHED),
         "nonlinear_classifier": ("a linear classifier (nonlinear_classifier false)", False),
     }
     for name, (told, value) in expected.items():

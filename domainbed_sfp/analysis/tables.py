@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from .published import PublishedRow, matching_rows
 from .selection import Choice, Rule, choose
 
 RECONSTRUCTION = "reconstruction"
+
+# Sparsities (fractions) that differ by no more are equal: channel pruning cannot meet a target to the last weight.
+SPARSITY_TOLERANCE = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,9 @@ class Row:
     them, trials and test environments, in percent; a network that does well only where an attribute turns round shows
     there.
 
-    `costs` are means over the chosen checkpoints, by the names of COST_FIELDS. `published` is set for rows
-    that come from a publication: the rest was measured.
+    `costs` are means over the chosen checkpoints, by the names of COST_FIELDS. `searched`: the hparams that differ
+    between its runs, whether chosen or not. `published` is set for rows that come from a publication: the rest was
+    measured.
     """
 
     label: str
@@ -53,6 +58,7 @@ class Row:
     worst: int | None
     in_domain: float | None
     costs: dict[str, float]
+    searched: tuple[str, ...] = ()
     published: PublishedRow | None = None
 
 
@@ -128,6 +134,11 @@ def build_report(account: Account, rules: Sequence[Rule], published: Sequence[Pu
     return Report(tuple(tables), tuple(averages), tuple(dict.fromkeys(notes)))
 
 
+def chosen_hparams(row: Row, choice: Choice) -> dict[str, Any]:
+    """What the chosen run has of the hparams that differ between the runs of its row."""
+    return {name: choice.run.hparams[name] for name in row.searched if name in choice.run.hparams}
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean, and the sample standard error (ddof=1), None for fewer than two values."""
     mean = float(np.mean(values))
@@ -179,7 +190,7 @@ def _table(
     rows = [_row(label, method, rule, runs, len(environments)) for method, label in labels.items()]
     relevant = {job: why for job, why in missing.items() if rule.needs_pairs or len(job.test_envs) == 1}
     protocol = protocol_of(runs, rule)
-    notes = protocol.warnings() + explain_missing(relevant, labels, environments)
+    notes = protocol.warnings() + explain_missing(relevant, labels, environments) + _uneven_sparsity(rows)
     planned = frozenset(job.test_envs[0] for job in [*runs, *missing] if len(job.test_envs) == 1)
     left_out = [name for env, name in enumerate(environments) if env not in planned]
     if left_out:
@@ -208,6 +219,7 @@ def _row(label: str, method: Method, rule: Rule, runs: dict[Job, Run], environme
         _worst(cells),
         100 * float(np.mean([choice.in_domain for choice in choices])) if choices else None,
         _costs(choices),
+        _searched([run for _, run in mine]),
     )
 
 
@@ -243,10 +255,33 @@ def _costs(choices: list[Choice]) -> dict[str, float]:
     return costs
 
 
+def _searched(runs: Sequence[Run]) -> tuple[str, ...]:
+    names = sorted({name for run in runs for name in run.hparams})
+    first = runs[0].hparams if runs else {}
+    return tuple(name for name in names if any(run.hparams.get(name) != first.get(name) for run in runs))
+
+
+def _uneven_sparsity(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each row whose chosen networks are not pruned alike, as where sparsity is searched."""
+    notes = []
+    for row in rows:
+        choices = [choice for cell in row.cells if cell for _, choice in cell.choices]
+        values = [
+            choice.run.costs["sparsity"][choice.checkpoint] for choice in choices if "sparsity" in choice.run.costs
+        ]
+        values = [value for value in values if not math.isnan(value)]
+        if values and max(values) - min(values) > SPARSITY_TOLERANCE:
+            notes.append(
+                f"{row.label}: the chosen networks have sparsities from {100 * min(values):.1f}% to "
+                f"{100 * max(values):.1f}%; the row's costs are means over them."
+            )
+    return notes
+
+
 def _published_row(row: PublishedRow) -> Row:
     cells = tuple(None if one is None else Cell(one[0], one[1], None) for one in row.environments)
     average = None if row.average is None else Cell(row.average[0], row.average[1], None)
-    return Row(row.algorithm, row.algorithm, {}, "published", cells, average, _worst(cells), None, {}, row)
+    return Row(row.algorithm, row.algorithm, {}, "published", cells, average, _worst(cells), None, {}, (), row)
 
 
 def _averages(rule: Rule, tables: Sequence[Table]) -> Averages:

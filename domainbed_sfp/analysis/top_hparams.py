@@ -49,7 +49,8 @@ def _ranking(rule: Rule, runs: list[Run], test_env: int) -> list[str]:
             if run.hparams != first.hparams:
                 raise UserError(
                     f"{first.directory} and {run.directory} have hparams seed {run.hparams_seed} and "
-                    f"trial seed {run.trial_seed} but different hparams; list sweeps apart"
+                    f"trial seed {run.trial_seed} but different hparams; list sweeps apart, or "
+                    "use --chosen, which knows rows"
                 )
         # Upstream's means are numpy scalars, whose repr says so since numpy 2.
         validation = repr(choice.validation) if rule is ORACLE else f"np.float64({choice.validation!r})"

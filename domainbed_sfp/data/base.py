@@ -104,6 +104,11 @@ class Dataset:
         return None
 
     @classmethod
+    def differences(cls, data_dir: str | None) -> list[str]:
+        """Where the files differ from the published data set, in a few words each."""
+        return []
+
+    @classmethod
     def check_files(cls, data_dir: str | None) -> None:
         """Raises UserError where the files are plainly not there, without reading them."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -218,6 +218,30 @@ def folder_problems(dataset: str, folder: Path) -> list[str]:
         return list(_image_problems(tree, count_images(folder)))
     except OSError as error:
         raise disk_error(error, f"reading {folder}") from error
+
+
+def unlike_published(dataset: str, images: Mapping[str, Sequence[int]]) -> list[str]:
+    """Where counts of images differ from the published ones, a line a domain; empty where they agree or none are known.
+
+    Args:
+        images: numbers by class, for each domain by its folder's name; both in sorted order, which is how environments
+            and labels are numbered. Names are not compared: they change nothing.
+    """
+    tree = image_tree(dataset)
+    if tree is None:
+        return []
+    found = {domain: sum(numbers) for domain, numbers in images.items()}
+    differences = []
+    for (domain, numbers), (name, expected) in zip(images.items(), sorted(tree.domain_images.items())):
+        by_class = [number for _, number in sorted(tree.class_images.get(name, {}).items())]
+        if expected is not None and found[domain] != expected:
+            differences.append(f"{domain} has {found[domain]:,} images of {expected:,}")
+        elif by_class and list(numbers) != by_class:
+            differences.append(f"{domain} has other numbers of images in its classes")
+    total = sum(found.values())
+    if tree.totals and total < min(tree.totals):
+        differences.append(f"{total:,} images of {min(tree.totals):,}")
+    return differences
 
 
 def count_images(folder: Path) -> dict[str, dict[str, int]]:

@@ -116,7 +116,8 @@ def _row(account: Account, wanted: str, input_dir: str) -> tuple[str, list[str]]
         )
     if told:
         raise UserError(
-            f"--input_dir {input_dir} is not complete: {' '.join(told)} `sweep launch` computes what is left"
+            f"--input_dir {input_dir} is not complete: {' '.join(told)} `sweep launch` computes what is left; a job "
+            "that failed for a reason of its own fails again, and its row cannot be submitted"
         )
     return label, sorted(run.directory for run in runs.values())
 

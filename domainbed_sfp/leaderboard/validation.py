@@ -30,7 +30,7 @@ from domainbed_sfp.leaderboard.rerun import Rerun
 from domainbed_sfp.leaderboard.schema import MOST_PROBLEMS, Problem, parse, printable, problems_of, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.pruning import accounting, mask_files
-from domainbed_sfp.records import COST_FIELDS, run_of
+from domainbed_sfp.records import COST_FIELDS, RESULTS, run_of
 from domainbed_sfp.seeds import seed_hash
 
 # Fractions are written with all their digits; this much a sum in another order may differ.
@@ -96,6 +96,11 @@ def validate(folder: str | Path) -> Validation:
     root = Path(folder)
     if root.is_symlink() or not root.is_dir():
         raise UserError(f"bundle {str(folder)!r}: expected a folder, made by `domainbed-sfp submit`")
+    if not (root / SUBMISSION).exists() and next(root.glob(f"*/{RESULTS}"), None):
+        raise UserError(
+            f"bundle {str(folder)!r} is a sweep's folder; `domainbed-sfp submit --input_dir {folder}` makes a bundle "
+            "of one of its rows"
+        )
     try:
         tree = bundle.read_tree(root)
         return _Check(root, tree).complete()
@@ -355,7 +360,7 @@ class _Check:
             self._problem(file, "line 1.environments", shown(list(facts.environments)), shown(names))
             return
         if (digest := run.records[0]["data_digest"]) is not None:
-            words = f"null, because {run.run.dataset} is the same everywhere"
+            words = f"null, because {run.run.dataset} stands for the published images"
             self._problem(file, "line 1.data_digest", words, shown(digest))
         side = run.run.hparams.get("image_size")
         expected = [facts.channels, side, side]

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import FRACTION, Hparam
+from domainbed_sfp.hparams import FRACTION, RUN_FRACTION, Hparam
 
 SCHEDULE_HPARAMS = {
-    "sparsity": Hparam(0.5, lambda r: r.choice([0.3, 0.5, 0.7, 0.9]), "fraction removed at the end, in [0, 1)"),
-    "prune_start": Hparam(0.15, doc="fraction of the run at which pruning begins"),
-    "prune_end": Hparam(0.8, doc="fraction of the run at which the mask is final"),
+    "sparsity": Hparam(
+        0.5, lambda r: r.choice([0.3, 0.5, 0.7, 0.9]), "fraction removed at the end, in [0, 1)", valid=FRACTION
+    ),
+    "prune_start": Hparam(0.15, doc="fraction of the run at which pruning begins", valid=RUN_FRACTION),
+    "prune_end": Hparam(0.8, doc="fraction of the run at which the mask is final", valid=RUN_FRACTION),
 }
 
 # Of the methods that drop weights and grow others (RigL, EVIL): 100 steps in the papers, here of DomainBed's 5,001.

@@ -13,10 +13,11 @@ from domainbed_sfp.sweep.jobs import State, SweepDirectory, command_line, failur
 from domainbed_sfp.sweep.launchers import Task, get_launcher
 from domainbed_sfp.sweep.slurm import SlurmOptions
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
-from domainbed_sfp.sweep.spec import SweepSpec, default_datasets, make_jobs, read_spec
+from domainbed_sfp.sweep.spec import SweepSpec, check_rows, default_datasets, drawn_compression, make_jobs, read_spec
 from domainbed_sfp.sweep.watch import Watch, summary
+from domainbed_sfp.training import not_as_published
 
-__all__ = ["default_spec", "delete_incomplete", "launch", "read_spec", "status"]
+__all__ = ["check_rows", "default_spec", "delete_incomplete", "launch", "read_spec", "status"]
 
 
 def default_spec() -> SweepSpec:
@@ -49,6 +50,15 @@ def launch(
     jobs = make_jobs(spec, data_dir)
     for dataset in spec.datasets:
         get_dataset_class(dataset).check_files(data_dir)
+        if differences := get_dataset_class(dataset).differences(data_dir):
+            print(f"warning: {not_as_published(dataset, differences)}", file=sys.stderr)
+    for name, algorithms in drawn_compression(spec).items():
+        print(
+            f"warning: hparam {name!r} is drawn for {', '.join(dict.fromkeys(algorithms))}: such a row mixes networks "
+            f"that are not compressed alike; to compare at one {name} give it, as in {{name: {algorithms[0]}, "
+            f"hparams: {{{name}: ...}}}}",
+            file=sys.stderr,
+        )
     directory = SweepDirectory(output_dir, data_dir)
     directory.register(jobs)
     standings = _standings(directory, must_answer=launcher == "slurm")

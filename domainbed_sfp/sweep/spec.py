@@ -13,7 +13,7 @@ import yaml
 
 from domainbed_sfp import hparams, registry
 from domainbed_sfp.data import dataset_names, get_dataset_class
-from domainbed_sfp.errors import UserError, unknown_name
+from domainbed_sfp.errors import UserError, did_you_mean, unknown_name
 from domainbed_sfp.seeds import seed_hash
 from domainbed_sfp.sweep.jobs import Job
 from domainbed_sfp.training import check_settings, check_test_envs
@@ -26,6 +26,10 @@ class _SpecLoader(yaml.SafeLoader):
 _SpecLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+
+
+# The hparams that say how far a network is compressed.
+COMPRESSION = ("sparsity", "bits", "target_bitops")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,16 @@ def read_spec(path: str) -> SweepSpec:
     return spec
 
 
+def check_rows(spec: SweepSpec, path: str) -> None:
+    """Raises UserError, naming the file `spec` was read from, where a row is of no known algorithm or hparams."""
+    try:
+        for algorithm, overrides in (_row(entry, spec.hparams) for entry in spec.algorithms):
+            for dataset in spec.datasets:
+                hparams.resolve_hparams(algorithm, dataset, overrides=overrides)
+    except UserError as error:
+        raise UserError(f"sweep spec {path!r}: {error}") from error
+
+
 def shipped_specs() -> list[str]:
     """Names of the specs that come with the package."""
     return sorted(file.stem for file in _specs_folder().glob("*.yaml"))
@@ -103,7 +117,10 @@ def _spec_text(path: str) -> str:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"sweep spec {path!r} is not a text file: {error}") from None
-    raise UserError(f"there is no sweep spec {path!r}: neither a file nor one of {', '.join(shipped_specs())}")
+    raise UserError(
+        f"there is no sweep spec {path!r}: neither a file nor one of {', '.join(shipped_specs())}"
+        f"{did_you_mean(path, shipped_specs())}"
+    )
 
 
 def _check_kinds(spec: SweepSpec, path: str) -> None:
@@ -147,7 +164,7 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
     rows = [_row(entry, spec.hparams) for entry in spec.algorithms]
     environments = {}
     for dataset in spec.datasets:
-        environments[dataset] = len(get_dataset_class(dataset).environment_names(data_dir))
+        environments[dataset] = get_dataset_class(dataset).environment_names(data_dir)
         for algorithm, overrides in rows:
             hparams.resolve_hparams(algorithm, dataset, overrides=overrides)
     jobs = []
@@ -179,6 +196,20 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
     return jobs
 
 
+def drawn_compression(spec: SweepSpec) -> dict[str, list[str]]:
+    """The hparams that say how far a network is compressed, where the sweep draws them: the algorithms of whose rows by
+    the hparam's name. Such a row mixes networks that are not compressed alike."""
+    drawn: dict[str, list[str]] = {}
+    if spec.n_hparams <= 1:
+        return drawn
+    for algorithm, overrides in (_row(entry, spec.hparams) for entry in spec.algorithms):
+        table = hparams.hparam_table(algorithm, spec.datasets[0], overrides)
+        for name in COMPRESSION:
+            if name in table and table[name].sample and name not in overrides:
+                drawn.setdefault(name, []).append(algorithm)
+    return drawn
+
+
 def _row(entry: str | Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(algorithm, overrides) of an entry of `algorithms`."""
     if isinstance(entry, str):
@@ -191,12 +222,13 @@ def _row(entry: str | Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[str
     return entry["name"], {**shared, **entry.get("hparams", {})}
 
 
-def _all_test_envs(spec: SweepSpec, dataset: str, n: int) -> Iterator[list[int]]:
+def _all_test_envs(spec: SweepSpec, dataset: str, names: list[str]) -> Iterator[list[int]]:
     if spec.test_envs is not None:
         for test_envs in spec.test_envs:
-            check_test_envs(dataset, test_envs, [str(i) for i in range(n)])
+            check_test_envs(dataset, test_envs, names)
             yield list(test_envs)
         return
+    n = len(names)
     if n < 3 and not spec.single_test_envs:
         raise UserError(f"{dataset} has {n} environments; pairs of test environments need 3: set single_test_envs")
     for i in range(n):

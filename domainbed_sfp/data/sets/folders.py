@@ -16,6 +16,7 @@ import torch
 
 from domainbed_sfp.data.base import Dataset, Environment, dataset
 from domainbed_sfp.data.cache import cached_images
+from domainbed_sfp.data.verify import unlike_published
 from domainbed_sfp.errors import UserError
 
 # torchvision's, by which its ImageFolder (and so DomainBed) tells images from other files.
@@ -56,6 +57,30 @@ class ImageFolders(Dataset):
     @classmethod
     def check_files(cls, data_dir: str | None) -> None:
         cls.environment_folders(cls.root(data_dir))
+
+    @classmethod
+    def data_digest(cls, data_dir: str | None) -> str | None:
+        """Of the names and sizes of all images where they are not the published ones, as in an incomplete copy."""
+        return cls.digest_of_files(data_dir) if cls.differences(data_dir) else None
+
+    @classmethod
+    def differences(cls, data_dir: str | None) -> list[str]:
+        folders = cls.environment_folders(cls.root(data_dir))
+        counts = {
+            folder.name: [len(paths) for _, paths in sorted(_files_by_class(folder).items())] for folder in folders
+        }
+        return unlike_published(cls.__name__, counts)
+
+    @classmethod
+    def digest_of_files(cls, data_dir: str | None) -> str:
+        """Of the names and sizes of all images: 16 hexadecimal digits."""
+        root, digest = cls.root(data_dir), hashlib.sha256()
+        for folder in cls.environment_folders(root):
+            for paths in _files_by_class(folder).values():
+                for path in paths:
+                    size = path.stat().st_size if path.exists() else -1  # a broken link is told of when it is read
+                    digest.update(f"{path.relative_to(root).as_posix()}\0{size}\n".encode())
+        return digest.hexdigest()[:16]
 
     @classmethod
     def root(cls, data_dir: str | None) -> Path:
@@ -180,14 +205,8 @@ class Folder(ImageFolders):
 
     @classmethod
     def data_digest(cls, data_dir: str | None) -> str | None:
-        """Of the names and sizes of all images: this name stands for whatever a user has."""
-        root, digest = cls.root(data_dir), hashlib.sha256()
-        for folder in cls.environment_folders(root):
-            for paths in _files_by_class(folder).values():
-                for path in paths:
-                    size = path.stat().st_size if path.exists() else -1  # a broken link is told of when it is read
-                    digest.update(f"{path.relative_to(root).as_posix()}\0{size}\n".encode())
-        return digest.hexdigest()[:16]
+        """Of all images, always: this name stands for whatever a user has."""
+        return cls.digest_of_files(data_dir)
 
     @classmethod
     def environment_names(cls, data_dir: str | None = None) -> list[str]:
