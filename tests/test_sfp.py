@@ -374,7 +374,7 @@ def test_regularised_layers():
         ({"risk_weight": 0}, "a number above 0"),
         ({"flag_kappa": -1.0}, "a number above 0"),
         ({"removal_rank": -3}, "share in"),
-        ({"removal_energy": 7}, "probability"),
+        ({"removal_energy": 7}, "a share in"),
         ({"removal_spares": "classes"}, "did you mean 'class_means'"),
         ({"removal_strength": -5.0}, "at least 0"),
         ({"refresh": -2}, "a fraction in"),

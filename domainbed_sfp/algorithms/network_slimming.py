@@ -27,7 +27,7 @@ NORMALIZATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
     reference="Liu et al. 2017, arXiv 1708.06519",
     hparams={
         **UNIT_HPARAMS,
-        "granularity": Hparam("channel", doc="channel: scales belong to channels", valid=one_of("channel")),
+        "granularity": Hparam("channel", doc="channel: scales belong to channels"),
         "pruning_scope": Hparam(
             "global",
             doc="global: one percentile of all scales, as published; layer: one for each",

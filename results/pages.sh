@@ -1,0 +1,48 @@
+#!/bin/sh
+# Every page, figure and CSV of this folder that is made of records here, anew: `sh results/pages.sh` in the checkout's root
+# (pip install -e '.[plots]').
+set -eu
+tables() { domainbed-sfp collect --input_dir "results/$1" --output "results/$1.md"; }
+compared() { # page, sweep, what is compared ...
+  page=$1 sweep=$2
+  shift 2
+  domainbed-sfp collect --input_dir "results/$sweep" --selection training-domain --output "results/$page.md" --compare "$@"
+}
+plot() { domainbed-sfp collect --input_dir "results/$1" --selection training-domain --plot "$2" --output "results/$3.png"; }
+
+for sweep in ablations coloured coloured_70 coloured_digits coloured_fresh globalpru_coloured \
+  globalpru_small pacs_small quantization_digits quantization_small sparsity_curves sparsity_curves_pacs; do
+  tables $sweep
+done
+
+compared coloured_SFP coloured SFP best --exclude SFP SFPWeighted
+compared coloured_SFPWeighted coloured SFPWeighted best --exclude SFP SFPWeighted
+compared coloured_70_SFP coloured_70 SFP best --exclude SFPWeighted
+compared coloured_70_SFPWeighted coloured_70 SFPWeighted best --exclude SFP
+compared coloured_fresh_SFP coloured_fresh SFP
+compared coloured_fresh_SFPWeighted coloured_fresh SFPWeighted
+compared globalpru_small_GlobalPru globalpru_small GlobalPru
+compared globalpru_coloured_GlobalPru globalpru_coloured GlobalPru
+compared pacs_small_SFP pacs_small "SFP (sparsity=0.5)" --exclude "EVIL (sparsity=0.3)" "MRM (sparsity=0.3)" \
+  "Magnitude (sparsity=0.3)" "Random (sparsity=0.3)" "SFP (sparsity=0.3)" \
+  "SFP (channel_score=unflagged, flag_threshold=class, removal=none, sparsity=0.3)" "SFPWeighted (sparsity=0.3)" \
+  "SFPWeighted (sparsity=0.5)" "SparseIRM (sparsity=0.3)" "Taylor (sparsity=0.3)"
+for budget in "digits 0.1566 3" "digits 0.264 4" "small 0.1651 3" "small 0.2714 4"; do
+  set -- $budget
+  compared "quantization_$1_DQMQ_$3bit" "quantization_$1" "DQMQ (target_bitops=$2)" \
+    "StaticMixedPrecision (target_bitops=$2)" "UniformQuant (bits=$3)" "UniformQuant (bits=$3, quantize_start=0.1)"
+done
+for budget in "digits 0.2103" "small 0.2182"; do
+  set -- $budget
+  compared "quantization_$1_DQMQ_between" "quantization_$1" "DQMQ (target_bitops=$2)" "StaticMixedPrecision (target_bitops=$2)"
+done
+
+plot sparsity_curves curves sparsity_curves
+plot sparsity_curves_pacs curves sparsity_curves_pacs
+for sweep in quantization_digits quantization_small; do
+  plot $sweep fronts ${sweep}_front
+  domainbed-sfp degraded --input_dir results/$sweep --output results/${sweep}_degraded.md --csv results/${sweep}_degraded.csv \
+    --plot results/${sweep}_degraded.png
+done
+domainbed-sfp rankings --input_dir results/globalpru_coloured --output results/globalpru_rankings.csv \
+  --plot results/globalpru_rankings.png
