@@ -10,7 +10,7 @@ compared() { # page, sweep, what is compared ...
 }
 plot() { domainbed-sfp collect --input_dir "results/$1" --selection training-domain --plot "$2" --output "results/$3.png"; }
 
-for sweep in ablations coloured coloured_70 coloured_digits coloured_fresh globalpru_coloured \
+for sweep in ablations coloured coloured_70 coloured_digits coloured_digits_search coloured_fresh globalpru_coloured \
   globalpru_small pacs_small quantization_digits quantization_small sparsity_curves sparsity_curves_pacs; do
   tables $sweep
 done
@@ -21,6 +21,9 @@ compared coloured_70_SFP coloured_70 SFP best --exclude SFPWeighted
 compared coloured_70_SFPWeighted coloured_70 SFPWeighted best --exclude SFP
 compared coloured_fresh_SFP coloured_fresh SFP
 compared coloured_fresh_SFPWeighted coloured_fresh SFPWeighted
+compared coloured_digits_search_SFP coloured_digits_search SFP --exclude SFPWeighted
+domainbed-sfp collect --input_dir results/coloured_digits_search --selection training-domain --chosen \
+  --output results/coloured_digits_search_chosen.md
 compared globalpru_small_GlobalPru globalpru_small GlobalPru
 compared globalpru_coloured_GlobalPru globalpru_coloured GlobalPru
 compared pacs_small_SFP pacs_small "SFP (sparsity=0.5)" --exclude "EVIL (sparsity=0.3)" "MRM (sparsity=0.3)" \
