@@ -10,7 +10,7 @@ compared() { # page, sweep, what is compared ...
 }
 plot() { domainbed-sfp collect --input_dir "results/$1" --selection training-domain --plot "$2" --output "results/$3.png"; }
 
-for sweep in ablations coloured coloured_70 coloured_digits coloured_digits_search coloured_fresh globalpru_coloured \
+for sweep in ablations coloured coloured_70 coloured_digits coloured_digits_search coloured_fresh coloured_search globalpru_coloured \
   globalpru_small pacs_small quantization_digits quantization_small sparsity_curves sparsity_curves_pacs; do
   tables $sweep
 done
