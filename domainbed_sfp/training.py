@@ -207,17 +207,6 @@ def check_test_envs(dataset: str, test_envs: list[int], names: list[str]) -> Non
         raise UserError(f"--test_envs: {test_envs} leaves no environment of {dataset} to train on")
 
 
-class _Diverged(UserError):
-    """A loss that is not finite."""
-
-    def __init__(self, what: str, algorithm: str, kept: int, lr: float) -> None:
-        super().__init__(
-            f"{algorithm} diverged: {what}; the {kept} records before it are kept. Lower hparam 'lr' ({lr:g}) or the "
-            "weight of a penalty"
-        )
-        self.what = what
-
-
 class _Run:
     """One run while it is being computed."""
 
@@ -282,9 +271,6 @@ class _Run:
                 stopped.signal_number,
                 f"stopped at step {self.step} of {self.n_steps}; the same command continues there",
             ) from None
-        except _Diverged as error:
-            self._note_failure(error.what)
-            raise
         except UserError as error:
             self._note_failure(str(error))
             raise
@@ -327,11 +313,9 @@ class _Run:
         values = self.algorithm.update(minibatches, unlabeled)
         for name, value in values.items():
             if name == "loss" and not math.isfinite(value):
-                raise _Diverged(
-                    f"the loss is {value} at step {self.step}",
-                    self.args.algorithm,
-                    len(self.records),
-                    self.hparams["lr"],
+                raise UserError(
+                    f"{self.args.algorithm} diverged: the loss is {value} at step {self.step}; the {len(self.records)} "
+                    f"records before it are kept. Lower hparam 'lr' ({self.hparams['lr']:g}) or the weight of a penalty"
                 )
             self.metrics[name].append(float(value))
         seconds = time.perf_counter() - start

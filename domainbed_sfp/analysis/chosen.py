@@ -7,53 +7,58 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from .data_formats import json_text
+from .data_formats import choices_of, json_text, place_of
 from .display import Grid, Shown, daggered
 from .html_page import html_of
 from .latex import latex_of
 from .markdown import markdown_of
-from .selection import Choice
-from .tables import Report, Row, Table, chosen_hparams
+from .tables import Report, Row, Table
 
 _HEADER = ("Algorithm", "Test", "Trial", "Hparams seed", "Step", "Validation", "Accuracy", "Searched hparams", "Run")
 
+_PLACE = ("dataset", "selection", "algorithm", "label", "environment")
+_CHOICE = ("trial_seed", "hparams_seed", "step", "validation_accuracy", "accuracy", "run")
 
-def _choices(table: Table) -> Iterator[tuple[Row, str, int, Choice]]:
+
+def _choices(table: Table) -> Iterator[tuple[Row, str, dict[str, Any]]]:
     for row in table.rows:
         for environment, cell in zip(table.environments, row.cells):
-            for trial, choice in cell.choices if cell else ():
-                yield row, environment, trial, choice
+            for choice in choices_of(row, cell):
+                yield row, environment, choice
 
 
-def _text(values: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+def _settings(values: dict[str, Any]) -> str:
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _grid(table: Table) -> Grid:
+    rows = [
+        (
+            daggered(row.label, row.standing),
+            environment,
+            str(choice["trial_seed"]),
+            str(choice["hparams_seed"]),
+            str(choice["step"]),
+            f"{choice['validation_accuracy']:.1f}",
+            f"{choice['accuracy']:.1f}",
+            _settings(choice["hparams"]),
+            choice["run"],
+        )
+        for row, environment, choice in _choices(table)
+    ]
+    return Grid(
+        f"{table.dataset}-{table.rule.key}-chosen",
+        f"{table.dataset}, chosen by: {table.rule.title}",
+        _HEADER,
+        tuple(tuple(map(Shown, row)) for row in rows),
+        table.protocol.line(),
+        (),
     )
 
 
 def _grids(report: Report) -> list[Grid]:
-    grids = []
-    for table in report.tables:
-        rows = tuple(
-            tuple(
-                Shown(text)
-                for text in (
-                    daggered(row.label, row.standing),
-                    environment,
-                    str(trial),
-                    str(choice.run.hparams_seed),
-                    str(choice.run.steps[choice.checkpoint]),
-                    f"{100 * choice.validation:.1f}",
-                    f"{100 * choice.test:.1f}",
-                    _text(chosen_hparams(row, choice)),
-                    choice.run.directory,
-                )
-            )
-            for row, environment, trial, choice in _choices(table)
-        )
-        title = f"{table.dataset}, chosen by: {table.rule.title}"
-        grids.append(Grid(f"{table.dataset}-{table.rule.key}-chosen", title, _HEADER, rows, table.protocol.line(), ()))
-    return grids
+    return [_grid(table) for table in report.tables]
 
 
 def _notes(report: Report) -> list[str]:
@@ -66,30 +71,16 @@ def _notes(report: Report) -> list[str]:
 
 def _csv(report: Report) -> str:
     """A line for every trial of every cell; accuracies are percent, `hparam.NAME` columns hold what was searched."""
-    names = sorted({name for table in report.tables for row in table.rows for name in row.searched})
-    fields = ["dataset", "selection", "algorithm", "label", "environment", "trial_seed", "hparams_seed", "step"]
-    fields += ["validation_accuracy", "accuracy", "run", *(f"hparam.{name}" for name in names)]
+    searched = sorted({name for table in report.tables for row in table.rows for name in row.searched})
     out = io.StringIO()
+    fields = [*_PLACE, *_CHOICE, *(f"hparam.{name}" for name in searched)]
     writer = csv.DictWriter(out, fields, lineterminator="\n")
     writer.writeheader()
     for table in report.tables:
-        for row, environment, trial, choice in _choices(table):
-            writer.writerow(
-                {
-                    "dataset": table.dataset,
-                    "selection": table.rule.key,
-                    "algorithm": row.algorithm,
-                    "label": row.label,
-                    "environment": environment,
-                    "trial_seed": trial,
-                    "hparams_seed": choice.run.hparams_seed,
-                    "step": choice.run.steps[choice.checkpoint],
-                    "validation_accuracy": 100 * choice.validation,
-                    "accuracy": 100 * choice.test,
-                    "run": choice.run.directory,
-                    **{f"hparam.{name}": value for name, value in chosen_hparams(row, choice).items()},
-                }
-            )
+        for row, environment, choice in _choices(table):
+            settings = {f"hparam.{name}": value for name, value in choice["hparams"].items()}
+            numbers = {name: choice[name] for name in _CHOICE}
+            writer.writerow({**place_of(table, row, environment), **numbers, **settings})
     return out.getvalue()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..records import COST_FIELDS
-from .tables import Cell, Report, Row, Table, chosen_hparams
+from .tables import Cell, Report, Row, Table
 
 _COLUMNS = (
     "dataset",
@@ -46,11 +46,7 @@ def csv_text(report: Report) -> str:
             for environment, cell in cells:
                 writer.writerow(
                     {
-                        "dataset": table.dataset,
-                        "selection": table.rule.key,
-                        "algorithm": row.algorithm,
-                        "label": row.label,
-                        "environment": environment,
+                        **place_of(table, row, environment),
                         **_numbers(cell),
                         **row.costs,
                         "standing": row.standing,
@@ -102,7 +98,7 @@ def _table(table: Table) -> dict[str, Any]:
 
 def _row(row: Row, environments: tuple[str, ...]) -> dict[str, Any]:
     cells = [
-        {"environment": environment, "test_env": env, **_numbers(cell), "choices": _choices(row, cell)}
+        {"environment": environment, "test_env": env, **_numbers(cell), "choices": choices_of(row, cell)}
         for env, (environment, cell) in enumerate(zip(environments, row.cells))
     ]
     return {
@@ -123,14 +119,26 @@ def _row(row: Row, environments: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _choices(row: Row, cell: Cell | None) -> list[dict[str, Any]]:
+def place_of(table: Table, row: Row, environment: str) -> dict[str, str]:
+    """The columns of a CSV file that say which number of which table a line is about."""
+    return {
+        "dataset": table.dataset,
+        "selection": table.rule.key,
+        "algorithm": row.algorithm,
+        "label": row.label,
+        "environment": environment,
+    }
+
+
+def choices_of(row: Row, cell: Cell | None) -> list[dict[str, Any]]:
+    """What was chosen for each trial of a cell; accuracies in percent."""
     return [
         {
             "trial_seed": trial,
             "accuracy": 100 * choice.test,
             "validation_accuracy": 100 * choice.validation,
             "hparams_seed": choice.run.hparams_seed,
-            "hparams": chosen_hparams(row, choice),
+            "hparams": {name: choice.run.hparams[name] for name in row.searched if name in choice.run.hparams},
             "step": choice.run.steps[choice.checkpoint],
             "run": choice.run.directory,
         }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -132,11 +131,6 @@ def build_report(account: Account, rules: Sequence[Rule], published: Sequence[Pu
             averages.append(_averages(rule, of_rule))
         tables += of_rule
     return Report(tuple(tables), tuple(averages), tuple(dict.fromkeys(notes)))
-
-
-def chosen_hparams(row: Row, choice: Choice) -> dict[str, Any]:
-    """What the chosen run has of the hparams that differ between the runs of its row."""
-    return {name: choice.run.hparams[name] for name in row.searched if name in choice.run.hparams}
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

@@ -16,7 +16,7 @@ import torch
 
 from domainbed_sfp.data.base import Dataset, Environment, dataset
 from domainbed_sfp.data.cache import cached_images
-from domainbed_sfp.data.verify import unlike_published
+from domainbed_sfp.data.verify import image_tree, unlike_published
 from domainbed_sfp.errors import UserError
 
 # torchvision's, by which its ImageFolder (and so DomainBed) tells images from other files.
@@ -65,6 +65,8 @@ class ImageFolders(Dataset):
 
     @classmethod
     def differences(cls, data_dir: str | None) -> list[str]:
+        if image_tree(cls.__name__) is None:
+            return []
         folders = cls.environment_folders(cls.root(data_dir))
         counts = {
             folder.name: [len(paths) for _, paths in sorted(_files_by_class(folder).items())] for folder in folders
