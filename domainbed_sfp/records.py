@@ -58,6 +58,9 @@ COSTS_OF_IMAGES = ("bitops", "mean_bits")
 # Said by the last record for the whole run.
 FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments", "input_shape", "data_digest")
 
+# How data is called whose name says all, where data_digest is null.
+PUBLISHED = "published"
+
 Warn = Callable[[str], None]
 
 

@@ -53,8 +53,8 @@ RECALIBRATION_BATCHES = 20
 # Images of a test environment that are evaluated in every degradation and severity.
 DEGRADED_SAMPLES = 100
 
-# Arguments that say where things lie, not what is computed.
-PLACES = ("data_dir", "output_dir", "cache_dir")
+# Arguments that say where things lie, where a run is computed and which files it leaves, not what is computed.
+SURROUNDINGS = ("data_dir", "output_dir", "cache_dir", "device", "skip_model_save", "save_model_every_checkpoint")
 
 
 @dataclass
@@ -167,7 +167,9 @@ def choose_precision(name: str, device: torch.device, network: torch.nn.Module) 
     if getattr(network, "full_precision", False):
         return "fp32"
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        # Since Ampere; torch also says yes to older GPUs, which only emulate it.
+        has_bf16 = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+        return "bf16" if has_bf16 else "fp32"
     fast = "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
     return "bf16" if fast and not networks.has_depthwise_convolutions(network) else "fp32"
 
@@ -413,7 +415,12 @@ class _Run:
     def _save_checkpoint(self) -> None:
         """Makes the checkpoint, which holds the records too, and then results.jsonl from it: whatever moment a run
         is killed at, no record is lost and none is written twice."""
+        if self.args.save_model_every_checkpoint and not self.update_is_done and self._is_checkpoint(self.step - 1):
+            # Before the checkpoint, behind which nobody would make it again.
+            self._save_model(f"model_step{self.step - 1}.pkl")
         state = {
+            "args": asdict(self.args),
+            "data_digest": self.data_digest,
             "step": self.step,
             "update_is_done": self.update_is_done,
             "records": self.records,
@@ -422,8 +429,6 @@ class _Run:
         }
         checkpoints.save_checkpoint(self.output_dir / CHECKPOINT, self.algorithm, state)
         records.write_records(self.output_dir / records.RESULTS, self.records)
-        if self.args.save_model_every_checkpoint and not self.update_is_done and self._is_checkpoint(self.step - 1):
-            self._save_model(f"model_step{self.step - 1}.pkl")
 
     def _resume(self) -> None:
         checkpoint = self.output_dir / CHECKPOINT
@@ -475,12 +480,9 @@ class _Run:
         return splits
 
     def _refuse_other_data(self) -> None:
-        """A checkpoint made on other images must not go on with these: only `Folder` can meet them."""
-        checkpoint = self.output_dir / CHECKPOINT
-        if self.data_digest is None or not checkpoint.exists():
-            return
-        made_on = {record["data_digest"] for record in checkpoints.read_state(checkpoint)["records"]}
-        if made_on - {self.data_digest}:
+        """A checkpoint made on other images, as `Folder` or an incomplete copy can hold, must not go on with these."""
+        earlier = _checkpoint_of(self.output_dir)
+        if earlier and earlier["data_digest"] != self.data_digest:
             raise UserError(
                 f"output_dir {self.args.output_dir!r} holds a run on other images than those in "
                 f"--data_dir {self.args.data_dir!r}; choose another --output_dir"
@@ -489,18 +491,19 @@ class _Run:
     def _loaders(self) -> tuple[MinibatchLoader, MinibatchLoader | None]:
         args = self.args
 
-        def loader(parts: list[tuple[int, np.ndarray]], stream: str) -> MinibatchLoader:
+        def loader(parts: list[tuple[int, np.ndarray]], stream: str, **images: Any) -> MinibatchLoader:
             batch_size, balanced = self.hparams["batch_size"], self.hparams["class_balanced"]
-            degrade = self.hparams["degrade"]
-            return MinibatchLoader(self.dataset, parts, batch_size, balanced, args.seed, self.device, stream, degrade)
+            return MinibatchLoader(self.dataset, parts, batch_size, balanced, args.seed, self.device, stream, **images)
 
         training = [(i, split.in_) for i, split in enumerate(self.splits) if i not in args.test_envs]
+        labeled = loader(training, "train", degrade=self.hparams["degrade"])
         if args.task == "domain_generalization":
-            return loader(training, "train"), None
+            return labeled, None
         unlabeled = [(i, split.uda) for i, split in enumerate(self.splits) if len(split.uda)]
         if not unlabeled:
             raise UserError("--task domain_adaptation needs unlabelled samples: set --uda_holdout_fraction above 0")
-        return loader(training, "train"), loader(unlabeled, "uda")
+        # The images of test environments are what they are, in DomainBed too.
+        return labeled, loader(unlabeled, "uda", augment=False)
 
     def _steps_per_epoch(self) -> float:
         # DomainBed counts the test environment too.
@@ -605,25 +608,31 @@ def _is_correct(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (logits.squeeze(1) > 0).eq(y) if logits.shape[1] == 1 else logits.argmax(1).eq(y)
 
 
-def _identity(args: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run computes: its arguments without the places where things lie, hparams as values."""
-    identity = {name: value for name, value in args.items() if name not in PLACES}
+def identity_of(args: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run computes: a record's `args` without SURROUNDINGS, hparams as values."""
+    identity = {name: value for name, value in args.items() if name not in SURROUNDINGS}
     identity["hparams"] = hparams.parse_overrides(identity.get("hparams"))
     return identity
 
 
+def _checkpoint_of(output_dir: Path) -> Mapping[str, Any] | None:
+    """`args` and `data_digest` of the run whose checkpoint is in the directory."""
+    if not (output_dir / CHECKPOINT).exists():
+        return None
+    state = checkpoints.read_state(output_dir / CHECKPOINT)
+    if "args" in state:
+        return state
+    return state["records"][-1] if state["records"] else None  # where earlier versions kept them
+
+
 def _refuse_other_run(args: TrainArgs, output_dir: Path) -> None:
-    """Raises UserError if the directory holds the records of a run with other arguments."""
-    results = output_dir / records.RESULTS
-    if (output_dir / CHECKPOINT).exists():
-        earlier = checkpoints.read_state(output_dir / CHECKPOINT)["records"]
-    elif results.exists():
-        earlier = list(records.read_records(results, lambda message: None))
-    else:
+    """Raises UserError if the directory holds a run with other arguments."""
+    earlier, results = _checkpoint_of(output_dir), output_dir / records.RESULTS
+    if earlier is None and results.exists():
+        earlier = next(reversed(list(records.read_records(results, lambda message: None))), None)
+    if earlier is None:
         return
-    if not earlier:
-        return
-    ours, theirs = _identity(asdict(args)), _identity(earlier[-1]["args"])
+    ours, theirs = identity_of(asdict(args)), identity_of(earlier["args"])
     for name in ours:
         # DomainBed's records do not have our flags.
         if name in theirs and theirs[name] != ours[name]:
@@ -733,7 +742,10 @@ def _tee(output_dir: Path) -> Iterator[TextIO]:
     """Standard output and error also go to out.txt and err.txt; yields the latter."""
     stdout, stderr = sys.stdout, sys.stderr
     try:
-        out, err = (open(output_dir / name, "a", buffering=1) for name in ("out.txt", "err.txt"))  # noqa: SIM115
+        out, err = (
+            open(output_dir / name, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            for name in ("out.txt", "err.txt")
+        )
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r} cannot be written: {error.strerror}") from error
     sys.stdout, sys.stderr = _Tee(stdout, out), _Tee(stderr, err)

@@ -552,6 +552,43 @@ def test_averages_over_data_sets(tmp_path, collect):
     ]
 
 
+def test_rows_are_the_same_methods_on_every_data_set(tmp_path, collect):
+    def pruned(dataset, sparsity, accuracy):
+        args = {"hparams": json.dumps({"sparsity": sparsity})}
+        for env in range(4):
+            made = record((accuracy,) * 8, dataset=dataset, algorithm="Magnitude", test_envs=(env,), args=args)
+            write_run(tmp_path, f"{dataset}{sparsity}{env}", [made])
+
+    def averages():
+        _, out, _ = collect("--input_dir", tmp_path, "--format", "json", "--selection", "oracle")
+        (found,) = json.loads(out)["averages"]
+        return found["notes"], {row["label"]: row["average"] for row in found["rows"]}
+
+    pruned("VLCS", 0.9, 0.4)
+    pruned("PACS", 0.5, 0.8)
+    notes, rows = averages()
+    assert rows == {"Magnitude": pytest.approx(60.0)}
+    assert "Magnitude: not the same settings on all data sets: VLCS sparsity=0.9; PACS sparsity=0.5." in notes
+    # What tells rows apart on one data set names them on all.
+    pruned("PACS", 0.9, 0.6)
+    notes, rows = averages()
+    assert rows == {"Magnitude (sparsity=0.5)": None, "Magnitude (sparsity=0.9)": pytest.approx(50.0)}
+    assert not [note for note in notes if "not the same settings" in note]
+
+
+def test_pairs_of_digits_are_not_said_to_share_images(tmp_path, collect):
+    for dataset in ("FullColoredMNIST", "Tiny"):
+        for algorithm, accuracy in (("ERM", 0.5), ("SFP", 0.7)):
+            for trial in range(3):
+                accuracies = (accuracy + trial / 50,) * 6
+                made = record(accuracies, dataset=dataset, algorithm=algorithm, trial_seed=trial, test_envs=(2,))
+                write_run(tmp_path, f"{dataset}{algorithm}{trial}", [made])
+    _, out, _ = collect("--input_dir", tmp_path, "--selection", "oracle", "--compare", "SFP", "--format", "json")
+    notes = {one["dataset"]: " ".join(one["notes"]) for one in json.loads(out)["tables"]}
+    assert "were not trained and tested on the same images" in notes["FullColoredMNIST"]
+    assert "share its test images" in notes["Tiny"] and "share its test images" not in notes["FullColoredMNIST"]
+
+
 # --- environments and protocol
 # -------------------------------------------------------------------------------
 

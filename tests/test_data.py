@@ -87,13 +87,25 @@ def test_rotated_mnist_is_domainbeds(tmp_path):
         assert ours[env_i].labels[1] == labels[index]
 
 
+def test_other_digits_are_told_from_mnist(tmp_path):
+    write_mnist(tmp_path / "one")
+    write_mnist(tmp_path / "two", n=61)
+    ours = get_dataset_class("ColoredMNIST")
+    assert ours.differences(str(tmp_path / "one"))[0] == "train-images-idx3-ubyte.gz is another file"
+    one, two = (ours.data_digest(str(tmp_path / name)) for name in ("one", "two"))
+    assert one != two and len(one) == len(two) == 16
+    assert get_dataset_class("ColoredDigits").data_digest(None) is None
+
+
 def test_damaged_and_missing_mnist_files_are_named(tmp_path):
     write_mnist(tmp_path)
     file = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
     whole = file.read_bytes()
-    file.write_bytes(whole[:100])
-    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte\.gz.*damaged"):
-        digits.read_mnist(str(tmp_path))
+    flipped = bytes([*whole[:50], whole[50] ^ 255, *whole[51:]])
+    for damaged in (whole[:100], flipped):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte\.gz.*damaged"):
+            digits.read_mnist(str(tmp_path))
     file.unlink()
     with pytest.raises(UserError, match=r"no t10k-images-idx3-ubyte.*download MNIST"):
         digits.read_mnist(str(tmp_path))

@@ -120,7 +120,7 @@ def test_a_channels_gate_scales_what_later_layers_see():
         z = getattr(net, f"bn{index - 1}")(F.relu(getattr(net, f"conv{index}")(x)))
         x = z * gates[f"featurizer.conv{index}"].view(1, -1, 1, 1)
     assert torch.allclose(algorithm.classifier(x.mean((2, 3))), logits, atol=1e-5)
-    assert algorithm.drawn_weights is None
+    assert algorithm.drawn_network is None
 
 
 def test_gates_are_parameters_by_unit_name():
@@ -432,6 +432,33 @@ def test_weights_and_scores_are_trained_together():
     assert any(not torch.equal(value, scores[key]) for key, value in algorithm.gates.as_dict().items())
 
 
+def test_scores_get_the_gradient_of_the_relaxed_masks_loss():
+    """d loss / ds = d loss / dm T m (1 - m) (1/s + 1/(1 - s)), T the sharpness of the step (its formula by hand)."""
+    algorithm = train(make("SparseIRM"), 10)
+    data, name = batch(99), "featurizer.conv1.weight"
+    last = algorithm.schedule.last_step(STEPS)
+    sharpness = 1 / (0.97 * (1 - 10 / last) + 0.03)
+    scores = {key: score.detach() for key, score in algorithm.gates.as_dict().items()}
+    torch.manual_seed(7)
+    masks = {}
+    for key, score in scores.items():
+        u = torch.rand_like(score).clamp(1e-5, 1 - 1e-5)
+        odds = torch.log(score + 1e-6) - torch.log(1 - score + 1e-6)
+        masks[key] = torch.sigmoid(sharpness * (odds + torch.log(u) - torch.log(1 - u))).requires_grad_()
+    parameters = {key: value.detach() for key, value in algorithm.deployed_parameters().items()}
+    with algorithm.drawn(masks, parameters):
+        loss, _ = algorithm.objective.loss(algorithm, data)
+    m, s = masks[name].detach(), scores[name]
+    slope = sharpness * m * (1 - m) * (1 / (s + 1e-6) + 1 / (1 - s + 1e-6))
+    expected = torch.autograd.grad(loss, masks[name])[0] * slope
+    torch.manual_seed(7)
+    found, _ = algorithm.compute_loss(data)
+    found.backward()
+    assert found.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert torch.allclose(algorithm.gates[name].grad, expected, atol=1e-6, rtol=1e-3)
+    assert expected.abs().max() > 1e-4
+
+
 # DCWP -----------------------------------------------------------------------------------------------------------------
 
 
@@ -490,6 +517,47 @@ def test_dcwp_weighs_what_the_biased_model_gets_wrong():
     train(algorithm, STEPS)
     for name, value in algorithm.biased.state_dict().items():
         assert torch.equal(value, biased[name])
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_dcwps_contrastive_loss_sees_every_mask(granularity):
+    """Also that of the channels which the classifier reads: what a closed gate leaves of a feature is 0."""
+    algorithm = train(make("DCWP", granularity=granularity, backbone="mnist_cnn_bn"), 10)
+    assert algorithm.gates_are_open()
+    gates = {name: torch.ones_like(gate).requires_grad_() for name, gate in algorithm.gates.as_dict().items()}
+    x = torch.cat([x for x, _ in batch(3)])
+    with algorithm.drawn(gates, {}):
+        features = algorithm.features(x)
+        y, conflicting = torch.arange(len(x)) % 2, torch.arange(len(x)) % 3 == 0
+        loss = debiased_contrastive(F.normalize(features, dim=1), y, conflicting, torch.ones(len(x)), 0.1)
+    for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values()), allow_unused=True)):
+        assert gradient is not None and gradient.abs().max() > 0, name
+    if granularity == "channel":
+        last = algorithm.groups[-1]
+        closed = {name: torch.ones_like(gate) for name, gate in gates.items()}
+        closed[last.name][::2] = 0
+        with torch.no_grad(), algorithm.drawn(closed, {}):
+            half = algorithm.features(x)
+            # The classifier's columns are not gated once more.
+            assert torch.equal(algorithm.classify(half), algorithm.classifier(half))
+        dead = (1 - closed[last.name]).repeat_interleave(half.shape[1] // last.channels).bool()
+        assert half[:, dead].abs().max() == 0 and torch.equal(half[:, ~dead], features.detach()[:, ~dead])
+
+
+@pytest.mark.parametrize("objective", ["IRM", "VREx", "GroupDRO", "CORAL", "Mixup"])
+def test_any_objective_trains_mrms_masks(objective):
+    """The gates' gradient is that of the objective, not of alpha alone; IRM's is ModIRM's."""
+    algorithm = train(make("MRM", objective=objective, granularity="channel", mask_alpha=0.0), 9)
+    assert algorithm.gates_are_open()
+    torch.manual_seed(5)
+    algorithm.update(batch(9))
+    for name, gate in algorithm.gates.as_dict().items():
+        assert gate.grad.abs().max() > 0, name
+    if objective == "IRM":
+        named = train(make("ModIRM", granularity="channel", mask_alpha=0.0), 9)
+        torch.manual_seed(5)
+        named.update(batch(9))
+        assert all(torch.equal(named.gates[name].grad, gate.grad) for name, gate in algorithm.gates.as_dict().items())
 
 
 def test_dcwp_retrains_from_where_it_was():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from domainbed_sfp import contract, hparams, networks, registry, training
-from domainbed_sfp.algorithms.sfp import SFP, _channel_means, _key
+from domainbed_sfp.algorithms.sfp import SFP, _by_image, _channel_means, _key
 from domainbed_sfp.data.loaders import Minibatch
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.pruning import spurious
@@ -482,6 +482,58 @@ def test_features_that_end_with_channels_have_the_mean_of_their_positions():
     # A flattened map: two positions of each of two channels.
     assert _channel_means(x[:, 0], linear, 2).tolist() == [[0.5, 2.5], [12.5, 14.5]]
     assert _channel_means(x.view(2, 3, 2, 2), torch.nn.Conv2d(3, 1, 1), 3).tolist() == x.mean(2).tolist()
+
+
+def test_what_windows_read_is_told_apart_by_image():
+    """Two images of three windows each, one after the other: the means are those of an image."""
+    x = torch.arange(2 * 3 * 4 * 5.0).view(6, 4, 5)
+    linear = _by_image(x, torch.nn.Linear(5, 1), 2)
+    assert torch.equal(_channel_means(linear, torch.nn.Linear(5, 1), 5), x.view(2, 12, 5).mean(1))
+    maps = torch.arange(2 * 3 * 4 * 5 * 6.0).view(6, 4, 5, 6)
+    conv = torch.nn.Conv2d(4, 1, 1)
+    assert torch.equal(_channel_means(_by_image(maps, conv, 2), conv, 4), maps.view(2, 3, 4, 30).mean((1, 3)))
+    assert _by_image(x, conv, 6) is x
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"channel_score": "taylor"}, {"channel_score": "unflagged"}, {"removal": "soft"}]
+)
+def test_sfp_prunes_a_network_that_cuts_images_into_windows(overrides):
+    pytest.importorskip("timm", reason="timm is not installed")
+    given = {"backbone": "test_maxvit", "weights": "none", "image_size": 64, "removal_layers": "all", **overrides}
+    algorithm = SFP((3, 64, 64), 4, 2, hparams.resolve_hparams("SFP", "PACS", overrides=given))
+    algorithm.total_steps = 10
+    for step in range(10):
+        torch.manual_seed(step)
+        algorithm.update([batch(side=64), batch(side=64)])
+    assert algorithm.sparsity() == pytest.approx(0.5, abs=0.05)
+
+
+def test_sfp_refuses_layers_whose_weights_are_transformed():
+    """Taking a direction out of a weight that is standardised before use leaves part of it."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    given = {"backbone": "test_nfnet", "weights": "none", "image_size": 64}
+    with pytest.raises(UserError, match=r"ScaledStdConv2d\w* transforms its weight"):
+        SFP((3, 64, 64), 4, 2, hparams.resolve_hparams("SFP", "PACS", overrides=given))
+
+
+def test_a_record_after_few_steps_has_diagnostics(tmp_path):
+    """The last statistics before it were taken before the record before."""
+    folder = tmp_path / "run"
+    training.train(training.TrainArgs(
+        dataset="FullColoredDigits", algorithm="SFP", test_envs=[2], steps=42, checkpoint_freq=20, skip_model_save=True,
+        output_dir=str(folder), hparams=json.dumps({"batch_size": 16})))  # fmt: skip
+    last = json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 41
+    assert {"flagged_domain0", "flag_precision_domain1", "directions_conv1"} <= last.keys()
+
+
+@pytest.mark.parametrize("side, expected", [(8, "relative"), (28, "relative"), (64, "absolute")])
+def test_directions_of_normalised_photographs_are_not_those_of_vectors_of_length_1(side, expected):
+    """There the origin is grey: light and dark would be opposite vectors."""
+    given = {"backbone": "resnet18", "weights": "none", "image_size": side}
+    algorithm = SFP((3, side, side), 4, 2, hparams.resolve_hparams("SFP", "PACS", overrides=given))
+    assert algorithm.removal_vectors == expected
 
 
 def test_sfp_prunes_a_network_with_channels_last():

@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 from test_training import assert_one_line_error, make_tree
 
+from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.sweep import launchers
 from domainbed_sfp.sweep.jobs import SweepDirectory
@@ -281,6 +282,25 @@ def test_a_sweep_over_a_folder_is_a_sweep_over_its_images(main, tmp_path):
     main("sweep", "launch", spec, "--data_dir", "one", "--output_dir", "out", "--command_launcher", "dummy")
     other = main("sweep", "launch", spec, "--data_dir", "two", "--output_dir", "out", check=False)
     assert_one_line_error(other, "holds another sweep", "data of Folder")
+    # More data sets may come, in any order, and what is known of each stays.
+    spec.write_text(spec.read_text().replace("Folder", "ColoredDigits"))
+    main("sweep", "launch", spec, "--output_dir", "out", "--command_launcher", "dummy")
+    protocol = json.loads((tmp_path / "out" / "sweep.json").read_text())["protocol"]
+    assert protocol["data of ColoredDigits"] == "published" and len(protocol["data of Folder"]) == 16
+    spec.write_text(spec.read_text().replace("ColoredDigits", "Folder"))
+    again = main("sweep", "launch", spec, "--data_dir", "two", "--output_dir", "out", check=False)
+    assert_one_line_error(again, "holds another sweep", "data of Folder")
+
+
+def test_a_sweep_over_the_published_images_does_not_go_on_with_others(main, tmp_path, spec_file, monkeypatch):
+    make_tree(tmp_path / "data" / "PACS", environments=("art_painting", "cartoon", "photo", "sketch"))
+    spec_file.write_text("{datasets: [PACS], algorithms: [ERM], test_envs: [[3]], n_hparams: 1, n_trials: 1, steps: 2}")
+    launch = ("sweep", "launch", spec_file, "--data_dir", "data", "--output_dir", "out", "--command_launcher", "dummy")
+    with monkeypatch.context() as patch:
+        patch.setattr(get_dataset_class("PACS"), "differences", lambda data_dir: [])
+        main(*launch)
+    again = main(*launch, check=False)
+    assert again.returncode == 2 and "holds another sweep (data of PACS 'published' there" in again.stderr
 
 
 def test_numbers_in_a_spec_are_numbers(spec_file):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from domainbed_sfp.errors import UserError
 from domainbed_sfp.records import VOLATILE_FIELDS
 
 RUN = ("train", "--dataset", "FullColoredDigits", "--algorithm", "Magnitude", "--test_envs", 2, "--checkpoint_freq", 10)
@@ -201,6 +202,98 @@ def test_done_is_not_done_again_and_other_arguments_are_refused(main, tmp_path):
     assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
 
 
+def _stopped_in_its_first_evaluation(monkeypatch, **arguments):
+    from domainbed_sfp import training
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", stopped)
+        with pytest.raises(training.Interrupted, match="stopped at step 0"):
+            training.train(training.TrainArgs(**arguments))
+
+
+def test_a_run_stopped_before_its_first_record_is_known_by_its_checkpoint(tmp_path, monkeypatch):
+    from domainbed_sfp import training
+
+    folder = str(tmp_path / "run")
+    arguments = {"dataset": "FullColoredDigits", "steps": 3, "checkpoint_freq": 2, "output_dir": folder,
+                 "hparams": '{"lr": 0.01, "batch_size": 16}'}  # fmt: skip
+    _stopped_in_its_first_evaluation(monkeypatch, **arguments)
+    assert not (tmp_path / "run" / "results.jsonl").read_text()
+    for other in (
+        {"hparams": '{"lr": 0.001, "batch_size": 16}'},
+        {"seed": 5},
+        {"test_envs": [2]},
+        {"algorithm": "Mixup"},
+    ):
+        with pytest.raises(UserError, match=f"holds another run .{next(iter(other))}"):
+            training.train(training.TrainArgs(**{**arguments, **other}))
+    # Where a run is computed and which files it leaves does not make it another one.
+    elsewhere = {"device": "cpu", "skip_model_save": True, "save_model_every_checkpoint": True}
+    training.train(training.TrainArgs(**{**arguments, **elsewhere}))
+    assert [record["step"] for record in read(tmp_path / "run")] == [0, 2] and (tmp_path / "run" / "done").exists()
+
+
+def test_a_run_begun_on_an_incomplete_copy_does_not_go_on_with_the_whole(tmp_path, monkeypatch):
+    from domainbed_sfp import training
+    from domainbed_sfp.data import get_dataset_class
+
+    make_tree(tmp_path / "PACS", environments=("art_painting", "cartoon", "photo", "sketch"))
+    arguments = {"dataset": "PACS", "data_dir": str(tmp_path), "steps": 2, "output_dir": str(tmp_path / "run"),
+                 "hparams": FOLDER_RUN[-1]}  # fmt: skip
+    _stopped_in_its_first_evaluation(monkeypatch, **arguments)
+    monkeypatch.setattr(get_dataset_class("PACS"), "differences", lambda data_dir: [])
+    with pytest.raises(UserError, match="a run on other images than those in"):
+        training.train(training.TrainArgs(**arguments))
+
+
+def test_every_checkpoints_model_is_there_after_a_kill(tmp_path, monkeypatch):
+    from domainbed_sfp import checkpoints, training
+
+    arguments = {"dataset": "ColoredDigits", "steps": 5, "checkpoint_freq": 2, "save_model_every_checkpoint": True,
+                 "output_dir": str(tmp_path / "run"), "hparams": '{"batch_size": 16}'}  # fmt: skip
+    plain, calls = checkpoints.save_checkpoint, []
+
+    def killed(*args):
+        plain(*args)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(training.TrainArgs(**arguments))
+    training.train(training.TrainArgs(**arguments))
+    assert {path.name for path in (tmp_path / "run").glob("*.pkl")} == {
+        "model_step0.pkl", "model_step2.pkl", "model_step4.pkl", "model.pkl",
+    }  # fmt: skip
+
+
+def test_moments_keep_their_order_in_memory(tmp_path):
+    """Where parameters are channels_last, an optimizer whose moments are not is half as fast."""
+    from domainbed_sfp import checkpoints, hparams, registry
+
+    def made():
+        values = hparams.resolve_hparams("ERM", "FullColoredDigits", 0, 0, {"backbone": "mnist_cnn_bn"})
+        algorithm = registry.get("ERM").cls((3, 8, 8), 10, 2, values).to(memory_format=torch.channels_last)
+        x = torch.rand(4, 3, 8, 8)
+        return algorithm, lambda: algorithm.update([(x, torch.arange(4))] * 2)
+
+    algorithm, update = made()
+    update()
+    checkpoints.save_checkpoint(tmp_path / "checkpoint", algorithm, {})
+    other, _ = made()
+    checkpoints.load_checkpoint(tmp_path / "checkpoint", other)
+    for mine, theirs in zip(algorithm.network.parameters(), other.network.parameters()):
+        for slot, value in algorithm.optimizer.state[mine].items():
+            restored = other.optimizer.state[theirs][slot]
+            assert torch.equal(value, restored) and value.stride() == restored.stride(), slot
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_record(main, tmp_path):
     failed = main("train", "--dataset", "ColoredDigits", "--steps", 50, "--checkpoint_freq", 5, "--output_dir", "run",
                  "--hparams", '{"lr": 1e30}', check=False)  # fmt: skip
@@ -251,6 +344,15 @@ def test_precision(main, tmp_path, precision):
     last = read(tmp_path / "run")[-1]
     assert last["precision"] in (("bf16",) if precision == "bf16" else ("bf16", "fp32"))
     assert last["loss"] < read(tmp_path / "run")[0]["loss"]
+
+
+@pytest.mark.parametrize("capability, expected", [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_auto_precision_is_bf16_where_a_gpu_computes_it(monkeypatch, capability, expected):
+    from domainbed_sfp.training import choose_precision
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert choose_precision("auto", torch.device("cuda"), torch.nn.Linear(2, 2)) == expected
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -362,6 +464,17 @@ def test_a_users_own_folder(main, tmp_path):
     make_tree(tmp_path / "tree")
     main(*FOLDER_RUN)
     assert read(tmp_path / "run")[-1]["environments"] == ["a", "b", "c"]
+
+
+def test_a_file_name_need_not_be_unicode(main, tmp_path):
+    make_tree(tmp_path / "tree")
+    image = tmp_path / "tree" / "a" / "cat" / "0.png"
+    try:
+        os.rename(os.fsencode(image), os.fsencode(image.parent) + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("this file system wants Unicode")
+    main(*FOLDER_RUN)
+    assert len(read(tmp_path / "run")[-1]["data_digest"]) == 16
 
 
 def test_a_run_on_other_images_is_not_continued(main, tmp_path, monkeypatch):

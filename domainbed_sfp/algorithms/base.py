@@ -179,6 +179,14 @@ class ObjectiveAlgorithm(Algorithm):
         """The loss of a step and the numbers to log: the objective's. A method may add to it."""
         return self.objective.loss(self, minibatches)
 
+    def features(self, x: Tensor) -> Tensor:
+        """Features [N, D] of images, as `classify` takes them."""
+        return self.featurizer(x)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits [N, num_classes] of features."""
+        return self.classifier(features)
+
     def after_backward(self) -> None:
         """Called between backward and the optimizer's step, where gradients can be read or changed."""
 

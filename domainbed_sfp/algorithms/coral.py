@@ -37,8 +37,8 @@ class CORALObjective(Objective):
     domain_by_domain = True
 
     def loss(self, algorithm: ObjectiveAlgorithm, minibatches: Minibatches) -> tuple[Tensor, dict[str, float]]:
-        features = [algorithm.featurizer(x) for x, _ in minibatches]
-        risks = [F.cross_entropy(algorithm.classifier(part), y) for part, (_, y) in zip(features, minibatches)]
+        features = [algorithm.features(x) for x, _ in minibatches]
+        risks = [F.cross_entropy(algorithm.classify(part), y) for part, (_, y) in zip(features, minibatches)]
         nll = torch.stack(risks).mean()
         distances = [coral_distance(a, b) for a, b in combinations(features, 2)]
         penalty = torch.stack(distances).mean() if distances else nll.new_zeros(())

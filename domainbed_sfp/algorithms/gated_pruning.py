@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ class GatedPruning(ScheduledPruning):
             raise UserError("mask_rule 'threshold' finds its own sparsity: leave hparam 'sparsity' above 0")
         self.gates = Gates(self.unit_shapes, self.initial_gate)
         self.gate_optimizer = self.make_gate_optimizer()
-        # The weights of one training step, under the mask drawn for it; none between steps.
-        self.drawn_weights: dict[str, Tensor] | None = None
+        # The network of one training step, under the mask drawn for it; none between steps.
+        self.drawn_network: _Gated | None = None
 
     def make_schedule(self) -> OneShotSchedule:
         start, end = self.hparams["mask_start"], self.hparams["mask_end"]
@@ -100,19 +101,21 @@ class GatedPruning(ScheduledPruning):
     @contextmanager
     def drawn(self, gates: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Iterator[None]:
         """While it lasts, the network runs with `parameters` (all, or those that differ) under `gates`."""
-        self.drawn_weights = {**parameters, **gated_weights(gates, self.groups, parameters)}
+        self.drawn_network = self._gated(gates, parameters)
         try:
             yield
         finally:
-            self.drawn_weights = None
+            self.drawn_network = None
 
     def features(self, x: Tensor) -> Tensor:
-        """Features [N, D] of images, under the gates if they are open."""
-        return self._run(self.featurizer, "featurizer.", x)
+        """Features [N, D] of images, under the gates if they are open: those of a closed channel are 0."""
+        gated = self._network_in_use()
+        features = _run(self.featurizer, "featurizer.", gated.weights, x)
+        return features if gated.of_features is None else features * gated.of_features
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits [N, num_classes] of features, under the gates if they are open."""
-        return self._run(self.classifier, "classifier.", features)
+        return _run(self.classifier, "classifier.", self._network_in_use().weights, features)
 
     def predict(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x))
@@ -122,26 +125,51 @@ class GatedPruning(ScheduledPruning):
             recalibrate_batchnorm(self.network, self.predict, batches)
 
     def export(self) -> nn.Module:
-        network = super().export()
+        network, gates = super().export(), self._fixed_gates()
+        weights = gated_weights(gates, self.groups, self.deployed_parameters()) if gates else {}
         with torch.no_grad():
-            for name, weight in self._weights_in_use().items():
+            for name, weight in weights.items():
                 part, rest = name.split(".", 1)
                 # `network` is the featurizer, then the classifier.
                 network.get_parameter(f"{int(part == 'classifier')}.{rest}").copy_(weight)
         return network
 
-    def _weights_in_use(self) -> dict[str, Tensor]:
-        if self.drawn_weights is not None:
-            return self.drawn_weights
-        if not self.gates_are_open():
-            return {}
-        gates = {name: gate.float() for name, gate in self.deterministic_gates().items()}
-        return gated_weights(gates, self.groups, self.deployed_parameters())
+    def _fixed_gates(self) -> dict[str, Tensor]:
+        """The gates of prediction; none where they are not open."""
+        return (
+            {name: gate.float() for name, gate in self.deterministic_gates().items()} if self.gates_are_open() else {}
+        )
 
-    def _run(self, part: nn.Module, prefix: str, x: Tensor) -> Tensor:
-        weights = self._weights_in_use()
-        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        return functional_call(part, own, (x,)) if own else part(x)
+    def _network_in_use(self) -> _Gated:
+        return self.drawn_network or self._gated(self._fixed_gates(), {})
+
+    def _gated(self, gates: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> _Gated:
+        """The network with the parameters `given` in place of its own, under `gates`. The channels that the classifier
+        reads are gated where they leave the featurizer, so that a loss on features sees their gates too."""
+        if not gates:
+            return _Gated(dict(given), None)
+        parameters = {**self.deployed_parameters(), **given}
+        weights = {**given, **gated_weights(gates, self.groups, parameters)}
+        read = {name for group in self.groups for name in group.readers if name.startswith("classifier.")}
+        of_features = None
+        for name in read:  # the classifier's first layer, if any
+            groups = [replace(group, readers=(name,)) for group in self.groups if name in group.readers]
+            of_features = gated_weights(gates, groups, {name: torch.ones_like(parameters[name][:1])})[name]
+            weights[name] = parameters[name]
+        return _Gated(weights, of_features)
+
+
+@dataclass(frozen=True)
+class _Gated:
+    """Parameters that differ from the network's own, by name, and what multiplies the features, [1, D]."""
+
+    weights: dict[str, Tensor]
+    of_features: Tensor | None
+
+
+def _run(part: nn.Module, prefix: str, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return functional_call(part, own, (x,)) if own else part(x)
 
 
 LEARNED_MASK_HPARAMS = {

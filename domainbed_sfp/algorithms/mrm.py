@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from domainbed_sfp import registry
 from domainbed_sfp.algorithms import groupdro, irm, vrex
 from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LearnedMaskPruning
+from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS
 from domainbed_sfp.hparams import RUN_FRACTION, Hparam
 from domainbed_sfp.pruning.named_tensors import NamedTensors
 from domainbed_sfp.registry import register
@@ -25,7 +25,7 @@ HPARAMS = {
 }
 
 
-@register("MRM", family="pruning", reference=REFERENCE, hparams=HPARAMS)
+@register("MRM", family="pruning", reference=REFERENCE, hparams={**HPARAMS, "objective": UNIT_HPARAMS["objective"]})
 class MRM(LearnedMaskPruning):
     """Modular risk minimization (algorithm 1): train, learn a mask with frozen weights, retrain from the beginning.
 
@@ -38,8 +38,6 @@ class MRM(LearnedMaskPruning):
     stays whole, as in every method here.
     """
 
-    objective_name = "ERM"
-
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
@@ -49,8 +47,7 @@ class MRM(LearnedMaskPruning):
     def begin_retraining(self) -> None:
         self.network.load_state_dict(self.beginning.as_dict())
         self.optimizer = self.make_optimizer()
-        fresh = registry.get_objective(self.objective_name).cls(self.hparams, self.num_domains)
-        self.objective.load_state_dict(fresh.state_dict())
+        self.objective.load_state_dict(type(self.objective)(self.hparams, self.num_domains).state_dict())
 
 
 @register("ModIRM", family="pruning", reference=REFERENCE, hparams={**HPARAMS, **irm.HPARAMS})

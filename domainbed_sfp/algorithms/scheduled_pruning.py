@@ -12,7 +12,7 @@ from domainbed_sfp.algorithms.base import Minibatches, ObjectiveAlgorithm
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.hparams import Hparam, one_of
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels
+from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels, removed_units
 from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, CubicSchedule, Schedule
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
@@ -76,8 +76,21 @@ class ScheduledPruning(ObjectiveAlgorithm):
             self.unit_shapes = {f"featurizer.{name}": weight.shape for name, weight in prunable.items()}
             touched = set(self.unit_shapes)
         self.weight_masks = Masks({name: value.shape for name, value in parameters.items() if name in touched})
+        self._check_removes_something()
         # Which units live, in the method's own granularity; for weights that is what the masks say.
         self.unit_masks = Masks(self.unit_shapes) if self.granularity == "channel" else self.weight_masks
+
+    def _check_removes_something(self) -> None:
+        sparsity, counts = self.schedule.sparsity, [shape.numel() for shape in self.unit_shapes.values()]
+        if sparsity == 0 or self.hparams.get("mask_rule", "top_k") != "top_k":
+            return
+        if self.ranking_scope() == "global":
+            counts = [sum(counts)]
+        if not any(removed_units(count, sparsity) for count in counts):
+            what = "network" if self.ranking_scope() == "global" else "largest layer"
+            raise UserError(
+                f"pruning {sparsity:.1%} removes nothing: the {what} has {max(counts)} units; raise hparam 'sparsity'"
+            )
 
     def make_schedule(self) -> Schedule:
         """How many units may live at a step."""
@@ -154,7 +167,7 @@ class ScheduledPruning(ObjectiveAlgorithm):
 
     def ranking_scope(self) -> str:
         """What units are ranked against: "layer" or "global"."""
-        return self.hparams["pruning_scope"]
+        return self.hparams.get("pruning_scope", "layer")
 
     @torch.no_grad()
     def _renew_masks(self, minibatches: Minibatches) -> None:
@@ -162,11 +175,6 @@ class ScheduledPruning(ObjectiveAlgorithm):
         if sparsity == 0:
             return
         alive = self.choose_alive(minibatches, sparsity)
-        if self.step == self.schedule.last_step(self.total_steps) and all(keep.all() for keep in alive.values()):
-            raise UserError(
-                f"pruning {sparsity:.1%} removes nothing: the largest layer has "
-                f"{max(shape.numel() for shape in self.unit_shapes.values())} units; raise hparam 'sparsity'"
-            )
         for name, keep in alive.items():
             self.unit_masks.set(name, keep)
         if self.granularity == "channel":

@@ -30,6 +30,7 @@ from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.hparams import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, SHARE, Hparam, Range, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.spurious import ConditionalMoments, remove_directions, spurious_directions
+from domainbed_sfp.pruning.structure import uses_weight_as_is
 from domainbed_sfp.registry import register
 
 FLAG_POLICIES = ("loss", "random", "oracle")
@@ -53,6 +54,7 @@ LAST_PART = 0.25
 
 HPARAMS = {
     **PRUNING_HPARAMS,
+    "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO or CORAL; with risk weights ERM"),
     "flag_policy": Hparam(
         "loss",
         doc="loss: below the threshold; random: as many at random; oracle: the truth",
@@ -77,7 +79,8 @@ HPARAMS = {
     "removal_rank": Hparam(
         0.6,
         lambda r: r.choice([0.4, 0.6, 0.8]),
-        "share of the possible directions removed",
+        "share of the possible directions removed: of one less than there are classes, or of the layer's inputs where "
+        "those are fewer, but never of all inputs (of three colours 1 or 2)",
         valid=Range("a share in (0, 1]", lambda value: 0 < value <= 1),
     ),
     "removal_spares": Hparam(
@@ -88,7 +91,7 @@ HPARAMS = {
     "removal_vectors": Hparam(
         "auto",
         doc="what directions are found among: relative (a layer's channel means, of length 1), absolute (as they are); "
-        "auto: the first, or the second where pretrained",
+        "auto: the first where images are not normalised (digits) and nothing is pretrained, else the second",
         valid=one_of(*REMOVAL_VECTORS),
     ),
     "removal_energy": Hparam(0.2, doc="share of its energy a layer's input keeps at least", valid=SHARE),
@@ -163,7 +166,9 @@ class SFP(ScheduledPruning):
         if self.removal_vectors == "auto":
             # How much ink a digit has differs between flagged and unflagged samples, too, and would tilt the directions
             # away from an axis of colour. Behind many layers lengths are part of what a pretrained network knows.
-            self.removal_vectors = "absolute" if self.is_pretrained else "relative"
+            # Photographs are normalised: there the origin is grey, and scaling would tell light from dark all the more.
+            is_raw = max(self.input_shape[1:]) <= networks.SMALL_IMAGE_SIDE
+            self.removal_vectors = "relative" if is_raw and not self.is_pretrained else "absolute"
         # Kept from the start, so that a checkpoint always finds its place; it takes the weights at `prune_start`.
         self.reference = copy.deepcopy(self.network).requires_grad_(False)
         # Decayed sums over the samples of a domain and class: losses, samples, flagged samples.
@@ -185,6 +190,8 @@ class SFP(ScheduledPruning):
         self.captured: _Capture | None = None
         self.unflagged: Tensor | None = None
         self.warned: set[int] = set()
+        # What the last statistics were; repeated until the next, so that every record has some.
+        self.diagnostics: dict[str, float] = {}
         # The directions on the channels that live, until masks or directions change.
         self.living_directions: dict[str, Tensor] = {}
 
@@ -193,7 +200,6 @@ class SFP(ScheduledPruning):
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         if self.step == self.schedule.first_step(self.total_steps):
             self.reference.load_state_dict(self.network.state_dict())
-        self.diagnostics: dict[str, float] = {}
         metrics = super().update(minibatches, unlabeled)
         return {**metrics, **self.diagnostics}
 
@@ -258,8 +264,12 @@ class SFP(ScheduledPruning):
         """Whether anything that SFP does depends on its flags: without it is Taylor."""
         return self.hparams["removal"] != "none" or self.hparams["risk_weight"] != 1 or self.channel_score != "taylor"
 
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "diagnostics": dict(self.diagnostics)}
+
     def set_extra_state(self, state: dict[str, Any]) -> None:
         super().set_extra_state(state)
+        self.diagnostics = dict(state.get("diagnostics", {}))
         self.living_directions = {}
 
     def _weighted_loss(self, minibatches: Minibatches, flags: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -280,6 +290,7 @@ class SFP(ScheduledPruning):
     def _flag(self, minibatches: Minibatches) -> list[Tensor]:
         """Bool [N] per domain: which samples seem to rest on a spurious attribute."""
         self.reference.eval()
+        self.diagnostics = {name: value for name, value in self.diagnostics.items() if not name.startswith("flag")}
         logits = self.reference(torch.cat([x for x, _ in minibatches]))
         flags = []
         for domain, (part, batch) in enumerate(zip(logits.split([len(y) for _, y in minibatches]), minibatches)):
@@ -350,6 +361,7 @@ class SFP(ScheduledPruning):
                 continue  # one of several readers of a group, captured for its sensitivity alone
             known = self.moments if _key(name) in self.moments else self.layer_moments
             channels = self._moments(name, known).sums.shape[2]
+            x = _by_image(x, self._layer(name), len(kept))
             vectors = _channel_means(x.detach().float()[kept], self._layer(name), channels)
             if known is self.moments:
                 self._moments(name).update(vectors, labels, flagged)
@@ -441,7 +453,9 @@ class SFP(ScheduledPruning):
         if self.captured is None or self.unflagged is None or not self.unflagged.any():
             return
         for group in self.groups:
-            latest = torch.stack([self.captured.sensitivity(name, group.channels) for name in group.readers]).sum(0)
+            images = len(self.unflagged)
+            parts = [self.captured.sensitivity(name, group.channels, images) for name in group.readers]
+            latest = torch.stack(parts).sum(0)
             mean = latest[self.unflagged].square().mean(0)
             getattr(self, f"unflagged {_key(group.name)}").lerp_(mean, 1 - GRADIENT_MOMENTUM)
 
@@ -463,9 +477,16 @@ class SFP(ScheduledPruning):
         which = self.hparams["removal_layers"]
         if which == "auto":
             which = "last" if self.is_pretrained else "first"
-        if which == "first":
-            return names[:1]
-        return names if which == "all" else names[-max(1, round(LAST_PART * len(names))) :]
+        count = {"first": 1, "all": len(names), "last": max(1, round(LAST_PART * len(names)))}[which]
+        names = names[-count:] if which == "last" else names[:count]
+        for name in names:
+            if not uses_weight_as_is(self._layer(name)):
+                kind = type(self._layer(name)).__name__
+                raise UserError(
+                    f"SFP cannot take directions out of layer {name!r}: {kind} transforms its weight before it uses "
+                    "it; set hparam 'removal' to none, or choose another backbone"
+                )
+        return names
 
     def _layer(self, name: str) -> Any:
         return self.get_submodule(name.removesuffix(".weight"))
@@ -513,7 +534,7 @@ class SFP(ScheduledPruning):
 class SFPWeighted(SFP):
     """SFP whose unflagged samples weigh more in the risk, which weakens the flagged samples' share in the model.
 
-    Close to LfF and JTT, and therefore named in every row that uses it.
+    A reconstruction too; close to LfF and JTT, and therefore named in every row that uses it.
     """
 
 
@@ -540,11 +561,11 @@ class _Capture(AbstractContextManager["_Capture"]):
         for handle in self.handles:
             handle.remove()
 
-    def sensitivity(self, name: str, channels: int) -> Tensor:
-        """After the backward pass: [N, channels], each sample's derivative of the loss by a gate z = 1 on what layer
-        `name` reads of a channel, which is the sum of x dL/dx over all that it reads of it."""
-        calls = [call for call in self.derivatives[name] if call is not None]
-        return torch.cat(calls).unflatten(1, (channels, -1)).sum(2)
+    def sensitivity(self, name: str, channels: int, images: int) -> Tensor:
+        """After the backward pass: [images, channels], each sample's derivative of the loss by a gate z = 1 on what
+        layer `name` reads of a channel, which is the sum of x dL/dx over all that it reads of it."""
+        calls = torch.cat([call for call in self.derivatives[name] if call is not None])
+        return calls.unflatten(0, (images, -1)).sum(1).unflatten(1, (channels, -1)).sum(2)
 
     def _note(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
         def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -572,6 +593,15 @@ class _Capture(AbstractContextManager["_Capture"]):
             calls[place] = product.sum(positions) if positions else product
 
         return differentiate
+
+
+def _by_image(x: Tensor, layer: nn.Module, images: int) -> Tensor:
+    """What `layer` reads, with one row an image: windows that an image was cut into are put side by side."""
+    if len(x) == images:
+        return x
+    if isinstance(layer, nn.Conv2d):
+        return x.unflatten(0, (images, -1)).transpose(1, 2).flatten(2, 3)
+    return x.reshape(images, -1, x.shape[-1])
 
 
 def _channel_means(x: Tensor, layer: nn.Module, channels: int) -> Tensor:

@@ -1,13 +1,14 @@
 """One row of the tables against others: pairs over environments and trials, and ranks over data sets.
 
-A pair is two runs of one data set with the same test environment and trial seed, so with the same splits. What is
+A pair is two runs of one data set with the same test environment and trial seed, so with the same splits, where the
+images are files; digits (protocol.MNIST_LIKE) are made anew by a run's seed, which depends on its algorithm. What is
 compared is what the selection rule chose, as in the tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from .statistics import (
     pairs_text,
     smallest_wilcoxon_p,
 )
-from .tables import SPARSITY_TOLERANCE, Cell, Report, Row, Table, average_of, tested_environments
+from .tables import SPARSITY_TOLERANCE, Cell, Report, Row, Table, average_of, tested_environments, unlike_settings
 
 BEST = "best"
 
@@ -397,5 +398,9 @@ def _across(rule: Rule, compared: Sequence[TableComparison], others: Sequence[st
         notes += ranking_notes(ranking)
     else:
         notes.append(f"No Friedman test: it ranks three rows or more, here {len(ranked)}.")
+    shown = {subject, *names}
+    notes += unlike_settings(
+        [replace(one.table, rows=tuple(row for row in one.table.rows if row.label in shown)) for one in compared]
+    )
     datasets = tuple(one.table.dataset for one in compared)
     return AcrossDatasets(rule, datasets, subject, tuple(zip(names, tests, p_holm)), ranked, ranking, tuple(notes))

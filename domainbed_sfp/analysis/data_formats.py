@@ -68,6 +68,7 @@ def json_text(report: Report) -> str:
             {
                 "selection": averages.rule.key,
                 "datasets": list(averages.datasets),
+                "notes": list(averages.notes),
                 "rows": [
                     {
                         "label": row.label,

@@ -142,10 +142,7 @@ def cases_of(input_dir: str | Path, warn: Warn) -> list[Case]:
             f"--input_dir {root}: no record of its {len(files)} runs was made on degraded copies; those of the "
             "quantizing algorithms are, and others with hparam degraded_evaluation set to true"
         )
-    by_dataset: dict[str, set[Method]] = defaultdict(set)
-    for method, _, record in found:
-        by_dataset[record["args"]["dataset"]].add(method)
-    labels = {dataset: label_methods(methods) for dataset, methods in by_dataset.items()}
+    labels = label_methods((record["args"]["dataset"], method) for method, _, record in found)
     places = {(dataset, method): place for dataset, of in labels.items() for place, method in enumerate(of)}
     found.sort(key=lambda entry: (entry[2]["args"]["dataset"], places[entry[2]["args"]["dataset"], entry[0]]))
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,37 +90,39 @@ def take_account(runs: Sequence[Run], input_dir: str | Path, *, include_incomple
     return account
 
 
-def label_methods(methods: Iterable[Method]) -> dict[Method, str]:
-    """Names for the rows of one data set, in the order of the table.
+def label_methods(methods: Iterable[tuple[str, Method]]) -> dict[str, dict[Method, str]]:
+    """Names for the rows of each data set, in the order of its table, from (data set, method) pairs.
 
-    An algorithm seen with one set of settings goes by its name; otherwise the settings that differ are added,
-    as in `Magnitude (sparsity=0.3)`, where they were given: by its bare name goes the row that has the defaults of all
-    of them. DomainBed's algorithms come first, in its order.
+    An algorithm seen with one set of settings goes by its name; otherwise the settings that differ within some data set
+    are added, as in `Magnitude (sparsity=0.3)`, where they were given: by its bare name goes the row that has the
+    defaults of all of them. What differs between data sets alone, as steps may, names no row. DomainBed's algorithms
+    come first, in its order.
     """
-    by_algorithm: dict[str, set[Method]] = {}
-    for method in methods:
-        by_algorithm.setdefault(method.algorithm, set()).add(method)
-    labels = {}
-    for algorithm in sorted(by_algorithm, key=algorithm_order):
-        settings = {method: dict(method.settings) for method in by_algorithm[algorithm]}
-        names = sorted({name for values in settings.values() for name in values})
-        differing = [name for name in names if len({values.get(name) for values in settings.values()}) > 1]
-        for method in sorted(settings, key=lambda method: _sort_key(settings[method], differing)):
-            own = settings[method]
-            shown = [name + "=" + own[name].strip('"') for name in differing if name in own]
-            labels[method] = f"{algorithm} ({', '.join(shown)})" if shown else algorithm
+    found: dict[str, dict[str, dict[Method, dict[str, str]]]] = {}
+    for dataset, method in methods:
+        found.setdefault(method.algorithm, {}).setdefault(dataset, {})[method] = dict(method.settings)
+    labels: dict[str, dict[Method, str]] = {}
+    for algorithm in sorted(found, key=algorithm_order):
+        differing = sorted({name for settings in found[algorithm].values() for name in _differing(settings.values())})
+        for dataset, settings in found[algorithm].items():
+            for method in sorted(settings, key=lambda method: _sort_key(settings[method], differing)):
+                own = settings[method]
+                shown = [name + "=" + own[name].strip('"') for name in differing if name in own]
+                labels.setdefault(dataset, {})[method] = f"{algorithm} ({', '.join(shown)})" if shown else algorithm
     return labels
+
+
+def _differing(settings: Collection[Mapping[str, str]]) -> list[str]:
+    names = {name for values in settings for name in values}
+    return [name for name in names if len({values.get(name) for values in settings}) > 1]
 
 
 def rows_of_algorithms(runs: Iterable[Run]) -> dict[tuple[str, str], list[str]]:
     """By data set and algorithm, the names of the rows that its runs have in the tables."""
-    methods: dict[str, dict[Method, None]] = {}
-    for run in runs:
-        job = _job_of(run)
-        methods.setdefault(job.dataset, {})[job.method] = None
+    jobs = [_job_of(run) for run in runs]
     rows: dict[tuple[str, str], list[str]] = {}
-    for dataset, of_dataset in methods.items():
-        for method, label in label_methods(of_dataset).items():
+    for dataset, of_dataset in label_methods((job.dataset, job.method) for job in jobs).items():
+        for method, label in of_dataset.items():
             rows.setdefault((dataset, method.algorithm), []).append(label)
     return rows
 

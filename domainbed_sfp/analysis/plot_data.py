@@ -137,7 +137,7 @@ def curve_points(report: Report) -> tuple[list[CurvePoint], list[str]]:
             row.label: Method(row.algorithm, tuple(item for item in row.settings.items() if item[0] != "sparsity"))
             for row in rows
         }
-        lines = label_methods(methods.values())
+        lines = label_methods((table.dataset, method) for method in methods.values()).get(table.dataset, {})
         columns: list[tuple[str, list[int]]] = [(table.environments[env], [env]) for env in tested]
         if len(tested) > 1:
             columns.append((AVERAGE, list(tested)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import __version__
 from ..domainbed_facts import SMALL_IMAGES
-from ..records import Run
+from ..records import PUBLISHED, Run
 from .jobs import Job, number_ranges, steps_of
 from .selection import Rule
 
@@ -18,11 +18,12 @@ from .selection import Rule
 # module would load torch).
 _SMALL_SIDE = 28
 
-# Data sets of such images, for records that do not tell their input's shape.
-_MNIST_LIKE = (*SMALL_IMAGES, "FullColoredMNIST", "ColoredDigits", "RotatedDigits", "FullColoredDigits")
-
-# Data whose name says all.
-PUBLISHED = "published"
+# Data sets of such images, for records that do not tell their input's shape. Each run's seed makes them anew: it deals
+# the digits out to the environments, flips labels and colours them.
+MNIST_LIKE = (
+    *SMALL_IMAGES, "FullColoredMNIST", "TexturedMNIST", "ColoredDigits", "RotatedDigits", "FullColoredDigits",
+    "TexturedDigits",
+)  # fmt: skip
 
 # DomainBed's defaults of the hparams among the conditions. A record that does not have them was made with these.
 _USUAL = {"data_augmentation": True, "class_balanced": False, "nonlinear_classifier": False}
@@ -163,7 +164,7 @@ def _image_size(run: Run) -> int | None:
     """Side of the network's input. Only photographs go by the hparam; DomainBed's records do not say their shape."""
     if "input_shape" in run.facts:
         return run.facts["input_shape"][1]
-    if run.dataset in _MNIST_LIKE:
+    if run.dataset in MNIST_LIKE:
         return 28 if run.dataset in SMALL_IMAGES else None
     return run.hparams.get("image_size", 224)
 
@@ -211,7 +212,7 @@ def weights_of(run: Run) -> str:
 def _has_small_images(run: Run) -> bool:
     if "input_shape" in run.facts:
         return max(run.facts["input_shape"][1:]) <= _SMALL_SIDE
-    return run.dataset in _MNIST_LIKE
+    return run.dataset in MNIST_LIKE
 
 
 def _short(commit: str) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..domainbed_facts import DEFAULT_STEPS
 from ..errors import UserError
-from .protocol import PUBLISHED, Protocol, shown_value
+from ..records import PUBLISHED
+from .protocol import Protocol, shown_value
 from .selection import Rule
 
 # The environments of a data set under the names publications use, in DomainBed's order.

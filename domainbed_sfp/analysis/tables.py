@@ -112,6 +112,7 @@ def build_report(account: Account, rules: Sequence[Rule], published: Sequence[Pu
     jobs = [*account.runs, *account.missing]
     present = {job.dataset for job in jobs}
     datasets = [name for name in DATASETS if name in present] + sorted(present - set(DATASETS))
+    labels = label_methods((job.dataset, job.method) for job in jobs)
     tables, averages, notes = [], [], list(account.notes)
     for rule in rules:
         of_rule = []
@@ -126,7 +127,7 @@ def build_report(account: Account, rules: Sequence[Rule], published: Sequence[Pu
                     "this sweep has none."
                 )
             else:
-                of_rule.append(_table(dataset, rule, runs, missing, published))
+                of_rule.append(_table(dataset, rule, labels[dataset], runs, missing, published))
         if len(of_rule) > 1:
             averages.append(_averages(rule, of_rule))
         tables += of_rule
@@ -175,12 +176,12 @@ def environment_names(dataset: str, runs: Sequence[Run]) -> tuple[str, ...]:
 def _table(
     dataset: str,
     rule: Rule,
+    labels: dict[Method, str],
     runs: dict[Job, Run],
     missing: dict[Job, str],
     published: Sequence[PublishedRow] | None,
 ) -> Table:
     environments = environment_names(dataset, list(runs.values()))
-    labels = label_methods(job.method for job in [*runs, *missing])
     rows = [_row(label, method, rule, runs, len(environments)) for method, label in labels.items()]
     relevant = {job: why for job, why in missing.items() if rule.needs_pairs or len(job.test_envs) == 1}
     protocol = protocol_of(runs, rule)
@@ -294,6 +295,7 @@ def _averages(rule: Rule, tables: Sequence[Table]) -> Averages:
         for table in tables
         if 0 < len(table.planned) < len(table.environments)
     ]
+    notes += unlike_settings(tables)
     datasets = tuple(table.dataset for table in tables)
     averaged = []
     for label, of_label in sorted(rows.items(), key=lambda item: algorithm_order(item[1][0].algorithm)):
@@ -302,6 +304,25 @@ def _averages(rule: Rule, tables: Sequence[Table]) -> Averages:
         mean = float(np.mean(known)) if len(known) == len(cells) else None
         averaged.append(AverageRow(label, _standing(row.standing for row in of_label), cells, mean))
     return Averages(rule, datasets, tuple(averaged), tuple(notes))
+
+
+def unlike_settings(tables: Sequence[Table]) -> list[str]:
+    """A sentence on the rows that stand for other settings on one data set than on another."""
+    said: dict[str, list[str]] = {}
+    rows = [(table.dataset, row) for table in tables for row in table.rows if row.published is None]
+    for label in dict.fromkeys(row.label for _, row in rows):
+        settings = {dataset: row.settings for dataset, row in rows if row.label == label}
+        names = {name for values in settings.values() for name in values}
+        differing = sorted(name for name in names if len({values.get(name) for values in settings.values()}) > 1)
+        if differing:
+            each = (
+                dataset
+                + " "
+                + ", ".join(f"{name}={values[name]}" if name in values else f"default {name}" for name in differing)
+                for dataset, values in settings.items()
+            )
+            said.setdefault("; ".join(each), []).append(label)
+    return [f"{', '.join(labels)}: not the same settings on all data sets: {each}." for each, labels in said.items()]
 
 
 def _standing(standings: Iterable[str | None]) -> str | None:

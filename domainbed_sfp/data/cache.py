@@ -81,14 +81,14 @@ def _content_key(paths: Sequence[Path], stats: Sequence[os.stat_result], root: P
     """Hash of names and contents. Reading all files is remembered by their sizes and times, so it is done once."""
     seen = hashlib.sha256()
     for path, status in zip(paths, stats):
-        seen.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        seen.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     memo = cache / "contents" / seen.hexdigest()[:32]
     content = _recalled(memo)
     if content is None:
         total = hashlib.sha256()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for path, digest in zip(paths, pool.map(_file_digest, paths)):
-                total.update(f"{path.relative_to(root).as_posix()}\0".encode() + digest)
+                total.update(f"{path.relative_to(root).as_posix()}\0".encode(errors="surrogateescape") + digest)
         content = total.hexdigest()
         # Forgetting only costs time: a cache that this user may read but not write still serves its entries.
         with suppress(OSError):

@@ -57,6 +57,7 @@ class MinibatchLoader:
         device: where minibatches go; augmentation runs there.
         stream: names the random stream, so that two loaders of one run draw independently.
         degrade: probability with which a sample is degraded, after augmentation.
+        augment: whether photographs are augmented, as for training.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class MinibatchLoader:
         device: torch.device,
         stream: str = "train",
         degrade: float = 0.0,
+        augment: bool = True,
     ) -> None:
         self.dataset = dataset
         self.parts = list(parts)
@@ -77,6 +79,7 @@ class MinibatchLoader:
         self.device = device
         self.stream = stream
         self.degrade = degrade
+        self.augment = augment and dataset.augment
         self.cumulative = [
             _balanced_weights(dataset[env_i].labels[torch.from_numpy(keys)]).cumsum() if class_balanced else None
             for env_i, keys in self.parts
@@ -110,7 +113,7 @@ class MinibatchLoader:
         indices = keys[chosen]
         picked = torch.from_numpy(indices)
         parameters = None
-        if self.dataset.augment and environment.sizes is not None:
+        if self.augment and environment.sizes is not None:
             generator = torch.Generator().manual_seed(seed)
             parameters = augmentation.draw_parameters(self.batch_size, environment.sizes[picked], generator)
         images = environment.gather(indices, for_crops=parameters is not None)

@@ -137,7 +137,7 @@ MNIST_FILES = {
 
 DATASETS = ("VLCS", "PACS", "OfficeHome", "TerraIncognita", "DomainNet", "MNIST")
 # Data sets made from MNIST's files when they are loaded.
-MADE_OF_MNIST = ("ColoredMNIST", "RotatedMNIST", "FullColoredMNIST")
+MADE_OF_MNIST = ("ColoredMNIST", "RotatedMNIST", "FullColoredMNIST", "TexturedMNIST")
 
 
 @cache

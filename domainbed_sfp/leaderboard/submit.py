@@ -80,12 +80,10 @@ def submit(input_dir: str, row: str, output: str, name: str | None = None) -> va
 
 def _row(account: Account, wanted: str, input_dir: str) -> tuple[str, list[str]]:
     """The row's name and the folders of its runs. `wanted` is a label of the tables, or an algorithm with one row."""
-    datasets = sorted({job.dataset for job in [*account.runs, *account.missing]})
+    rows = label_methods((job.dataset, job.method) for job in [*account.runs, *account.missing])
     chosen: dict[str, tuple[Method, str]] = {}
     known: dict[str, None] = {}
-    for dataset in datasets:
-        jobs = [job for job in [*account.runs, *account.missing] if job.dataset == dataset]
-        labels = label_methods(job.method for job in jobs)
+    for dataset, labels in sorted(rows.items()):
         known.update(dict.fromkeys(labels.values()))
         found = [(method, label) for method, label in labels.items() if label == wanted]
         found = found or [(method, label) for method, label in labels.items() if method.algorithm == wanted]

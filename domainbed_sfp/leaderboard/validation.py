@@ -32,6 +32,7 @@ from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.pruning import accounting, mask_files
 from domainbed_sfp.records import COST_FIELDS, RESULTS, run_of
 from domainbed_sfp.seeds import seed_hash
+from domainbed_sfp.training import SURROUNDINGS
 
 # Fractions are written with all their digits; this much a sum in another order may differ.
 ROUNDING = 1e-9
@@ -43,7 +44,7 @@ MOST_TOLD = 50 * MOST_PROBLEMS
 # A bundle of more than this many times the runs of its own grid is not read.
 GRID_EXCESS = 2
 
-# Fields that all records of a run share.
+# Fields that all records of a run share; of the arguments, those that say what is computed.
 SHARED = ("args", "hparams", "environments", "input_shape", "data_digest", "standing", "precision", "granularity")
 # And those that are alike in most records: kept once.
 REPEATED = frozenset((*SHARED, "environment"))
@@ -238,7 +239,7 @@ class _Check:
         environments = parsed[0]["environments"]
         for number, record in enumerate(parsed, start=1):
             for name in SHARED:
-                if record.get(name) != parsed[0].get(name):
+                if _shared(record, name) != _shared(parsed[0], name):
                     where = f"line {number}.{name}"
                     self._problem(file, where, f"{shown(parsed[0].get(name))} as in line 1", shown(record.get(name)))
                     is_fit = False
@@ -647,6 +648,13 @@ def _planned(claimed: Mapping[str, Any]) -> int:
 
 def _counted(value: Any) -> str:
     return f"{value:,}" if isinstance(value, (int, float)) else shown(value)
+
+
+def _shared(record: Mapping[str, Any], name: str) -> Any:
+    """What a field of SHARED must be alike in."""
+    if name == "args":
+        return {argument: value for argument, value in record["args"].items() if argument not in SURROUNDINGS}
+    return record.get(name)
 
 
 def _compact(record: Mapping[str, Any], first: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def _trace(featurizer: nn.Module, method: str) -> fx.Graph:
     except Exception as error:
         raise UserError(
             f"granularity 'channel' needs a network that torch.fx can trace, and {type(featurizer).__name__} is not "
-            f"({type(error).__name__}: {error}); choose granularity 'weight' or another backbone"
+            f"({type(error).__name__}: {error}); choose another backbone or, if the method has it, granularity 'weight'"
         ) from error
 
 

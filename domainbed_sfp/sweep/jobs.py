@@ -226,14 +226,16 @@ class SweepDirectory:
                 manifest = self._manifest()
                 protocol = {name: getattr(jobs[0], name) for name in PROTOCOL}
                 for dataset in dict.fromkeys(job.dataset for job in jobs):
-                    if digest := get_dataset_class(dataset).data_digest(self.data_dir):
-                        protocol[f"data of {dataset}"] = digest
-                for name, value in manifest.get("protocol", protocol).items():
-                    if protocol.get(name) != value:
+                    digest = get_dataset_class(dataset).data_digest(self.data_dir)
+                    protocol[f"data of {dataset}"] = digest or records.PUBLISHED
+                earlier = manifest.get("protocol", {})
+                for name in protocol.keys() & earlier.keys():
+                    if protocol[name] != earlier[name]:
                         raise UserError(
-                            f"output_dir {str(self.path)!r} holds another sweep ({name} {value!r} there, "
-                            f"{protocol.get(name)!r} here); choose another --output_dir"
+                            f"output_dir {str(self.path)!r} holds another sweep ({name} {earlier[name]!r} there, "
+                            f"{protocol[name]!r} here); choose another --output_dir"
                         )
+                protocol = {**earlier, **protocol}
                 known = {entry["name"]: entry for entry in manifest.get("jobs", [])}
                 for job, folder in self.job_dirs(jobs).items():
                     known[folder.name] = {

@@ -8,8 +8,10 @@ coloured, through torch's generator in DomainBed's order: the same seed gives Do
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from domainbed_sfp.data import verify
 from domainbed_sfp.data.base import Dataset, Environment, dataset
 from domainbed_sfp.errors import UserError
 
@@ -121,14 +124,21 @@ def rotate(images: Tensor, angle: float) -> Tensor:
 
 def read_idx(path: Path) -> np.ndarray:
     """An idx file of bytes (LeCun's format), gzipped or not. Raises UserError where it is damaged."""
+    data = _unpacked(path)
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         zeros, kind, dimensions = struct.unpack(">HBB", data[:4])
         shape = struct.unpack(f">{dimensions}I", data[4 : 4 + 4 * dimensions])
         if zeros or kind != 8:
             raise ValueError("not an idx file of bytes")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (ValueError, struct.error) as error:
+        raise UserError(f"MNIST file {str(path)!r} is damaged: {error}") from error
+
+
+def _unpacked(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"MNIST file {str(path)!r} is damaged: {error}") from error
 
 
@@ -160,6 +170,18 @@ def read_mnist(data_dir: str | None) -> tuple[Tensor, Tensor]:
     if len(images) != len(labels):
         raise UserError(f"MNIST in {data_dir!r}: {len(images)} images but {len(labels)} labels")
     return images, labels.long()
+
+
+def unlike_mnist(data_dir: str | None) -> list[str]:
+    """Which files are not MNIST's, by their dimensions and, to tell sets of the same form apart, by their labels."""
+    differences = []
+    for kind, paths in find_mnist(data_dir).items():
+        for path in paths:
+            expected = verify.MNIST_FILES[path.name.removesuffix(".gz")]
+            is_other = read_idx(path).shape != expected.dimensions
+            if is_other or (kind.startswith("labels") and hashlib.md5(_unpacked(path)).hexdigest() != expected.md5):
+                differences.append(f"{path.name} is another file")
+    return differences
 
 
 def read_embedded(data_dir: str | None) -> tuple[Tensor, Tensor]:
@@ -198,6 +220,18 @@ class Digits(Dataset):
     def check_files(cls, data_dir: str | None) -> None:
         if not cls.EMBEDDED:
             find_mnist(data_dir)
+
+    @classmethod
+    def data_digest(cls, data_dir: str | None) -> str | None:
+        """Of what the files hold where they are not MNIST's."""
+        if not cls.differences(data_dir):
+            return None
+        files = [path for paths in find_mnist(data_dir).values() for path in paths]
+        return hashlib.sha256(b"".join(hashlib.sha256(_unpacked(path)).digest() for path in files)).hexdigest()[:16]
+
+    @classmethod
+    def differences(cls, data_dir: str | None) -> list[str]:
+        return [] if cls.EMBEDDED else unlike_mnist(data_dir)
 
     @classmethod
     def build(cls, data_dir: str | None, hparams: Mapping[str, Any], seed: int, cache_dir: Path | None) -> Dataset:

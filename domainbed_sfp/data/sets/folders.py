@@ -81,7 +81,7 @@ class ImageFolders(Dataset):
             for paths in _files_by_class(folder).values():
                 for path in paths:
                     size = path.stat().st_size if path.exists() else -1  # a broken link is told of when it is read
-                    digest.update(f"{path.relative_to(root).as_posix()}\0{size}\n".encode())
+                    digest.update(f"{path.relative_to(root).as_posix()}\0{size}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
 
     @classmethod
