@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -28,19 +29,23 @@ class Outcome:
 
 def outcomes(name: str) -> Iterator[Outcome]:
     """Runs every check of the contract on algorithm `name`. Raises UserError for a name that is not registered."""
-    registry.get(name)
+    module = sys.modules[registry.get(name).cls.__module__].__file__
+    raised: dict[str, str] = {}
     for title, check in contract.CHECKS.items():
         did = " ".join((check.__doc__ or "").split())
         start = time.perf_counter()
-        problem = None
+        problem = mend = None
         try:
             check(name)
         except AssertionError as error:
-            problem = str(error) or "an assertion of its own failed: " + _place(error)
+            problem = str(error) or "an assertion of its own failed: " + _place(error, module)
+            mend = contract.MENDS[title]
         except Exception as error:  # a broken algorithm can raise anything, and the other checks still have to run
-            problem = f"{type(error).__name__}: {error} ({_place(error)})"
+            told = f"{type(error).__name__}: {error} ({_place(error, module)})"
+            earlier = raised.setdefault(told, title)
+            problem = told if earlier == title else f"the same exception as in {earlier}"
+            mend = "mend what raises it first; what this check is about could not be seen"
         seconds = time.perf_counter() - start
-        mend = contract.MENDS[title] if problem else None
         yield Outcome(title, did, problem is None, seconds, problem, mend)
 
 
@@ -70,7 +75,8 @@ def run(name: str, as_json: bool) -> int:
     return 1 if failed else 0
 
 
-def _place(error: BaseException) -> str:
-    """Where it was raised: file and line."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
+def _place(error: BaseException, module: str | None) -> str:
+    """Where it was raised: file and line, in the algorithm's own `module` where it came by there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = ([frame for frame in frames if frame.filename == module] or frames)[-1]
     return f"{last.filename}, line {last.lineno}"

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from domainbed_sfp import __version__
@@ -116,7 +117,7 @@ def _add_list(commands: argparse._SubParsersAction) -> None:
     parser = _add(commands, "list", "list algorithms, data sets, hparams or sweep specs", _list)
     parser.add_argument("what", choices=["algorithms", "datasets", "hparams", "sweeps"])
     parser.add_argument("--algorithm", default="ERM", help="for hparams")
-    parser.add_argument("--dataset", default="PACS", help="for hparams")
+    parser.add_argument("--dataset", help="for hparams, whose defaults depend on it (PACS)")
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -125,9 +126,11 @@ def _list(args: argparse.Namespace) -> int:
     rows = {
         "algorithms": listing.algorithms,
         "datasets": listing.datasets,
-        "hparams": lambda: listing.hparams(args.algorithm, args.dataset),
+        "hparams": lambda: listing.hparams(args.algorithm, args.dataset or "PACS"),
         "sweeps": listing.sweeps,
     }[args.what]()
+    if args.what == "hparams" and args.dataset is None:
+        print("These are the defaults on PACS; --dataset NAME shows another data set's.", file=sys.stderr)
     listing.show(rows)
     return 0
 
@@ -241,6 +244,8 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.spec:
         commands.check_rows(spec, args.spec)
     overrides = {**spec.hparams, **hparams.parse_overrides(args.hparams)} if args.hparams else None
+    # Without a grid DomainBed asks for that of everything it has; a launched sweep knows its own.
+    is_open = not args.spec and args.datasets is None and args.algorithms is None
     names = (
         "datasets", "algorithms", "task", "n_hparams_from", "n_hparams", "n_trials_from", "n_trials", "steps",
         "checkpoint_freq", "holdout_fraction", "single_test_envs", "precision", "skip_model_save",
@@ -249,6 +254,8 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.watch is not None and args.action != "status":
         raise UserError(f"--watch goes with sweep status, not with {args.action}")
     if args.action == "status":
+        if is_open and (Path(args.output_dir) / "sweep.json").exists():
+            return commands.status(None, args.data_dir, args.output_dir, watch=args.watch)
         return commands.status(spec, args.data_dir, args.output_dir, watch=args.watch)
     if args.action == "delete_incomplete":
         return commands.delete_incomplete(spec, args.data_dir, args.output_dir, ask=not args.skip_confirmation)

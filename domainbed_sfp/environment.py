@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -50,6 +52,26 @@ def commit() -> str | None:
         return head + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+@functools.cache
+def code_of(algorithm: type) -> str | None:
+    """Twelve digits of a hash of the Python files of another package's algorithm: of its top-level package, or of its
+    module where that is none. None for this package's own, which `commit` tells, and where there are no files."""
+    top = algorithm.__module__.partition(".")[0]
+    if top == __name__.partition(".")[0]:
+        return None
+    file = getattr(sys.modules.get(top), "__file__", None)
+    if file is None:
+        return None
+    root = Path(file).parent
+    files = sorted(root.rglob("*.py")) if Path(file).name == "__init__.py" else [Path(file)]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(
+            path.relative_to(root).as_posix().encode(errors="surrogateescape") + b"\0" + path.read_bytes() + b"\0"
+        )
+    return digest.hexdigest()[:12]
 
 
 @functools.cache

@@ -21,6 +21,7 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     environments           the names of the data set's environments
     input_shape            (channels, height, width) of the network's input
     data_digest            of the images, for a data set that its name does not determine; else null
+    code                   of an algorithm of another package: a hash of that package's Python files; else absent
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ COST_FIELDS = (
 COSTS_OF_IMAGES = ("bitops", "mean_bits")
 
 # Said by the last record for the whole run.
-FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments", "input_shape", "data_digest")
+FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments", "input_shape", "data_digest", "code")
+
+# What is further from the sparsity that its hparam asks for is not at its final compression; few channels round.
+SPARSITY_ASKED = 0.05
 
 # How data is called whose name says all, where data_digest is null.
 PUBLISHED = "published"
@@ -172,6 +176,16 @@ def load_records(input_dir: str | os.PathLike[str], *, warn: Warn, directory_ord
     if not runs:
         raise UserError(f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}")
     return runs
+
+
+def is_done(directory: Path) -> bool:
+    """Whether the run is finished and its records are whole: a copy that broke off may have `done` without them."""
+    try:
+        with open(directory / RESULTS, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n" and (directory / DONE).exists()
+    except OSError:
+        return False
 
 
 def run_of(directory: str, parsed: Sequence[dict[str, Any]]) -> Run:
@@ -340,7 +354,7 @@ def _read_runs(directory: Path, warn: Warn) -> list[Run]:
     complete = is_done and not torn
     failure = None if complete else load_failure(directory)
     if is_done and torn:
-        failure = "its last record is torn although it is done: remove its folder and launch it again"
+        failure = "its last record is torn although it is done: launch it again"
     try:
         return [columns.run(directory.name, complete, failure) for columns in stretches]
     except (TypeError, ValueError) as error:

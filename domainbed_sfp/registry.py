@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -131,14 +132,14 @@ def _load() -> None:
         for entry in entry_points(group=ENTRY_POINT_GROUP):
             try:
                 entry.load()
-            except UserError:
-                raise
-            except Exception as error:
+            except Exception as error:  # another's package must not take the rest away
                 origin = entry.dist.name if entry.dist else "an installed package"
-                raise UserError(
-                    f"entry point {entry.name!r} of {origin} ({ENTRY_POINT_GROUP}: {entry.value}) cannot be loaded: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                print(
+                    f"warning: entry point {entry.name!r} of {origin} ({ENTRY_POINT_GROUP}: {entry.value}) cannot be "
+                    f"loaded, and its algorithms are left out: {reason}",
+                    file=sys.stderr,
+                )
     except BaseException:
         _loaded = False
         raise

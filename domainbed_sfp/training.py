@@ -127,9 +127,10 @@ def train(args: TrainArgs) -> None:
         raise UserError(f"output_dir {args.output_dir!r} cannot be written: {error.strerror or error}") from error
     try:
         _refuse_other_run(args, output_dir)
-        if (output_dir / records.DONE).exists():
+        if records.is_done(output_dir):
             print(f"already done: {args.output_dir}")
             return
+        (output_dir / records.DONE).unlink(missing_ok=True)
         with _tee(output_dir) as err, _stop_signals() as stop:
             try:
                 _Run(args, output_dir, stop).complete()
@@ -221,6 +222,7 @@ class _Run:
             args.algorithm, args.dataset, args.hparams_seed, args.trial_seed, hparams.parse_overrides(args.hparams)
         )
         self.info = registry.get(args.algorithm)
+        self.code = environment.code_of(self.info.cls)
         dataset_class = get_dataset_class(args.dataset)
         self.n_steps = args.steps or dataset_class.N_STEPS
         self.checkpoint_freq = args.checkpoint_freq or dataset_class.CHECKPOINT_FREQ
@@ -384,6 +386,8 @@ class _Run:
             # Where decoded images are kept says nothing about the result.
             args={name: value for name, value in asdict(args).items() if name != "cache_dir"},
         )
+        if self.code is not None:
+            record["code"] = self.code
         if "granularity" in self.hparams:
             record["granularity"] = self.hparams["granularity"]
         if masks and record["final_compression"]:
@@ -421,6 +425,7 @@ class _Run:
         state = {
             "args": asdict(self.args),
             "data_digest": self.data_digest,
+            "code": self.code,
             "step": self.step,
             "update_is_done": self.update_is_done,
             "records": self.records,
@@ -480,8 +485,15 @@ class _Run:
         return splits
 
     def _refuse_other_data(self) -> None:
-        """A checkpoint made on other images, as `Folder` or an incomplete copy can hold, must not go on with these."""
+        """A checkpoint made by another version of an outside algorithm, or on other images, as `Folder` or an
+        incomplete copy can hold, must not go on with these."""
         earlier = _checkpoint_of(self.output_dir)
+        if earlier and earlier.get("code") != self.code:
+            raise UserError(
+                f"output_dir {self.args.output_dir!r} holds a run of {self.args.algorithm} by other code (the files of "
+                f"its package have hash {earlier.get('code')} there, {self.code} here); choose another --output_dir, "
+                "or remove that one"
+            )
         if earlier and earlier["data_digest"] != self.data_digest:
             raise UserError(
                 f"output_dir {self.args.output_dir!r} holds a run on other images than those in "
@@ -616,7 +628,7 @@ def identity_of(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checkpoint_of(output_dir: Path) -> Mapping[str, Any] | None:
-    """`args` and `data_digest` of the run whose checkpoint is in the directory."""
+    """`args`, `data_digest` and `code` of the run whose checkpoint is in the directory."""
     if not (output_dir / CHECKPOINT).exists():
         return None
     state = checkpoints.read_state(output_dir / CHECKPOINT)

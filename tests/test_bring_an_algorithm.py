@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from domainbed_sfp import contract, registry, scaffold
+from domainbed_sfp import contract, hparams, registry, scaffold
 from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.algorithms.erm import ERM
 from domainbed_sfp.algorithms.magnitude import Magnitude
+from domainbed_sfp.errors import UserError
 from domainbed_sfp.hparams import Hparam
 from domainbed_sfp.pruning import surgery
 
@@ -94,6 +95,33 @@ class Overclaiming(Magnitude):
         return {name: mask for name, mask in super().masks().items() if name != "classifier.weight"}
 
 
+class Premature(Magnitude):
+    """Calls every checkpoint final."""
+
+    def at_final_compression(self):
+        return True
+
+
+class Late(Magnitude):
+    """Learns from what the loop evaluates on, once it prunes."""
+
+    def predict(self, x):
+        if not self.training and self.sparsity() > 0:
+            with torch.no_grad():
+                self.classifier.bias.add_(x.mean())
+        return super().predict(x)
+
+
+class Undefined(Magnitude):
+    def score(self, minibatches):
+        return {name: value * math.nan for name, value in super().score(minibatches).items()}
+
+
+class Nameless(Magnitude):
+    def score(self, minibatches):
+        return {f"{name}x": value for name, value in super().score(minibatches).items()}
+
+
 class Attached(ERM):
     def export(self):
         return self.network.eval()
@@ -122,6 +150,8 @@ BROKEN = [
     ("export", Attached, {}, "shares parameters"),
     ("export", Overclaiming, {}, "masked weights of dead channels cannot be taken out"),
     ("never_touches_the_test_environment", Peeking, {}, "poisoned test environment"),
+    ("never_touches_the_test_environment", Late, {}, "poisoned test environment"),
+    ("masks", Premature, {}, "at_final_compression() was true at sparsity 0.000"),
 ]
 
 
@@ -146,8 +176,42 @@ def test_every_check_finds_what_it_is_for(main, broken, check, cls, hparams, wor
     done = main("check", "Broken", check=False)
     assert done.returncode == 1
     assert f"FAILED  {check}" in done.stdout and words in done.stdout
-    assert f"how to mend it: {contract.MENDS[check]}" in done.stdout
+    mend = "mend what raises it first" if cls is Fragile else contract.MENDS[check]
+    assert f"how to mend it: {mend}" in done.stdout
     assert "0 of 1 checks passed, 1 failed." in done.stdout
+
+
+@pytest.mark.parametrize(
+    "cls, words",
+    [
+        (Undefined, "score() of Undefined is not a number for 64 of 64 units of"),
+        (Nameless, "score() of Nameless gives none for 'featurizer.conv1' and one for 'featurizer.conv1x'"),
+    ],
+)
+def test_scores_that_are_none_are_told(cls, words):
+    algorithm = cls((3, 8, 8), 4, 3, registry_hparams("Magnitude"))
+    algorithm.total_steps = contract.STEPS
+    with pytest.raises(UserError) as told:
+        contract.run(algorithm, 0, contract.STEPS)
+    assert words in str(told.value)
+
+
+def test_an_exception_is_told_once_and_where(main, broken, monkeypatch):
+    checks = {name: contract.CHECKS[name] for name in ("masks", "export", "deepcopy")}
+    broken(Typo, {}, "masks")
+    monkeypatch.setattr(contract, "CHECKS", checks)
+    done = main("check", "Broken", check=False).stdout
+    assert done.count("KeyError") == 1 and f"{__file__}, line " in done
+    assert done.count("the same exception as in masks") == 2 and contract.MENDS["export"] not in done
+
+
+class Typo(ERM):
+    def update(self, minibatches, unlabeled=None):
+        return {"loss": self.hparams["learningrate"]}
+
+
+def registry_hparams(name):
+    return hparams.resolve_hparams(name, "FullColoredDigits")
 
 
 class Bare(Algorithm):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +54,7 @@ def test_contract_of_variants(name, overrides, monkeypatch):
 
 def test_an_installed_package_adds_an_algorithm(tmp_path):
     """A distribution with the entry point is found by the command line and passes the contract; a second one with a
-    name that is taken is an error that names both."""
+    name that is taken, and one that cannot be loaded, are left out with a warning that says why."""
     site = tmp_path / "site"
     _install(site, "mypkg", "MyMethod")
     found = _python(site, "from domainbed_sfp import contract, registry; assert 'MyMethod' in registry.names();"
@@ -62,8 +64,40 @@ def test_an_installed_package_adds_an_algorithm(tmp_path):
     assert "MyMethod" in listed.stdout
     _install(site, "other", "ERM")
     clash = _python(site, "from domainbed_sfp.cli import main; main(['list', 'algorithms'])")
-    assert clash.returncode == 2 and len(clash.stderr.splitlines()) == 1
+    assert clash.returncode == 0 and len(clash.stderr.splitlines()) == 1 and "MyMethod" in clash.stdout
     assert "'ERM'" in clash.stderr and "other.method" in clash.stderr and "algorithms.erm" in clash.stderr
+    (site / "other" / "method.py").write_text("import a_module_that_is_missing\n")
+    broken = _python(site, "from domainbed_sfp.cli import main; main(['list', 'algorithms'])")
+    assert broken.returncode == 0 and "MyMethod" in broken.stdout
+    assert "entry point 'other' of other" in broken.stderr and "a_module_that_is_missing" in broken.stderr
+
+
+def test_a_run_knows_the_code_of_a_package(tmp_path):
+    """One that has changed since neither goes on with a run nor with a sweep."""
+    site = tmp_path / "site"
+    _install(site, "mypkg", "MyMethod")
+    train = (
+        "from domainbed_sfp import training; training.train(training.TrainArgs(dataset='ColoredDigits', steps=3, "
+        f"checkpoint_freq=1, algorithm='MyMethod', skip_model_save=True, output_dir={str(tmp_path / 'run')!r}))"
+    )
+    stop = "import os, signal; from domainbed_sfp import training; plain = training._Run._print_row; " + (
+        "training._Run._print_row = lambda *a: (plain(*a), os.kill(os.getpid(), signal.SIGTERM)); " + train
+    )
+    assert "stopped at step" in _python(site, stop).stderr
+    sweep = (
+        "from domainbed_sfp.cli import main; main(['sweep', 'launch', '--datasets', 'ColoredDigits', '--algorithms', "
+        f"'MyMethod', '--n_trials', '1', '--n_hparams', '1', '--output_dir', {str(tmp_path / 'out')!r}, "
+        "'--command_launcher', 'dummy'])"
+    )
+    assert _python(site, sweep).returncode == 0
+    with open(site / "mypkg" / "method.py", "a") as file:
+        file.write("    changed = True\n")
+    assert "holds a run of MyMethod by other code" in _python(site, train).stderr
+    assert "holds another sweep (code of MyMethod" in _python(site, sweep).stderr
+    shutil.rmtree(tmp_path / "run")
+    assert _python(site, train).returncode == 0
+    last = json.loads((tmp_path / "run" / "results.jsonl").read_text().splitlines()[-1])
+    assert len(last["code"]) == 12
 
 
 def _install(site: Path, package: str, name: str) -> None:

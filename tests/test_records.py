@@ -92,7 +92,7 @@ def test_a_torn_last_line_is_skipped_with_a_warning(tmp_path):
     (loaded,) = load_records(tmp_path, warn=warnings.append)
     assert loaded.steps == [0, 1]
     # It was done, so what is lost was its end: it must not count by an earlier checkpoint.
-    assert not loaded.complete and "remove its folder and launch it again" in str(loaded.failure)
+    assert not loaded.complete and "although it is done: launch it again" in str(loaded.failure)
     assert warnings == [f"{run / 'results.jsonl'}: the last line (3) is torn and skipped"]
 
 

@@ -134,6 +134,12 @@ def sweep(main, fake, tmp_path):
     return run
 
 
+def finish(folder: Path) -> None:
+    """What a run that is done leaves."""
+    (folder / "results.jsonl").write_text("{}\n")
+    (folder / "done").write_text("done")
+
+
 def batches(tmp_path: Path) -> list[Path]:
     return sorted(path.parent for path in (tmp_path / "out" / "slurm").glob("*/tasks.json"))
 
@@ -199,7 +205,7 @@ def test_jobs_that_are_done_or_computed_elsewhere_are_not_submitted(sweep, fake,
     directory = SweepDirectory(tmp_path / "out")
     for job in jobs[:2]:
         directory.job_dir(job).mkdir(parents=True)
-    (directory.job_dir(jobs[0]) / "done").write_text("done")
+    finish(directory.job_dir(jobs[0]))
     code = (
         "import sys, time; from filelock import FileLock\n"
         "with FileLock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
@@ -258,7 +264,7 @@ def test_states_come_from_the_queue_and_the_disk(sweep, fake, tmp_path, queued, 
     line = next(line for line in sweep("status").stdout.splitlines() if name in line)
     assert line.startswith(f"{state}: ")
     (tmp_path / "out" / name).mkdir()
-    (tmp_path / "out" / name / "done").write_text("done")
+    finish(tmp_path / "out" / name)
     line = next(line for line in sweep("status").stdout.splitlines() if name in line)
     assert line.startswith("Done: ")
 
@@ -480,7 +486,7 @@ def test_a_watch_in_a_log_tells_changes_and_ends_with_the_queue(sweep, fake, tmp
     for batch in batches(tmp_path):
         for task in slurm_batches.read_tasks(batch):
             Path(task["folder"]).mkdir()
-            (Path(task["folder"]) / "done").write_text("done")
+            finish(Path(task["folder"]))
     assert sweep("status", "--watch", 0.1).stdout.splitlines() == ["4 jobs: 4 done, 0 incomplete, 0 not launched."]
 
 

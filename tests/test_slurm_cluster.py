@@ -69,6 +69,7 @@ def save(number, frame):
     sys.exit(128 + number)
 
 if checkpoint.exists():
+    (checkpoint.parent / "results.jsonl").write_text("{}\\n")
     (checkpoint.parent / "done").write_text("done")
     sys.exit(0)
 signal.signal(signal.SIGUSR1, save)

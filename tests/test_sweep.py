@@ -74,6 +74,7 @@ def test_folders_are_named_by_what_is_computed_not_by_where_data_lies(tmp_path):
     # A job that DomainBed's own sweep has finished is done here too.
     theirs = tmp_path / jobs[0].domainbed_name("/somewhere")
     theirs.mkdir()
+    (theirs / "results.jsonl").write_text("{}\n")
     (theirs / "done").write_text("done")
     assert SweepDirectory(tmp_path, "/somewhere").state(jobs[0]).value == "Done"
 
@@ -290,6 +291,26 @@ def test_a_sweep_over_a_folder_is_a_sweep_over_its_images(main, tmp_path):
     spec.write_text(spec.read_text().replace("ColoredDigits", "Folder"))
     again = main("sweep", "launch", spec, "--data_dir", "two", "--output_dir", "out", check=False)
     assert_one_line_error(again, "holds another sweep", "data of Folder")
+
+
+def test_status_knows_the_jobs_of_a_launched_sweep(main, tmp_path, spec_file):
+    main("sweep", "launch", spec_file, "--output_dir", "out")
+    with_spec, without = (main("sweep", "status", *spec, "--output_dir", "out") for spec in ([spec_file], []))
+    assert without.stdout == with_spec.stdout and "Done: out/" in without.stdout
+    told = main("sweep", "status", spec_file, "--output_dir", "nowhere").stderr
+    assert "warning: --output_dir nowhere: there is no such folder yet" in told
+
+
+@pytest.mark.parametrize("left", [None, "", '{"step": 0, "los'])
+def test_a_done_run_whose_records_are_gone_is_computed_again(main, tmp_path, spec_file, left):
+    launch = ("sweep", "launch", spec_file, "--output_dir", "out")
+    main(*launch)
+    results = sorted((tmp_path / "out").glob("*/results.jsonl"))[0]
+    whole = results.read_text()
+    results.unlink() if left is None else results.write_text(left)
+    assert "Incomplete: " in main("sweep", "status", spec_file, "--output_dir", "out").stdout
+    main(*launch)
+    assert len(results.read_text().splitlines()) == len(whole.splitlines()) and (results.parent / "done").exists()
 
 
 def test_a_sweep_over_the_published_images_does_not_go_on_with_others(main, tmp_path, spec_file, monkeypatch):

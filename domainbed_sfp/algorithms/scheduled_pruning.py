@@ -161,9 +161,30 @@ class ScheduledPruning(ObjectiveAlgorithm):
         """Bool masks by unit name that leave out the fraction `sparsity` of lowest score, the dead among them."""
         with torch.enable_grad():
             ranked = self.score(minibatches)
+        self._check_scores(ranked)
         # The dead come first in the order of removal, so that none of them returns.
         ranked = {name: score.masked_fill(~self.unit_masks[name], -torch.inf) for name, score in ranked.items()}
         return keep_highest(ranked, sparsity, self.ranking_scope(), self.spares_best)
+
+    def _check_scores(self, found: Mapping[str, Tensor]) -> None:
+        whose = f"score() of {type(self).__name__}"
+        lacking, strange = self.unit_shapes.keys() - found.keys(), found.keys() - self.unit_shapes.keys()
+        if lacking or strange:
+            wrong = ([f"none for {sorted(lacking)[0]!r}"] if lacking else []) + (
+                [f"one for {sorted(strange)[0]!r}"] if strange else []
+            )
+            raise UserError(
+                f"{whose} gives {' and '.join(wrong)}; at granularity {self.granularity!r} it has to give a tensor for "
+                f"each of {len(self.unit_shapes)} names, such as {next(iter(self.unit_shapes))!r}"
+            )
+        for name, score in found.items():
+            if score.shape != self.unit_shapes[name]:
+                expected = tuple(self.unit_shapes[name])
+                raise UserError(f"{whose} has shape {tuple(score.shape)} for {name!r}, expected {expected}")
+            if bool(score.isnan().any()):
+                raise UserError(
+                    f"{whose} is not a number for {int(score.isnan().sum())} of {score.numel()} units of {name!r}"
+                )
 
     def ranking_scope(self) -> str:
         """What units are ranked against: "layer" or "global"."""

@@ -7,13 +7,13 @@ the root of their number; None with a single trial.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..domainbed_facts import DATASETS, ENVIRONMENTS
-from ..records import COST_FIELDS, Run
+from ..records import COST_FIELDS, SPARSITY_ASKED, Run
 from .jobs import Account, Job, Method, algorithm_order, explain_missing, label_methods
 from .protocol import Protocol, protocol_of
 from .published import PublishedRow, matching_rows
@@ -185,7 +185,12 @@ def _table(
     rows = [_row(label, method, rule, runs, len(environments)) for method, label in labels.items()]
     relevant = {job: why for job, why in missing.items() if rule.needs_pairs or len(job.test_envs) == 1}
     protocol = protocol_of(runs, rule)
-    notes = protocol.warnings() + explain_missing(relevant, labels, environments) + _uneven_sparsity(rows)
+    notes = (
+        protocol.warnings()
+        + explain_missing(relevant, labels, environments)
+        + _uneven_sparsity(rows)
+        + _several_codes(runs, labels)
+    )
     planned = frozenset(job.test_envs[0] for job in [*runs, *missing] if len(job.test_envs) == 1)
     left_out = [name for env, name in enumerate(environments) if env not in planned]
     if left_out:
@@ -261,6 +266,16 @@ def _uneven_sparsity(rows: Sequence[Row]) -> list[str]:
     notes = []
     for row in rows:
         choices = [choice for cell in row.cells if cell for _, choice in cell.choices]
+        for choice in choices:
+            asked, found = choice.run.hparams.get("sparsity"), choice.run.costs.get("sparsity")
+            if asked is None or found is None or choice.run.hparams.get("mask_rule", "top_k") != "top_k":
+                continue
+            if abs(found[choice.checkpoint] - asked) > SPARSITY_ASKED:
+                notes.append(
+                    f"Warning: {row.label}: a chosen network has sparsity {100 * found[choice.checkpoint]:.1f}% where "
+                    f"hparam sparsity asks for {100 * asked:.1f}%: its checkpoint is not at its final compression."
+                )
+                break
         values = [
             choice.run.costs["sparsity"][choice.checkpoint] for choice in choices if "sparsity" in choice.run.costs
         ]
@@ -271,6 +286,18 @@ def _uneven_sparsity(rows: Sequence[Row]) -> list[str]:
                 f"{100 * max(values):.1f}%; the row's costs are means over them."
             )
     return notes
+
+
+def _several_codes(runs: Mapping[Job, Run], labels: Mapping[Method, str]) -> list[str]:
+    """A sentence for each row whose runs were made by several versions of another package's algorithm."""
+    codes: dict[str, set[str]] = {}
+    for job, run in runs.items():
+        codes.setdefault(labels[job.method], set()).add(str(run.facts.get("code")))
+    return [
+        f"Warning: {label} mixes runs by {len(found)} versions of its package ({', '.join(sorted(found))})."
+        for label, found in codes.items()
+        if len(found) > 1
+    ]
 
 
 def _published_row(row: PublishedRow) -> Row:

@@ -143,6 +143,7 @@ RECORD_SCHEMA: dict[str, Any] = {
     **object_of(
         {
             "args": ARGS_SCHEMA,
+            "code": {"type": "string", "pattern": "^[0-9a-f]{12}$"},
             "commit": entries.COMMIT,
             "data_digest": or_null(entries.TEXT),
             "dense_macs": entries.COUNT,
@@ -162,7 +163,7 @@ RECORD_SCHEMA: dict[str, Any] = {
             "step": entries.COUNT,
             "surviving_parameters": entries.COUNT,
         },
-        optional=("granularity", "masks"),
+        optional=("code", "granularity", "masks"),
     ),
     "maxProperties": 1000,
     "propertyNames": {"maxLength": 120},
@@ -233,8 +234,6 @@ def read_tree(root: Path) -> Tree:
             tree.problems.append(Problem(name, "", LAYOUT, "a file that does not belong there"))
         elif status.st_nlink > 1:
             tree.problems.append(Problem(name, "", "a file of its own", "a hard link to a file elsewhere"))
-        elif status.st_mode & 0o111:
-            tree.problems.append(Problem(name, "", "a file that cannot be executed", oct(status.st_mode & 0o777)))
         elif status.st_size > limit:
             tree.problems.append(Problem(name, "", f"at most {limit:,} bytes", f"{status.st_size:,}"))
         else:

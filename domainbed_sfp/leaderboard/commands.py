@@ -8,6 +8,7 @@ import shlex
 import sys
 from datetime import datetime, timezone
 
+from domainbed_sfp import registry
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import entries, rerun, validation
@@ -110,6 +111,14 @@ def _examine(args: argparse.Namespace) -> Validation:
     outcome.rerun = rerun.Rerun(seed, tolerance)
     if outcome.tier is None:
         print("--rerun waits until the records are right", file=sys.stderr)
+        return outcome
+    unknown = sorted({run.run.algorithm for run in outcome.runs} - set(registry.names()))
+    if unknown:
+        print(
+            f"--rerun: nothing was computed anew, {', '.join(unknown)} is not installed here; install the package that "
+            "has it",
+            file=sys.stderr,
+        )
         return outcome
     chosen = rerun.choose(outcome.runs, args.rerun, seed)
     print(

@@ -117,7 +117,11 @@ def compare(
     """Two computations of one run; see `recompute`."""
     file = f"{RECORDS}/{run.name}.jsonl"
     first, last = run.records[0], run.records[-1]
-    same_place = first["environment"] == again[0]["environment"] and first["commit"] == again[0]["commit"]
+    theirs, ours = first.get("code"), again[0].get("code")
+    if theirs and ours and theirs != ours:
+        words = f"{ours}, the hash of the algorithm's package here: install the version that made the records"
+        return None, [Problem(file, "line 1.code", words, shown(theirs))]
+    same_place = all(first.get(name) == again[0].get(name) for name in ("environment", "commit", "code"))
     if [record["step"] for record in run.records] != [record["step"] for record in again]:
         steps = shown([record["step"] for record in again])
         return None, [Problem(file, "step", f"{steps}, as computed anew", shown([r["step"] for r in run.records]))]

@@ -174,6 +174,11 @@ def _take_masks(input_dir: Path, runs: list[SubmittedRun], part: Path) -> None:
 
 
 def _check_name(document: Mapping[str, Any]) -> None:
+    if taken := summary.taken_name(document["name"], document["algorithm"]):
+        raise UserError(
+            f"--name {document['name']!r} is that of algorithm {taken!r}, and this is a row of "
+            f"{document['algorithm']!r}; choose another"
+        )
     for problem in problems_of("submission", document, bundle.SUBMISSION_SCHEMA):
         raise UserError(
             f"{problem.line()}; --name gives the leaderboard's name" if problem.field == "name" else problem.line()

@@ -35,6 +35,12 @@ class SubmittedRun:
         return run.dataset, run.test_envs, run.hparams_seed, run.trial_seed
 
 
+def taken_name(name: str, algorithm: str) -> str | None:
+    """The registered algorithm whose name an entry of another algorithm would bear, alone or before settings."""
+    plain = name.split(" (")[0].strip().lower()
+    return next((one for one in registry.names() if one.lower() == plain and one != algorithm), None)
+
+
 def document_of(name: str, runs: Sequence[SubmittedRun], claimed: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The submission.json of runs of one method.
 

@@ -30,7 +30,7 @@ from domainbed_sfp.leaderboard.rerun import Rerun
 from domainbed_sfp.leaderboard.schema import MOST_PROBLEMS, Problem, parse, printable, problems_of, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.pruning import accounting, mask_files
-from domainbed_sfp.records import COST_FIELDS, RESULTS, run_of
+from domainbed_sfp.records import COST_FIELDS, RESULTS, SPARSITY_ASKED, run_of
 from domainbed_sfp.seeds import seed_hash
 from domainbed_sfp.training import SURROUNDINGS
 
@@ -44,8 +44,14 @@ MOST_TOLD = 50 * MOST_PROBLEMS
 # A bundle of more than this many times the runs of its own grid is not read.
 GRID_EXCESS = 2
 
+# Standard errors by which the accuracies of a test environment's two random splits may differ: with a million records
+# chance does not reach it.
+UNSEEN_ERRORS = 6
+
 # Fields that all records of a run share; of the arguments, those that say what is computed.
-SHARED = ("args", "hparams", "environments", "input_shape", "data_digest", "standing", "precision", "granularity")
+SHARED = (
+    "args", "hparams", "environments", "input_shape", "data_digest", "code", "standing", "precision", "granularity",
+)  # fmt: skip
 # And those that are alike in most records: kept once.
 REPEATED = frozenset((*SHARED, "environment"))
 
@@ -96,7 +102,9 @@ def validate(folder: str | Path) -> Validation:
     """Checks a bundle. Raises UserError where there is no folder to check."""
     root = Path(folder)
     if root.is_symlink() or not root.is_dir():
-        raise UserError(f"bundle {str(folder)!r}: expected a folder, made by `domainbed-sfp submit`")
+        what = "a symbolic link; give what it points to" if root.is_symlink() else "no folder"
+        what += "; unpack it first" if root.is_file() and not root.is_symlink() else ""
+        raise UserError(f"bundle {str(folder)!r} is {what}: expected the folder made by `domainbed-sfp submit`")
     if not (root / SUBMISSION).exists() and next(root.glob(f"*/{RESULTS}"), None):
         raise UserError(
             f"bundle {str(folder)!r} is a sweep's folder; `domainbed-sfp submit --input_dir {folder}` makes a bundle "
@@ -291,6 +299,13 @@ class _Check:
         self._check_costs(file, run)
         if not any(record["final_compression"] for record in run.records):
             self._problem(file, "final_compression", "true in one record at least", "false in all")
+        asked = run.run.hparams.get("sparsity")
+        if isinstance(asked, float) and run.run.hparams.get("mask_rule", "top_k") == "top_k":
+            for number, record in enumerate(run.records, start=1):
+                if record["final_compression"] and abs(record["sparsity"] - asked) > SPARSITY_ASKED:
+                    words = f"{asked:g}, which hparam sparsity asks for, at final compression (within {SPARSITY_ASKED})"
+                    self._problem(file, f"line {number}.sparsity", words, shown(record["sparsity"]))
+                    break
         return self._check_hparams(file, run)
 
     def _check_steps(self, file: str, run: SubmittedRun, steps: int, every: int) -> None:
@@ -350,6 +365,22 @@ class _Check:
             self._problem(file, "line 1.standing", info.standing, run.records[0]["standing"])
         return is_fit
 
+    def _check_unseen(self, file: str, run: SubmittedRun, env: int, n_in: int, n_out: int) -> None:
+        """Both splits of a test environment are unseen and drawn at random: their accuracies differ by chance alone."""
+        for number, record in enumerate(run.records, start=1):
+            one, other = (record.get(f"env{env}_{split}_acc") for split in ("in", "out"))
+            if not isinstance(one, float) or not isinstance(other, float) or not n_in * n_out:
+                continue
+            mean = (one * n_in + other * n_out) / (n_in + n_out)
+            error = math.sqrt(max(0.0, mean * (1 - mean)) * (1 / n_in + 1 / n_out))
+            if abs(one - other) > UNSEEN_ERRORS * error + 1 / n_out:
+                words = (
+                    f"about {other:.4f}, as of the other {n_out:,} unseen samples of the environment (they differ by "
+                    f"more than {UNSEEN_ERRORS} standard errors)"
+                )
+                self._problem(file, f"line {number}.env{env}_in_acc", words, shown(one))
+                return
+
     def _check_accuracies(self, file: str, run: SubmittedRun) -> None:
         facts, args = facts_of(run.run.dataset), run.run.args
         if facts is None or None in facts.sizes:
@@ -371,6 +402,8 @@ class _Check:
             if size is None:
                 continue
             splits = split_sizes(size, env in args["test_envs"], args["holdout_fraction"], args["uda_holdout_fraction"])
+            if env in args["test_envs"]:
+                self._check_unseen(file, run, env, splits["in"], splits["out"])
             for split, count in splits.items():
                 name = f"env{env}_{split}_acc"
                 for number, record in enumerate(run.records, start=1):
@@ -493,6 +526,12 @@ class _Check:
         self.outcome.submission = document
         if claimed is not None:
             self._compare_submission(document, claimed)
+            if taken := summary.taken_name(claimed["name"], document["algorithm"]):
+                self._problem(
+                    SUBMISSION, "name", f"a name of its own, not that of algorithm {taken}", shown(claimed["name"])
+                )
+        if len(codes := {run.records[0].get("code") for run in runs}) > 1:
+            self._problem(RECORDS, "code", "one version of the algorithm's package in all runs", f"{len(codes)}")
         chosen: dict[tuple[str, int], None] = {}
         for dataset in document["datasets"]:
             for _, choices in summary.results_of([one.run for one in runs if one.run.dataset == dataset]).values():

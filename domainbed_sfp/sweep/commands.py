@@ -86,15 +86,18 @@ def launch(
     return 1 if outcome.failures else 0
 
 
-def status(spec: SweepSpec, data_dir: str | None, output_dir: str, *, watch: float | None = None) -> int:
-    """Prints every job's state, and their numbers; with `watch`, shows a table anew every so many seconds.
+def status(spec: SweepSpec | None, data_dir: str | None, output_dir: str, *, watch: float | None = None) -> int:
+    """Prints every job's state, and their numbers; with `watch`, shows a table anew every so many seconds. Without a
+    spec the jobs are those launched so far.
 
     A watch ends, with status 0 when all jobs are done and 1 otherwise, when nothing waits or runs any more.
     """
     directory = SweepDirectory(output_dir, data_dir)
-    jobs = make_jobs(spec, data_dir)
+    jobs = make_jobs(spec, data_dir) if spec else directory.listed()
     if watch is not None:
         return Watch(directory, jobs, watch).run()
+    if not directory.path.is_dir():
+        print(f"warning: --output_dir {output_dir}: there is no such folder yet", file=sys.stderr)
     standings = _standings(directory)
     states = directory.states(jobs, standings)
     folders = directory.job_dirs(jobs)

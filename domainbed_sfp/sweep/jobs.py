@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from domainbed_sfp import records
+from domainbed_sfp import environment, records, registry
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.sweep import slurm_batches
@@ -208,7 +208,7 @@ class SweepDirectory:
 
     def _state(self, folder: Path) -> State:
         """The state of a job whose folder is there."""
-        if (folder / records.DONE).exists():
+        if records.is_done(folder):
             return State.DONE
         if is_locked(folder / LOCK):
             return State.RUNNING
@@ -228,6 +228,10 @@ class SweepDirectory:
                 for dataset in dict.fromkeys(job.dataset for job in jobs):
                     digest = get_dataset_class(dataset).data_digest(self.data_dir)
                     protocol[f"data of {dataset}"] = digest or records.PUBLISHED
+                for algorithm in dict.fromkeys(job.algorithm for job in jobs):
+                    # One row is one method: a package that has changed since is another.
+                    if code := environment.code_of(registry.get(algorithm).cls):
+                        protocol[f"code of {algorithm}"] = code
                 earlier = manifest.get("protocol", {})
                 for name in protocol.keys() & earlier.keys():
                     if protocol[name] != earlier[name]:
@@ -257,6 +261,22 @@ class SweepDirectory:
             raise UserError(f"output_dir {str(self.path)!r}: another launch has held sweep.lock for a minute") from None
         except OSError as error:
             raise UserError(f"output_dir {str(self.path)!r} cannot be written: {error.strerror or error}") from error
+
+    def listed(self) -> list[Job]:
+        """The jobs of all launches so far; none where nothing was launched."""
+        manifest = self._manifest()
+        protocol = {name: manifest["protocol"].get(name) for name in PROTOCOL} if manifest else {}
+        names = {one.name for one in fields(Job)}
+        jobs = []
+        for entry in manifest.get("jobs", []):
+            values = {**protocol, **{name: value for name, value in entry.items() if name in names - {"name"}}}
+            try:
+                jobs.append(Job(**{**values, "test_envs": tuple(values["test_envs"])}))
+            except (KeyError, TypeError) as error:
+                raise UserError(
+                    f"{str(self.path / records.SWEEP)!r} describes a job not as this version does ({error})"
+                ) from None
+        return jobs
 
     def delete(self, jobs: Iterable[Job]) -> None:
         """Removes the folders of jobs, each under its lock: one that has just been started stays.
