@@ -17,8 +17,8 @@ done
 
 compared coloured_SFP coloured SFP best --exclude SFP SFPWeighted
 compared coloured_SFPWeighted coloured SFPWeighted best --exclude SFP SFPWeighted
-compared coloured_70_SFP coloured_70 SFP best --exclude SFPWeighted
-compared coloured_70_SFPWeighted coloured_70 SFPWeighted best --exclude SFP
+compared coloured_70_SFP coloured_70 SFP best --exclude SFP SFPWeighted
+compared coloured_70_SFPWeighted coloured_70 SFPWeighted best --exclude SFP SFPWeighted
 compared coloured_fresh_SFP coloured_fresh SFP
 compared coloured_fresh_SFPWeighted coloured_fresh SFPWeighted
 compared coloured_digits_search_SFP coloured_digits_search SFP --exclude SFPWeighted
