@@ -91,7 +91,9 @@ def test_other_digits_are_told_from_mnist(tmp_path):
     write_mnist(tmp_path / "one")
     write_mnist(tmp_path / "two", n=61)
     ours = get_dataset_class("ColoredMNIST")
-    assert ours.differences(str(tmp_path / "one"))[0] == "train-images-idx3-ubyte.gz is another file"
+    told = ours.differences(str(tmp_path / "one"))
+    assert "raw/train-images-idx3-ubyte.gz: not an idx file of 60000 x 28 x 28 bytes" in told
+    assert "raw/t10k-labels-idx1-ubyte.gz: other labels" in told
     one, two = (ours.data_digest(str(tmp_path / name)) for name in ("one", "two"))
     assert one != two and len(one) == len(two) == 16
     assert get_dataset_class("ColoredDigits").data_digest(None) is None

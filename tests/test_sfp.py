@@ -225,10 +225,10 @@ def batch(n=8, aligned=True, side=8):
     return Minibatch(x, y, torch.arange(n) % 3 > 0 if aligned else None)
 
 
-def train(algorithm, end, begin=0):
+def train(algorithm, end, begin=0, side=8):
     for step in range(begin, end):
         torch.manual_seed(step)
-        algorithm.update([batch(), batch()])
+        algorithm.update([batch(side=side), batch(side=side)])
 
 
 class FixedLogits(nn.Module):
@@ -503,9 +503,7 @@ def test_sfp_prunes_a_network_that_cuts_images_into_windows(overrides):
     given = {"backbone": "test_maxvit", "weights": "none", "image_size": 64, "removal_layers": "all", **overrides}
     algorithm = SFP((3, 64, 64), 4, 2, hparams.resolve_hparams("SFP", "PACS", overrides=given))
     algorithm.total_steps = 10
-    for step in range(10):
-        torch.manual_seed(step)
-        algorithm.update([batch(side=64), batch(side=64)])
+    train(algorithm, 10, side=64)
     assert algorithm.sparsity() == pytest.approx(0.5, abs=0.05)
 
 
@@ -541,9 +539,7 @@ def test_sfp_prunes_a_network_with_channels_last():
     overrides = {"backbone": "test_convnext", "weights": "none", "image_size": 32, "channel_score": "class_conditional"}
     algorithm = SFP((3, 32, 32), 4, 2, hparams.resolve_hparams("SFP", "PACS", overrides=overrides))
     algorithm.total_steps = 12
-    for step in range(12):
-        torch.manual_seed(step)
-        algorithm.update([batch(side=32), batch(side=32)])
+    train(algorithm, 12, side=32)
     assert algorithm.sparsity() == pytest.approx(0.5, abs=0.02)
 
 

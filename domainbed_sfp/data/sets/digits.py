@@ -173,14 +173,13 @@ def read_mnist(data_dir: str | None) -> tuple[Tensor, Tensor]:
 
 
 def unlike_mnist(data_dir: str | None) -> list[str]:
-    """Which files are not MNIST's, by their dimensions and, to tell sets of the same form apart, by their labels."""
-    differences = []
-    for kind, paths in find_mnist(data_dir).items():
-        for path in paths:
-            expected = verify.MNIST_FILES[path.name.removesuffix(".gz")]
-            is_other = read_idx(path).shape != expected.dimensions
-            if is_other or (kind.startswith("labels") and hashlib.md5(_unpacked(path)).hexdigest() != expected.md5):
-                differences.append(f"{path.name} is another file")
+    """Which files are not MNIST's, by their dimensions and, to tell sets of the same form apart, by their labels; the
+    images are not unpacked for it."""
+    images, labels = find_mnist(data_dir).values()
+    differences = verify.folder_problems(verify.MNIST_FOLDER, images[0].parents[1])
+    for path in labels:
+        if hashlib.md5(_unpacked(path)).hexdigest() != verify.MNIST_FILES[path.name.removesuffix(".gz")].md5:
+            differences.append(f"raw/{path.name}: other labels")
     return differences
 
 
