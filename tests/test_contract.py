@@ -33,7 +33,7 @@ VARIANTS = {
                   {"rank_loss": "hinge", "voting": "mean", "vote_window": 0.2, "sparsity": 0.8}, {"rank_weight": 0.0, "objective": "Mixup"}],
     "DQMQ": [{"reinforce": 0.5}, {"objective": "CORAL", "backbone": "mnist_cnn_bn"}],
     "UniformQuant": [{"quantize_start": 0.3, "bits": 3}],
-    "EVIL": [{"objective": "CORAL", "pruning_scope": "global", "sparsity": 0.7, "update_interval": 0.2}],
+    "EVIL": [{"objective": "CORAL", "pruning_scope": "global", "sparsity": 0.7, "update_interval": 0.2}, {"growth_gradient": "accumulated"}],
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@ hand or by brute force."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -673,6 +674,43 @@ def test_the_domain_classifier_learns_and_leaves_the_features_alone():
         assert torch.equal(one, other)
 
 
+def test_growth_as_in_the_authors_code():
+    """The gradients of the last training losses and, at the exchange, of an untrained classifier's domain loss."""
+    settings = {"prune_start": 0.2, "update_interval": 0.1, "update_end": 0.75, "update_fraction": 0.5}
+    algorithm = make("EVIL", growth_gradient="accumulated", gradient_steps=2, **settings)
+    classifier = algorithm.domain_classifier.weight.clone()
+    train(algorithm, 7)
+    name, sums = "featurizer.conv2.weight", []
+    for step in (7, 8):  # an exchange is at 6, the next at 8
+        twin, data = copy.deepcopy(algorithm), batch(step)
+        x, y = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+        twin.optimizer.zero_grad()
+        F.cross_entropy(twin.network(x), y).backward()
+        sums.append(dict(twin.named_parameters())[name].grad.clone())
+        twin.optimizer.step()
+        if step == 8:
+            domains = torch.arange(len(data)).repeat_interleave(len(data[0][0]))
+            of_domains = F.cross_entropy(algorithm.domain_classifier(algorithm.featurizer(x)), domains)
+            sums += torch.autograd.grad(of_domains, dict(algorithm.named_parameters())[name])
+            expected = exchange(
+                dict(twin.named_parameters())[name],
+                sum(sums),
+                algorithm.masks()[name],
+                algorithm.schedule.fraction_at(8, STEPS),
+            )
+            assert not torch.equal(expected, algorithm.masks()[name])
+        train(algorithm, step + 1)
+    assert torch.equal(algorithm.masks()[name], expected)
+    assert torch.equal(algorithm.domain_classifier.weight, classifier)
+    assert not algorithm.accumulated[name].any()
+    # More steps than there are between exchanges: all of them.
+    schedule = ExchangeSchedule(0.5, 0.2, 0.7, 0.1, 0.4)
+    assert [step for step in range(100) if schedule.exchanges_within(step, 100, 3)] == [
+        step for exchange in (30, 40, 50, 60) for step in range(exchange - 2, exchange + 1)
+    ]
+    assert [step for step in range(100) if schedule.exchanges_within(step, 100, 50)] == list(range(21, 61))
+
+
 # all of them ----------------------------------------------------------------------------------------------------------
 
 
@@ -717,6 +755,8 @@ def test_a_network_with_batchnorm_and_depthwise_convolutions(name, overrides):
         ("EVIL", {"objective": "Mixup"}, "Mixup"),
         ("EVIL", {"update_end": 0.1}, "ends before it begins"),
         ("EVIL", {"update_fraction": 1.5}, "update_fraction"),
+        ("EVIL", {"growth_gradient": "accumulate"}, "did you mean 'accumulated'"),
+        ("EVIL", {"gradient_steps": 0}, "at least 1"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(name, overrides, part):
