@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class Hparam:
     """A hyperparameter: its default, how a random search draws it, a line of explanation, and what it may be.
 
     foreign: a field of DomainBed's records that has no effect here; it cannot be set.
+    photographs: the default on sets of photographs, where it is another than on MNIST-like ones.
     """
 
     default: Any
@@ -55,6 +56,11 @@ class Hparam:
     doc: str = ""
     foreign: bool = False
     valid: Range | None = None
+    photographs: Any = None
+
+    def on(self, small_images: bool) -> Hparam:
+        """The same hparam with its default on MNIST-like images, or on photographs."""
+        return self if small_images or self.photographs is None else replace(self, default=self.photographs)
 
     def draw(self, name: str, random_seed: int) -> Any:
         """The random value of hparam `name` for `random_seed`; the default where nothing is searched."""
@@ -136,7 +142,7 @@ def hparam_table(algorithm: str, dataset: str, overrides: Mapping[str, Any] | No
     data = get_dataset_class(dataset)
     table = common_hparams(data.SMALL_IMAGES, data.IMAGE_SIZE)
     table.update(DATASET_HPARAMS.get(dataset, {}))
-    table.update(info.hparams)
+    table.update({name: hparam.on(data.SMALL_IMAGES) for name, hparam in info.hparams.items()})
     if "objective" in info.hparams:
         chosen = (overrides or {}).get("objective", info.hparams["objective"].default)
         if not isinstance(chosen, str):

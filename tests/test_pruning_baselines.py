@@ -373,6 +373,13 @@ def test_slimming_uses_the_last_scale_before_a_channel_is_read():
     assert {len(names) for names in algorithm.scales.values()} == {1}
 
 
+def test_the_slimming_penalty_is_the_authors_for_each_kind_of_network():
+    assert hparams.resolve_hparams("NetworkSlimming", "ColoredMNIST")["slimming_penalty"] == 1e-4
+    assert hparams.resolve_hparams("NetworkSlimming", "PACS")["slimming_penalty"] == 1e-5
+    given = {"slimming_penalty": 1e-3}
+    assert hparams.resolve_hparams("NetworkSlimming", "PACS", overrides=given)["slimming_penalty"] == 1e-3
+
+
 def test_slimming_ranks_a_residual_stream_by_all_its_scales():
     values = hparams.resolve_hparams(
         "NetworkSlimming", "PACS", overrides={"backbone": "resnet18", "weights": "none", "prune_residual_streams": True}

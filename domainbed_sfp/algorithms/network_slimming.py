@@ -34,7 +34,11 @@ NORMALIZATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
             valid=one_of("layer", "global"),
         ),
         "slimming_penalty": Hparam(
-            1e-4, lambda r: r.choice([1e-5, 1e-4, 1e-3]), "lambda; 1e-5 for ResNets in the code", valid=NOT_NEGATIVE
+            1e-4,
+            lambda r: r.choice([1e-5, 1e-4, 1e-3]),
+            "lambda; 1e-5 on photographs, whose networks are ResNets and the like, as in the authors' code",
+            valid=NOT_NEGATIVE,
+            photographs=1e-5,
         ),
         "prune_at": Hparam(
             0.5, doc="fraction of the run that trains with the penalty; the rest fine-tunes", valid=RUN_FRACTION
