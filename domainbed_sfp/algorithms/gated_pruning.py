@@ -198,7 +198,9 @@ class LearnedMaskPruning(GatedPruning):
     loss of the masked network plus alpha * sum(logits). Logits begin at 1.5. A mask keeps what has a positive logit
     (`mask_rule` threshold, the papers' rule, by which the sparsity is what it is) or the largest logits at hparam
     `sparsity` (`top_k`, for comparisons at equal sparsity), layer by layer unless `pruning_scope` says otherwise; the
-    papers' rule is one threshold for all layers. Subclasses say what happens before retraining.
+    papers' rule is one threshold for all layers. Subclasses say what happens before retraining. A unit lives with
+    probability sigmoid(logit), as in Csordas et al.'s code (see `pruning.gates`); in DCWP's it is the sigmoid of that,
+    which no logit can bring below a half or above .73.
 
     As published, how dense the masks of the stage are is what the logits make of it (`mask_density` free): in runs of a
     few hundred steps far denser than the mask that `top_k` keeps. "scheduled" (this project's extension) takes one
