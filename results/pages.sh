@@ -30,6 +30,10 @@ compared pacs_small_SFP pacs_small "SFP (sparsity=0.5)" --exclude "EVIL (sparsit
   "Magnitude (sparsity=0.3)" "Random (sparsity=0.3)" "SFP (sparsity=0.3)" \
   "SFP (channel_score=unflagged, flag_threshold=class, removal=none, sparsity=0.3)" "SFPWeighted (sparsity=0.3)" \
   "SFPWeighted (sparsity=0.5)" "SparseIRM (sparsity=0.3)" "Taylor (sparsity=0.3)"
+compared pacs_small_30_SFP pacs_small "SFP (sparsity=0.3)" --exclude "EVIL (sparsity=0.5)" "MRM (sparsity=0.5)" \
+  "Magnitude (sparsity=0.5)" "Random (sparsity=0.5)" "SFP (sparsity=0.5)" \
+  "SFP (channel_score=unflagged, flag_threshold=class, removal=none, sparsity=0.5)" "SFPWeighted (sparsity=0.3)" \
+  "SFPWeighted (sparsity=0.5)" "SparseIRM (sparsity=0.5)" "Taylor (sparsity=0.5)"
 for budget in "digits 0.1566 3" "digits 0.264 4" "small 0.1651 3" "small 0.2714 4"; do
   set -- $budget
   compared "quantization_$1_DQMQ_$3bit" "quantization_$1" "DQMQ (target_bitops=$2)" \
