@@ -178,8 +178,9 @@ class EVIL(ScheduledPruning):
             return
         parameters = dict(self.named_parameters())
         for name, total in self.accumulated.as_dict().items():
-            if parameters[name].grad is not None:
-                total += parameters[name].grad
+            gradient = parameters[name].grad
+            if gradient is not None:
+                total += gradient
             if self.domain_gradients:
                 self.domain_gradients[name] = self.domain_gradients[name] + total
                 total.zero_()
