@@ -181,7 +181,7 @@ class EVIL(ScheduledPruning):
             gradient = parameters[name].grad
             if gradient is not None:
                 total += gradient
-            if self.domain_gradients:
+            if name in self.domain_gradients:  # of this step, where it exchanges
                 self.domain_gradients[name] = self.domain_gradients[name] + total
                 total.zero_()
 
@@ -219,6 +219,8 @@ class EVIL(ScheduledPruning):
         return begins or self.schedule.exchanges_at(self.step, self.total_steps)
 
     def _domain_loss(self, features: Tensor, domains: Tensor) -> float:
+        """The domain classifier's loss on features [N, D] without their graph; trains it unless it is to stay as it
+        began."""
         loss = F.cross_entropy(self.domain_classifier(features), domains)
         if not self.accumulates:
             self.domain_optimizer.zero_grad()
