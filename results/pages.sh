@@ -24,6 +24,7 @@ compared coloured_fresh_SFPWeighted coloured_fresh SFPWeighted
 compared coloured_digits_search_SFP coloured_digits_search SFP --exclude SFPWeighted
 domainbed-sfp collect --input_dir results/coloured_digits_search --selection training-domain --chosen \
   --output results/coloured_digits_search_chosen.md
+domainbed-sfp collect --input_dir results/coloured_search --selection training-domain --chosen --output results/coloured_search_chosen.md
 compared globalpru_small_GlobalPru globalpru_small GlobalPru
 compared globalpru_coloured_GlobalPru globalpru_coloured GlobalPru
 compared pacs_small_SFP pacs_small "SFP (sparsity=0.5)" --exclude "EVIL (sparsity=0.3)" "MRM (sparsity=0.3)" \
