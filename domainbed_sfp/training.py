@@ -31,7 +31,7 @@ from domainbed_sfp.data.augmentation import normalize
 from domainbed_sfp.data.base import EVALUATION_BATCH
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import Split, split_environment
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.errors import UserError, check_range
 from domainbed_sfp.pruning import accounting, mask_files
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
@@ -178,9 +178,10 @@ def choose_precision(name: str, device: torch.device, network: torch.nn.Module) 
 def check_settings(settings: Any) -> None:
     """Raises UserError where a run's or a sweep's settings cannot be (TrainArgs, SweepSpec and Job have them all)."""
     for name in ("steps", "checkpoint_freq"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: expected a number of steps of at least 1, got {value}")
+        check_range(f"--{name}", getattr(settings, name), 1)
+    for name in ("seed", "hparams_seed", "trial_seed"):
+        # What torch takes as a seed; a sweep has counts of seeds instead.
+        check_range(f"--{name}", getattr(settings, name, None), -(2**63), 2**64 - 1)
     if not 0 < settings.holdout_fraction < 1:
         raise UserError(f"--holdout_fraction: expected a fraction in (0, 1), got {settings.holdout_fraction}")
     if not 0 <= settings.uda_holdout_fraction < 1:

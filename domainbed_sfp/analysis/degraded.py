@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, unknown_name
 from ..files import write_output
-from ..records import DONE, RESULTS, Warn, read_records
+from ..records import RESULTS, Warn, is_done, last_record
 from .display import ABSENT, RECONSTRUCTION_NOTE, daggered
 from .jobs import Method, label_methods, method_of
 from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
@@ -107,11 +107,11 @@ def cases_of(input_dir: str | Path, warn: Warn) -> list[Case]:
     known: dict[tuple[Any, ...], Path] = {}
     seeds: dict[tuple[Method, str], set[int]] = defaultdict(set)
     for file in files:
-        if not (file.parent / DONE).exists():
-            warn(f"{file.parent}: not finished, left out")
-            continue
         try:
-            last: dict[str, Any] = next(iter(reversed(list(read_records(file, warn)))), {})
+            last = last_record(file.parent)
+            if last is None or not is_done(file.parent):
+                warn(f"{file.parent}: not finished, left out")
+                continue
             if not any(_FIELD.fullmatch(name) for name in last):
                 continue
             args = last["args"]

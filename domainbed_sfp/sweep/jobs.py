@@ -21,6 +21,7 @@ from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.sweep import slurm_batches
 from domainbed_sfp.sweep.slurm_batches import Standing
+from domainbed_sfp.sweep.slurm_task import saved_step
 from domainbed_sfp.training import LOCK, TrainArgs
 
 MANIFEST_FORMAT = 1
@@ -127,6 +128,27 @@ class Job:
             f"{self.dataset} {self.algorithm} test {','.join(map(str, self.test_envs))} "
             f"hparams {self.hparams_seed} trial {self.trial_seed}{settings}"
         )
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """What an unfinished job has left. runs: 0 where it has no folder, because SLURM has lost it before, else 1. steps:
+    as its records or its checkpoint show. size: of all files, in bytes."""
+
+    job: Job
+    folder: Path
+    runs: int
+    steps: int
+    size: int
+
+
+def amount(leftovers: Sequence[Leftover]) -> str:
+    """How much that is together, in words."""
+    runs, steps = sum(one.runs for one in leftovers), sum(one.steps for one in leftovers)
+    return (
+        f"{runs:,} run{'' if runs == 1 else 's'}, {steps:,} step{'' if steps == 1 else 's'}, "
+        f"{sum(one.size for one in leftovers) / 1e6:,.1f} MB"
+    )
 
 
 def command_line(args: TrainArgs) -> list[str]:
@@ -278,21 +300,40 @@ class SweepDirectory:
                 ) from None
         return jobs
 
-    def delete(self, jobs: Iterable[Job]) -> None:
-        """Removes the folders of jobs, each under its lock: one that has just been started stays.
+    def leftovers(self, jobs: Iterable[Job]) -> list[Leftover]:
+        """What there is of jobs that have begun; `jobs` are neither done nor running."""
+        found = []
+        for job in jobs:
+            folder = self.job_dir(job)
+            step = max(records.last_step(folder) + 1, saved_step(folder))
+            sizes = [file.lstat().st_size for file in folder.rglob("*") if not file.is_dir()]
+            found.append(Leftover(job, folder, int(folder.is_dir()), step, sum(sizes)))
+        return found
+
+    def delete(self, leftovers: Iterable[Leftover]) -> list[Leftover]:
+        """Removes the folders of runs, each under its lock, and returns those removed: one that has been started or
+        finished since stays, as does one whose records cannot be read.
 
         What SLURM's tasks have left about them goes too: a job that begins anew has all its retries.
         """
-        jobs = list(jobs)
-        slurm_batches.forget(self.path, {self.job_dir(job).name for job in jobs})
-        for job in jobs:
-            if not self.job_dir(job).is_dir():
+        deleted = []
+        for one in leftovers:
+            if not one.runs:
+                deleted.append(one)
                 continue
             try:
-                with FileLock(self.job_dir(job) / LOCK, timeout=0):
-                    shutil.rmtree(self.job_dir(job))
+                with FileLock(one.folder / LOCK, timeout=0):
+                    if (one.folder / records.DONE).exists() and records.last_record(one.folder):
+                        continue
+                    shutil.rmtree(one.folder)
             except Timeout:
                 continue
+            except OSError as error:
+                print(f"warning: {one.folder} stays: {error.strerror or error}", file=sys.stderr)
+                continue
+            deleted.append(one)
+        slurm_batches.forget(self.path, {one.folder.name for one in deleted})
+        return deleted
 
     def _manifest(self) -> dict[str, Any]:
         file = self.path / records.SWEEP

@@ -13,7 +13,7 @@ import yaml
 
 from domainbed_sfp import hparams, registry
 from domainbed_sfp.data import dataset_names, get_dataset_class
-from domainbed_sfp.errors import UserError, did_you_mean, unknown_name
+from domainbed_sfp.errors import LARGEST, UserError, check_range, did_you_mean, unknown_name
 from domainbed_sfp.seeds import seed_hash
 from domainbed_sfp.sweep.jobs import Job
 from domainbed_sfp.training import check_settings, check_test_envs
@@ -27,6 +27,9 @@ _SpecLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
+
+# A larger grid is a slip of the pen, and its list of jobs fills the memory.
+MOST_JOBS = 1_000_000
 
 # The hparams that say how far a network is compressed.
 COMPRESSION = ("sparsity", "bits", "target_bitops")
@@ -154,6 +157,8 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
     for name in ("n_hparams_from", "n_trials_from"):
         if (first := getattr(spec, name)) < 0:
             raise UserError(f"{name} is {first}, expected 0 or more")
+    for name in ("n_hparams", "n_trials"):
+        check_range(f"--{name}", getattr(spec, name), -LARGEST)
     if spec.test_envs == [] or spec.n_hparams <= spec.n_hparams_from or spec.n_trials <= spec.n_trials_from:
         raise UserError(
             f"the sweep is empty: n_hparams_from {spec.n_hparams_from}, n_hparams {spec.n_hparams}, n_trials_from "
@@ -167,10 +172,14 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
         environments[dataset] = get_dataset_class(dataset).environment_names(data_dir)
         for algorithm, overrides in rows:
             hparams.resolve_hparams(algorithm, dataset, overrides=overrides)
+    grids = {dataset: list(_all_test_envs(spec, dataset, names)) for dataset, names in environments.items()}
+    seeds = (spec.n_trials - spec.n_trials_from) * (spec.n_hparams - spec.n_hparams_from)
+    if (count := seeds * len(rows) * sum(len(grids[dataset]) for dataset in spec.datasets)) > MOST_JOBS:
+        raise UserError(f"the sweep has {count:,} jobs, expected at most {MOST_JOBS:,}: lower n_hparams or n_trials")
     jobs = []
     trials = range(spec.n_trials_from, spec.n_trials)
     for trial_seed, dataset, (algorithm, overrides) in product(trials, spec.datasets, rows):
-        for test_envs in _all_test_envs(spec, dataset, environments[dataset]):
+        for test_envs in grids[dataset]:
             for hparams_seed in range(spec.n_hparams_from, spec.n_hparams):
                 jobs.append(
                     Job(
