@@ -18,7 +18,13 @@ from domainbed_sfp.errors import UserError
 from domainbed_sfp.files import write_atomically
 from domainbed_sfp.record_lines import end_last_line
 from domainbed_sfp.records import (
-    is_done, last_record, last_step, load_records, load_sweep, read_records, write_records,
+    is_done,
+    last_record,
+    last_step,
+    load_records,
+    load_sweep,
+    read_records,
+    write_records,
 )  # fmt: skip
 
 GOLDEN = Path(__file__).parent / "golden"
