@@ -21,6 +21,7 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     environments           the names of the data set's environments
     input_shape            (channels, height, width) of the network's input
     data_digest            of the images, for a data set that its name does not determine; else null
+    weights_digest         of the file that hparam `weights` names: a hash; else absent
     code                   of an algorithm of another package: a hash of that package's Python files; else absent
 """
 
@@ -57,7 +58,10 @@ COST_FIELDS = (
 COSTS_OF_IMAGES = ("bitops", "mean_bits")
 
 # Said by the last record for the whole run.
-FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments", "input_shape", "data_digest", "code")
+FACT_FIELDS = (
+    "granularity", "precision", "commit", "standing", "environments", "input_shape", "data_digest", "code",
+    "weights_digest",
+)  # fmt: skip
 
 # What is further from the sparsity that its hparam asks for is not at its final compression; few channels round.
 SPARSITY_ASKED = 0.05

@@ -16,7 +16,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from domainbed_sfp import checkpoints, environment, hparams, networks, records, registry
 from domainbed_sfp.algorithms.base import Algorithm
-from domainbed_sfp.data import Dataset, degradations, get_dataset_class
+from domainbed_sfp.data import Dataset, dataset_names, degradations, get_dataset_class
 from domainbed_sfp.data.augmentation import normalize
 from domainbed_sfp.data.base import EVALUATION_BATCH
 from domainbed_sfp.data.loaders import MinibatchLoader
@@ -113,8 +113,13 @@ def train(args: TrainArgs) -> None:
         Interrupted: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint saved.
     """
     # A name mistyped must not leave an empty directory behind.
-    hparams.resolve_hparams(args.algorithm, args.dataset, overrides=hparams.parse_overrides(args.hparams))
+    overrides = hparams.parse_overrides(args.hparams)
+    hparams.resolve_hparams(args.algorithm, args.dataset, overrides=overrides)
     check_settings(args)
+    checked = hparams.checked_overrides(args.algorithm, args.dataset, overrides)
+    if json.dumps(checked) != json.dumps(overrides):
+        # Records say 8 samples where 8.0 were asked for: rows of tables are made of what they say.
+        args = replace(args, hparams=json.dumps(checked, sort_keys=True))
     output_dir = Path(args.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -224,6 +229,7 @@ class _Run:
         )
         self.info = registry.get(args.algorithm)
         self.code = environment.code_of(self.info.cls)
+        self.weights_digest = environment.weights_digest(self.hparams["weights"])
         dataset_class = get_dataset_class(args.dataset)
         self.n_steps = args.steps or dataset_class.N_STEPS
         self.checkpoint_freq = args.checkpoint_freq or dataset_class.CHECKPOINT_FREQ
@@ -389,6 +395,8 @@ class _Run:
         )
         if self.code is not None:
             record["code"] = self.code
+        if self.weights_digest is not None:
+            record["weights_digest"] = self.weights_digest
         if "granularity" in self.hparams:
             record["granularity"] = self.hparams["granularity"]
         if masks and record["final_compression"]:
@@ -427,6 +435,7 @@ class _Run:
             "args": asdict(self.args),
             "data_digest": self.data_digest,
             "code": self.code,
+            "weights_digest": self.weights_digest,
             "step": self.step,
             "update_is_done": self.update_is_done,
             "records": self.records,
@@ -622,14 +631,21 @@ def _is_correct(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def identity_of(args: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run computes: a record's `args` without SURROUNDINGS, hparams as values."""
+    """What a run computes: a record's `args` without SURROUNDINGS; hparams as values, the data set's numbers of steps
+    where none are given, test environments in order."""
     identity = {name: value for name, value in args.items() if name not in SURROUNDINGS}
-    identity["hparams"] = hparams.parse_overrides(identity.get("hparams"))
+    identity["hparams"] = hparams.recorded_overrides(identity.get("hparams"))
+    identity["test_envs"] = sorted(identity["test_envs"])
+    if identity["dataset"] in dataset_names():  # a record of DomainBed's own may have another
+        dataset = get_dataset_class(identity["dataset"])
+        for name, usual in (("steps", dataset.N_STEPS), ("checkpoint_freq", dataset.CHECKPOINT_FREQ)):
+            if name in identity and identity[name] is None:
+                identity[name] = usual
     return identity
 
 
 def _checkpoint_of(output_dir: Path) -> Mapping[str, Any] | None:
-    """`args`, `data_digest` and `code` of the run whose checkpoint is in the directory."""
+    """`args`, `data_digest`, `code` and `weights_digest` of the run whose checkpoint is in the directory."""
     if not (output_dir / CHECKPOINT).exists():
         return None
     state = checkpoints.read_state(output_dir / CHECKPOINT)
@@ -653,6 +669,13 @@ def _refuse_other_run(args: TrainArgs, output_dir: Path) -> None:
                 f"output_dir {args.output_dir!r} holds another run ({name} {theirs[name]!r} there, "
                 f"{ours[name]!r} here); choose another --output_dir, or remove that one"
             )
+    weights = ours["hparams"].get("weights")
+    here, there = environment.weights_digest(weights), earlier.get("weights_digest")
+    if here and there and here != there:
+        raise UserError(
+            f"output_dir {args.output_dir!r} holds a run that began from other weights (the file {weights!r} had hash "
+            f"{there} then, {here} now); choose another --output_dir, or remove that one"
+        )
 
 
 def _cpu_flags() -> set[str]:

@@ -200,11 +200,13 @@ def backbone_of(run: Run) -> str:
 
 
 def weights_of(run: Run) -> str:
-    """What training began from: "imagenet", "none", or the name of a file."""
+    """What training began from: "imagenet", "none", or the name of a file, with its hash where records have it."""
     chosen = str(run.hparams.get("weights", "imagenet"))
     weights = PurePath(chosen).name
     if weights != chosen and weights in ("imagenet", "none"):
         return f"file {weights}"
+    if "weights_digest" in run.facts:
+        return f"{weights} (hash {run.facts['weights_digest']})"
     # There are none of ImageNet for it: unless a file is named, it begins at random.
     return "none" if weights == "imagenet" and backbone_of(run).startswith("MNIST_CNN") else weights
 

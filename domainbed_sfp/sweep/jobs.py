@@ -7,10 +7,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ PROGRAM = (sys.executable, "-m", "domainbed_sfp")
 PROTOCOL = ("task", "holdout_fraction", "uda_holdout_fraction", "steps", "checkpoint_freq", "precision")
 
 
+# Ways to write a job's numbers that are looked for on disk: each of eight of them in two ways.
+MOST_SPELLINGS = 256
+
+
 class State(Enum):
     """Where a job stands. The first three values are DomainBed's words."""
 
@@ -46,7 +51,10 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Job:
-    """One run, described by what it computes and not by where data or results lie."""
+    """One run, described by what it computes and not by where data or results lie.
+
+    hparams: as `hparams.checked_overrides` gives them, so that jobs which say the same are the same.
+    """
 
     dataset: str
     algorithm: str
@@ -96,6 +104,16 @@ class Job:
             args["hparams"] = self.hparams_text
         return args
 
+    def other_names(self, data_dir: str | None) -> list[str]:
+        """Folders that may hold this job, too: earlier versions went by how a number was written (8 or 8.0), and
+        DomainBed's sweep has a name of its own."""
+        spelled = list(_spellings(self))
+        names = [job.name for job in spelled]
+        # DomainBed's sweep has no flags for these, so its folders hold runs with the defaults.
+        if self.precision == "fp32" and self.checkpoint_freq is None and not self.uda_holdout_fraction:
+            names += [job.domainbed_name(data_dir) for job in spelled]
+        return [name for name in dict.fromkeys(names) if name != self.name]
+
     def domainbed_name(self, data_dir: str | None) -> str:
         """The folder DomainBed's sweep gives this job, which depends on where the data lies."""
         return hashlib.md5(json.dumps(self.domainbed_args(data_dir), sort_keys=True).encode("utf-8")).hexdigest()
@@ -128,6 +146,20 @@ class Job:
             f"{self.dataset} {self.algorithm} test {','.join(map(str, self.test_envs))} "
             f"hparams {self.hparams_seed} trial {self.trial_seed}{settings}"
         )
+
+
+def _spellings(job: Job) -> Iterator[Job]:
+    """The job with each whole number written as a whole number or as a float; as it is first."""
+
+    def ways(value: Any) -> list[Any]:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 2**53 or value != int(value):
+            return [value]
+        return [value, float(value) if isinstance(value, int) else int(value)]
+
+    choices = [ways(value) for value in job.hparams.values()]
+    fractions = ways(job.uda_holdout_fraction)
+    for fraction, *values in islice(product(fractions, *choices), MOST_SPELLINGS):
+        yield replace(job, uda_holdout_fraction=fraction, hparams=dict(zip(job.hparams, values)))
 
 
 @dataclass(frozen=True)
@@ -173,10 +205,10 @@ class SweepDirectory:
     def __init__(self, path: str | Path, data_dir: str | None = None) -> None:
         self.path = Path(path)
         self.data_dir = data_dir
-        self._domainbed_names: dict[Job, str] = {}
+        self._other_names: dict[Job, list[str]] = {}
 
     def job_dir(self, job: Job) -> Path:
-        """The job's folder; DomainBed's name for it is honoured where its sweep has begun the job."""
+        """The job's folder; another name of it is honoured where an earlier version or DomainBed has begun the job."""
         return self._job_dir(job, lambda name: (self.path / name).is_dir())
 
     def job_dirs(self, jobs: Sequence[Job]) -> dict[Job, Path]:
@@ -218,14 +250,12 @@ class SweepDirectory:
             return set()
 
     def _job_dir(self, job: Job, is_there: Callable[[str], bool]) -> Path:
-        # DomainBed's sweep has no flags for these, so its folders hold runs with the defaults.
-        is_domainbeds = job.precision == "fp32" and job.checkpoint_freq is None and not job.uda_holdout_fraction
-        if is_domainbeds and not is_there(job.name):
-            theirs = self._domainbed_names.get(job)
-            if theirs is None:
-                theirs = self._domainbed_names[job] = job.domainbed_name(self.data_dir)
-            if is_there(theirs):
-                return self.path / theirs
+        if not is_there(job.name):
+            if job not in self._other_names:
+                self._other_names[job] = job.other_names(self.data_dir)
+            for name in self._other_names[job]:
+                if is_there(name):
+                    return self.path / name
         return self.path / job.name
 
     def _state(self, folder: Path) -> State:
@@ -254,6 +284,9 @@ class SweepDirectory:
                     # One row is one method: a package that has changed since is another.
                     if code := environment.code_of(registry.get(algorithm).cls):
                         protocol[f"code of {algorithm}"] = code
+                for weights in dict.fromkeys(job.hparams.get("weights") for job in jobs):
+                    if digest := environment.weights_digest(weights):
+                        protocol[f"weights {weights}"] = digest
                 earlier = manifest.get("protocol", {})
                 for name in protocol.keys() & earlier.keys():
                     if protocol[name] != earlier[name]:

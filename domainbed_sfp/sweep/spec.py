@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -19,8 +20,24 @@ from domainbed_sfp.sweep.jobs import Job
 from domainbed_sfp.training import check_settings, check_test_envs
 
 
+class _GivenTwice(yaml.YAMLError):
+    """A mapping of a spec has a key twice, of which YAML's own readers keep the last."""
+
+
 class _SpecLoader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-3 for a word; in a file of hparams it is a number."""
+    """YAML 1.1 takes 1e-3 for a word; in a file of hparams it is a number. A key that is given twice is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if (first := lines.get((key.tag, key.value))) is not None:
+                    where = f"line {first}" if line == first else f"lines {first} and {line}"
+                    raise _GivenTwice(f"{key.value!r:.80} is given twice ({where}); keep one of them")
+                lines[key.tag, key.value] = line
+        return node
 
 
 _SpecLoader.add_implicit_resolver(
@@ -78,7 +95,9 @@ def read_spec(path: str) -> SweepSpec:
     text = _spec_text(path)
     try:
         values = yaml.load(text, _SpecLoader)
-    except yaml.YAMLError as error:
+    except _GivenTwice as error:
+        raise UserError(f"sweep spec {path!r}: {error}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"sweep spec {path!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"sweep spec {path!r}: expected keys such as datasets and algorithms, got {values!r:.80}")
@@ -86,9 +105,21 @@ def read_spec(path: str) -> SweepSpec:
     for key in values:
         if key not in known:
             raise UserError(f"sweep spec {path!r}: {unknown_name('key', key, known)}")
-    spec = SweepSpec(**values)
+    spec = SweepSpec(**{key: _whole(value) if key in _WHOLE_NUMBERS else value for key, value in values.items()})
     _check_kinds(spec, path)
     return spec
+
+
+# Keys whose values count something: 300.0 steps are 300.
+_WHOLE_NUMBERS = (
+    "n_hparams_from", "n_hparams", "n_trials_from", "n_trials", "steps", "checkpoint_freq", "test_envs",
+)  # fmt: skip
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_whole(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_rows(spec: SweepSpec, path: str) -> None:
@@ -167,18 +198,25 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
         )
     check_settings(spec)
     rows = [_row(entry, spec.hparams) for entry in spec.algorithms]
+    _refuse_repeats("datasets", spec.datasets)
+    _refuse_repeats("test_envs", [sorted(test_envs) for test_envs in spec.test_envs or []])
     environments = {}
+    checked: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for dataset in spec.datasets:
         environments[dataset] = get_dataset_class(dataset).environment_names(data_dir)
+        checked[dataset] = []
         for algorithm, overrides in rows:
             hparams.resolve_hparams(algorithm, dataset, overrides=overrides)
+            checked[dataset].append((algorithm, hparams.checked_overrides(algorithm, dataset, overrides)))
+        _refuse_repeats("algorithms", [_written(*row) for row in checked[dataset]])
     grids = {dataset: list(_all_test_envs(spec, dataset, names)) for dataset, names in environments.items()}
     seeds = (spec.n_trials - spec.n_trials_from) * (spec.n_hparams - spec.n_hparams_from)
     if (count := seeds * len(rows) * sum(len(grids[dataset]) for dataset in spec.datasets)) > MOST_JOBS:
         raise UserError(f"the sweep has {count:,} jobs, expected at most {MOST_JOBS:,}: lower n_hparams or n_trials")
     jobs = []
     trials = range(spec.n_trials_from, spec.n_trials)
-    for trial_seed, dataset, (algorithm, overrides) in product(trials, spec.datasets, rows):
+    for trial_seed, dataset, row in product(trials, spec.datasets, range(len(rows))):
+        algorithm, overrides = checked[dataset][row]
         for test_envs in grids[dataset]:
             for hparams_seed in range(spec.n_hparams_from, spec.n_hparams):
                 jobs.append(
@@ -186,8 +224,8 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
                         dataset=dataset,
                         algorithm=algorithm,
                         test_envs=tuple(test_envs),
-                        holdout_fraction=spec.holdout_fraction,
-                        uda_holdout_fraction=spec.uda_holdout_fraction,
+                        holdout_fraction=float(spec.holdout_fraction),
+                        uda_holdout_fraction=float(spec.uda_holdout_fraction),
                         hparams_seed=hparams_seed,
                         task=spec.task,
                         trial_seed=trial_seed,
@@ -198,11 +236,17 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
                         precision=spec.precision,
                     )
                 )
-    if len({job.name for job in jobs}) < len(jobs):
-        raise UserError(
-            "the sweep names a job twice: the same data set, or algorithm with the same hparams, is repeated"
-        )
     return jobs
+
+
+def _refuse_repeats(key: str, values: Sequence[object]) -> None:
+    """Raises UserError for what a list of the sweep holds twice."""
+    if repeated := [value for at, value in enumerate(values) if value in values[:at]]:
+        raise UserError(f"the sweep names a job twice: {key} holds {repeated[0]} twice")
+
+
+def _written(algorithm: str, overrides: Mapping[str, Any]) -> str:
+    return f"{algorithm} {json.dumps(overrides, sort_keys=True)}" if overrides else algorithm
 
 
 def drawn_compression(spec: SweepSpec) -> dict[str, list[str]]:
