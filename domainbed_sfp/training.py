@@ -633,7 +633,7 @@ def _is_correct(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def identity_of(args: Mapping[str, Any]) -> dict[str, Any]:
     """What a run computes: a record's `args` without SURROUNDINGS, hparams as values."""
     # DomainBed, and earlier versions, evaluate all checkpoints and have no such argument.
-    identity = {"evaluate": EVALUATIONS[0]}
+    identity: dict[str, Any] = {"evaluate": EVALUATIONS[0]}
     identity.update((name, value) for name, value in args.items() if name not in SURROUNDINGS)
     identity["hparams"] = hparams.parse_overrides(identity.get("hparams"))
     return identity
