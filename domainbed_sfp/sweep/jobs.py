@@ -22,7 +22,6 @@ from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.sweep import slurm_batches
 from domainbed_sfp.sweep.slurm_batches import Standing
-from domainbed_sfp.sweep.slurm_task import saved_step
 from domainbed_sfp.training import LOCK, TrainArgs
 
 MANIFEST_FORMAT = 1
@@ -30,8 +29,12 @@ MANIFEST_FORMAT = 1
 # The program `domainbed-sfp`, by the interpreter that runs now.
 PROGRAM = (sys.executable, "-m", "domainbed_sfp")
 
+# Settings that jobs of earlier versions did not have, by their defaults: with these a job keeps its folder, and a sweep
+# its protocol.
+LATER_SETTINGS = {"evaluate": "all"}
+
 # What all runs of one directory must share, so that one table can hold them.
-PROTOCOL = ("task", "holdout_fraction", "uda_holdout_fraction", "steps", "checkpoint_freq", "precision")
+PROTOCOL = ("task", "holdout_fraction", "uda_holdout_fraction", "steps", "checkpoint_freq", "precision", "evaluate")
 
 
 # Ways to write a job's numbers that are looked for on disk: each of eight of them in two ways.
@@ -69,14 +72,18 @@ class Job:
     checkpoint_freq: int | None = None
     hparams: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
+    evaluate: str = LATER_SETTINGS["evaluate"]
 
     def __hash__(self) -> int:  # the generated one would hash `hparams`, a dict
         return hash(self.name)
 
     @cached_property
     def name(self) -> str:
-        """The job's folder: a hash of everything above."""
+        """The job's folder: a hash of everything above, later settings only where they are not the default."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, default in LATER_SETTINGS.items():
+            if values[name] == default:
+                del values[name]
         text = json.dumps({**values, "hparams": dict(self.hparams)}, sort_keys=True)
         return hashlib.md5(text.encode("utf-8")).hexdigest()
 
@@ -110,7 +117,8 @@ class Job:
         spelled = list(_spellings(self))
         names = [job.name for job in spelled]
         # DomainBed's sweep has no flags for these, so its folders hold runs with the defaults.
-        if self.precision == "fp32" and self.checkpoint_freq is None and not self.uda_holdout_fraction:
+        ours_alone = ("precision", "checkpoint_freq", "uda_holdout_fraction", "evaluate")
+        if all(getattr(self, name) == getattr(Job, name) for name in ours_alone):
             names += [job.domainbed_name(data_dir) for job in spelled]
         return [name for name in dict.fromkeys(names) if name != self.name]
 
@@ -136,6 +144,7 @@ class Job:
             holdout_fraction=self.holdout_fraction,
             uda_holdout_fraction=self.uda_holdout_fraction,
             precision=self.precision,
+            evaluate=self.evaluate,
             **options,
         )
 
@@ -287,7 +296,7 @@ class SweepDirectory:
                 for weights in dict.fromkeys(job.hparams.get("weights") for job in jobs):
                     if digest := environment.weights_digest(weights):
                         protocol[f"weights {weights}"] = digest
-                earlier = manifest.get("protocol", {})
+                earlier = {**LATER_SETTINGS, **manifest["protocol"]} if manifest else {}
                 for name in protocol.keys() & earlier.keys():
                     if protocol[name] != earlier[name]:
                         raise UserError(
@@ -320,7 +329,9 @@ class SweepDirectory:
     def listed(self) -> list[Job]:
         """The jobs of all launches so far; none where nothing was launched."""
         manifest = self._manifest()
-        protocol = {name: manifest["protocol"].get(name) for name in PROTOCOL} if manifest else {}
+        protocol = (
+            {name: manifest["protocol"].get(name, LATER_SETTINGS.get(name)) for name in PROTOCOL} if manifest else {}
+        )
         names = {one.name for one in fields(Job)}
         jobs = []
         for entry in manifest.get("jobs", []):
@@ -338,7 +349,7 @@ class SweepDirectory:
         found = []
         for job in jobs:
             folder = self.job_dir(job)
-            step = max(records.last_step(folder) + 1, saved_step(folder))
+            step = max(records.last_step(folder) + 1, records.saved_step(folder))
             sizes = [file.lstat().st_size for file in folder.rglob("*") if not file.is_dir()]
             found.append(Leftover(job, folder, int(folder.is_dir()), step, sum(sizes)))
         return found

@@ -251,8 +251,7 @@ class _LocalLaunch:
         return ended + sum(self._share(running.task.job) for running in self.running)
 
     def _share(self, job: Job) -> float:
-        step = records.last_step(self.directory.job_dir(job))
-        return (step + 1) / (job.steps or get_dataset_class(job.dataset).N_STEPS)
+        return records.saved_step(self.directory.job_dir(job)) / (job.steps or get_dataset_class(job.dataset).N_STEPS)
 
     def _counts(self) -> str:
         parts = [f"{self.outcome.done} done", f"{len(self.running)} running", f"{len(self.waiting)} waiting"]

@@ -145,7 +145,7 @@ class Watch:
         total = job.steps or get_dataset_class(job.dataset).N_STEPS
         standing = view.standings.get(folder.name)
         where = f" (SLURM job {standing.queued.id})" if standing and standing.queued else ""
-        return f"step {records.last_step(folder) + 1} of {total}{where}"
+        return f"step {records.saved_step(folder)} of {total}{where}"
 
     def _failures(self, view: View) -> list[tuple[Job, str]]:
         failed = [job for job, state in view.states.items() if state is State.FAILED]
