@@ -647,8 +647,9 @@ def identity_of(args: Mapping[str, Any]) -> dict[str, Any]:
     identity: dict[str, Any] = {"evaluate": EVALUATIONS[0]}
     identity.update((name, value) for name, value in args.items() if name not in SURROUNDINGS)
     identity["hparams"] = hparams.recorded_overrides(identity.get("hparams"))
-    identity["test_envs"] = sorted(identity["test_envs"])
-    if identity["dataset"] in dataset_names():  # a record of DomainBed's own may have another
+    if isinstance(identity.get("test_envs"), list):
+        identity["test_envs"] = sorted(identity["test_envs"], key=str)
+    if identity.get("dataset") in dataset_names():  # a record of DomainBed's own may have another
         dataset = get_dataset_class(identity["dataset"])
         for name, usual in (("steps", dataset.N_STEPS), ("checkpoint_freq", dataset.CHECKPOINT_FREQ)):
             if name in identity and identity[name] is None:
