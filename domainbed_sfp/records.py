@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
 from .files import write_atomically
@@ -42,6 +43,7 @@ from .files import write_atomically
 RESULTS = "results.jsonl"
 DONE = "done"
 FAILURE = "failure.json"
+CHECKPOINT = "checkpoint.safetensors"
 SWEEP = "sweep.json"
 
 # Fields that may differ between two runs which are bit-identical otherwise.
@@ -105,6 +107,11 @@ class Run:
     @property
     def hparams_seed(self) -> int:
         return self.args["hparams_seed"]
+
+    @property
+    def evaluate(self) -> str:
+        """Which checkpoints have records: "all", as in DomainBed, or "final", those that selection may choose."""
+        return self.args.get("evaluate", "all")
 
     @property
     def trial_seed(self) -> int:
@@ -199,6 +206,16 @@ def run_of(directory: str, parsed: Sequence[dict[str, Any]]) -> Run:
     for record in parsed:
         columns.add(record)
     return columns.run(directory, complete=True, failure=None)
+
+
+def saved_step(directory: str | os.PathLike[str]) -> int:
+    """The step that the checkpoint of an unfinished run continues at; 0 where there is none that can be read."""
+    try:
+        # As checkpoints.read_state does, but without torch.
+        with safe_open(Path(directory) / CHECKPOINT, framework="numpy") as file:
+            return json.loads(file.metadata()["domainbed_sfp"])["state"]["step"]
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
+        return 0
 
 
 def load_sweep(input_dir: str | os.PathLike[str]) -> dict[str, Any] | None:

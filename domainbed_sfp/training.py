@@ -35,10 +35,11 @@ from domainbed_sfp.errors import UserError
 from domainbed_sfp.pruning import accounting, mask_files
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
-CHECKPOINT = "checkpoint.safetensors"
 LOCK = "run.lock"
 PRECISIONS = ("fp32", "bf16", "auto")
 TASKS = ("domain_generalization", "domain_adaptation")
+# Which checkpoints are evaluated: all, as DomainBed does, or those that selection may choose.
+EVALUATIONS = ("all", "final")
 
 # What asks a run to save and stop. SLURM sends SIGUSR1 before a time limit; Windows does not have it.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
@@ -62,7 +63,9 @@ class TrainArgs:
     """What a run computes; names and defaults are DomainBed's, `precision`, `device` and `cache_dir` are ours.
 
     hparams is the `--hparams` JSON text. precision: arithmetic of the featurizer, fp32, bf16, or auto (bf16 where
-    the hardware has it and the network gains by it). steps and checkpoint_freq: None takes the data set's.
+    the hardware has it and the network gains by it). steps and checkpoint_freq: None takes the data set's. evaluate:
+    "final" leaves out, and writes no record of, the checkpoints at which the network is not yet compressed as far as it
+    will be: they are no candidates for selection. A dense network has none of them. The last step is always evaluated.
     """
 
     data_dir: str | None = None
@@ -82,6 +85,7 @@ class TrainArgs:
     skip_model_save: bool = False
     save_model_every_checkpoint: bool = False
     precision: str = "fp32"
+    evaluate: str = "all"
     device: str = "auto"
     cache_dir: str | None = None
 
@@ -185,7 +189,7 @@ def check_settings(settings: Any) -> None:
         raise UserError(f"--holdout_fraction: expected a fraction in (0, 1), got {settings.holdout_fraction}")
     if not 0 <= settings.uda_holdout_fraction < 1:
         raise UserError(f"--uda_holdout_fraction: expected a fraction in [0, 1), got {settings.uda_holdout_fraction}")
-    for name, valid in (("task", TASKS), ("precision", PRECISIONS)):
+    for name, valid in (("task", TASKS), ("precision", PRECISIONS), ("evaluate", EVALUATIONS)):
         if getattr(settings, name) not in valid:
             raise UserError(f"--{name}: expected one of {', '.join(valid)}, got {getattr(settings, name)!r}")
 
@@ -284,7 +288,7 @@ class _Run:
                 self.unlabeled_loader.close()
         self._save_model("model.pkl")
         records.write_atomically(self.output_dir / records.DONE, "done")
-        (self.output_dir / CHECKPOINT).unlink(missing_ok=True)
+        (self.output_dir / records.CHECKPOINT).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             (self.output_dir / records.FAILURE).unlink()
 
@@ -295,7 +299,7 @@ class _Run:
                 with self.stop.postponed():
                     self._update()
                     self.update_is_done = True
-            if self._is_checkpoint(self.step) and not self._is_recorded():
+            if self._record_is_due() and not self._is_recorded():
                 self._record()
                 last_line = time.monotonic()
             elif time.monotonic() - last_line > (TERMINAL_INTERVAL if sys.stderr.isatty() else LOG_INTERVAL):
@@ -394,6 +398,12 @@ class _Run:
             record["masks"] = mask_files.keep(self.output_dir / mask_files.FOLDER, masks)
         return record
 
+    def _record_is_due(self) -> bool:
+        if not self._is_checkpoint(self.step):
+            return False
+        is_last = self.step == self.n_steps - 1
+        return self.args.evaluate == "all" or is_last or self.algorithm.at_final_compression()
+
     def _is_recorded(self) -> bool:
         return bool(self.records) and self.records[-1]["step"] == self.step
 
@@ -432,11 +442,11 @@ class _Run:
             "metrics": self.metrics,
             "seconds": self.earlier_seconds + time.monotonic() - self.started,
         }
-        checkpoints.save_checkpoint(self.output_dir / CHECKPOINT, self.algorithm, state)
+        checkpoints.save_checkpoint(self.output_dir / records.CHECKPOINT, self.algorithm, state)
         records.write_records(self.output_dir / records.RESULTS, self.records)
 
     def _resume(self) -> None:
-        checkpoint = self.output_dir / CHECKPOINT
+        checkpoint = self.output_dir / records.CHECKPOINT
         if not checkpoint.exists():
             return
         state = checkpoints.load_checkpoint(checkpoint, self.algorithm)
@@ -622,16 +632,18 @@ def _is_correct(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def identity_of(args: Mapping[str, Any]) -> dict[str, Any]:
     """What a run computes: a record's `args` without SURROUNDINGS, hparams as values."""
-    identity = {name: value for name, value in args.items() if name not in SURROUNDINGS}
+    # DomainBed, and earlier versions, evaluate all checkpoints and have no such argument.
+    identity: dict[str, Any] = {"evaluate": EVALUATIONS[0]}
+    identity.update((name, value) for name, value in args.items() if name not in SURROUNDINGS)
     identity["hparams"] = hparams.parse_overrides(identity.get("hparams"))
     return identity
 
 
 def _checkpoint_of(output_dir: Path) -> Mapping[str, Any] | None:
     """`args`, `data_digest` and `code` of the run whose checkpoint is in the directory."""
-    if not (output_dir / CHECKPOINT).exists():
+    if not (output_dir / records.CHECKPOINT).exists():
         return None
-    state = checkpoints.read_state(output_dir / CHECKPOINT)
+    state = checkpoints.read_state(output_dir / records.CHECKPOINT)
     if "args" in state:
         return state
     return state["records"][-1] if state["records"] else None  # where earlier versions kept them

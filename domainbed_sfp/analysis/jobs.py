@@ -246,12 +246,12 @@ def _concatenate(rows: list[Run], last: Run) -> Run:
 
 def _compare(one: Run, two: Run) -> tuple[Run, Run]:
     """Two directories with the same job: the better is complete, or trained longer, or has the later name."""
-    for name in _SHARED_ARGS:
-        if one.args.get(name) != two.args.get(name):
+    shared = {f"args.{name}": (one.args.get(name), two.args.get(name)) for name in _SHARED_ARGS}
+    for name, (first, second) in {**shared, "args.evaluate": (one.evaluate, two.evaluate)}.items():
+        if first != second:
             raise UserError(
                 f"two different sweeps in one directory: {one.directory} and {two.directory} are the same "
-                f"job but for args.{name} ({one.args.get(name)!r} and {two.args.get(name)!r}); "
-                "collect them apart"
+                f"job but for {name} ({first!r} and {second!r}); collect them apart"
             )
     if one.in_acc.shape[1] != two.in_acc.shape[1]:
         raise UserError(

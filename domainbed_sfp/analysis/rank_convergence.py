@@ -74,7 +74,7 @@ def agreement_rows(input_dir: str | Path, warn: Warn) -> list[Row]:
     if not rows:
         raise UserError(
             f"--input_dir {root}: no record of its {len(files)} runs tells how far rankings agree; GlobalPru's do, "
-            "between the vote and the first pruning (hparams vote_at, prune_start; --checkpoint_freq)"
+            "between the vote and the first pruning (hparams vote_at, prune_start; --checkpoint_freq, --evaluate all)"
         )
     return rows
 

@@ -28,8 +28,12 @@ MANIFEST_FORMAT = 1
 # The program `domainbed-sfp`, by the interpreter that runs now.
 PROGRAM = (sys.executable, "-m", "domainbed_sfp")
 
+# Settings that jobs of earlier versions did not have, by their defaults: with these a job keeps its folder, and a sweep
+# its protocol.
+LATER_SETTINGS = {"evaluate": "all"}
+
 # What all runs of one directory must share, so that one table can hold them.
-PROTOCOL = ("task", "holdout_fraction", "uda_holdout_fraction", "steps", "checkpoint_freq", "precision")
+PROTOCOL = ("task", "holdout_fraction", "uda_holdout_fraction", "steps", "checkpoint_freq", "precision", "evaluate")
 
 
 class State(Enum):
@@ -60,14 +64,18 @@ class Job:
     checkpoint_freq: int | None = None
     hparams: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
+    evaluate: str = LATER_SETTINGS["evaluate"]
 
     def __hash__(self) -> int:  # the generated one would hash `hparams`, a dict
         return hash(self.name)
 
     @cached_property
     def name(self) -> str:
-        """The job's folder: a hash of everything above."""
+        """The job's folder: a hash of everything above, later settings only where they are not the default."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, default in LATER_SETTINGS.items():
+            if values[name] == default:
+                del values[name]
         text = json.dumps({**values, "hparams": dict(self.hparams)}, sort_keys=True)
         return hashlib.md5(text.encode("utf-8")).hexdigest()
 
@@ -117,6 +125,7 @@ class Job:
             holdout_fraction=self.holdout_fraction,
             uda_holdout_fraction=self.uda_holdout_fraction,
             precision=self.precision,
+            evaluate=self.evaluate,
             **options,
         )
 
@@ -197,7 +206,8 @@ class SweepDirectory:
 
     def _job_dir(self, job: Job, is_there: Callable[[str], bool]) -> Path:
         # DomainBed's sweep has no flags for these, so its folders hold runs with the defaults.
-        is_domainbeds = job.precision == "fp32" and job.checkpoint_freq is None and not job.uda_holdout_fraction
+        theirs_alone = ("precision", "checkpoint_freq", "uda_holdout_fraction", "evaluate")
+        is_domainbeds = all(getattr(job, name) == getattr(Job, name) for name in theirs_alone)
         if is_domainbeds and not is_there(job.name):
             theirs = self._domainbed_names.get(job)
             if theirs is None:
@@ -232,7 +242,7 @@ class SweepDirectory:
                     # One row is one method: a package that has changed since is another.
                     if code := environment.code_of(registry.get(algorithm).cls):
                         protocol[f"code of {algorithm}"] = code
-                earlier = manifest.get("protocol", {})
+                earlier = {**LATER_SETTINGS, **manifest["protocol"]} if manifest else {}
                 for name in protocol.keys() & earlier.keys():
                     if protocol[name] != earlier[name]:
                         raise UserError(
@@ -265,7 +275,9 @@ class SweepDirectory:
     def listed(self) -> list[Job]:
         """The jobs of all launches so far; none where nothing was launched."""
         manifest = self._manifest()
-        protocol = {name: manifest["protocol"].get(name) for name in PROTOCOL} if manifest else {}
+        protocol = (
+            {name: manifest["protocol"].get(name, LATER_SETTINGS.get(name)) for name in PROTOCOL} if manifest else {}
+        )
         names = {one.name for one in fields(Job)}
         jobs = []
         for entry in manifest.get("jobs", []):

@@ -60,6 +60,7 @@ class SweepSpec:
     test_envs: list[list[int]] | None = None
     hparams: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
+    evaluate: str = "all"
     skip_model_save: bool = False
 
     def updated(self, **changes: Any) -> SweepSpec:
@@ -128,7 +129,8 @@ def _check_kinds(spec: SweepSpec, path: str) -> None:
         "datasets": (list,), "algorithms": (list,), "task": (str,), "n_hparams_from": (int,), "n_hparams": (int,),
         "n_trials_from": (int,), "n_trials": (int,), "steps": (int, type(None)), "checkpoint_freq": (int, type(None)),
         "holdout_fraction": (float, int), "uda_holdout_fraction": (float, int), "single_test_envs": (bool,),
-        "test_envs": (list, type(None)), "hparams": (dict,), "precision": (str,), "skip_model_save": (bool,),
+        "test_envs": (list, type(None)), "hparams": (dict,), "precision": (str,), "evaluate": (str,),
+        "skip_model_save": (bool,),
     }  # fmt: skip
     for name, kind in kinds.items():
         value = getattr(spec, name)
@@ -187,6 +189,7 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
                         checkpoint_freq=spec.checkpoint_freq,
                         hparams=overrides,
                         precision=spec.precision,
+                        evaluate=spec.evaluate,
                     )
                 )
     if len({job.name for job in jobs}) < len(jobs):

@@ -19,7 +19,6 @@ from domainbed_sfp.errors import UserError
 from domainbed_sfp.progress import LOG_INTERVAL
 from domainbed_sfp.sweep import slurm_batches
 from domainbed_sfp.sweep.jobs import Job, State, SweepDirectory, failure_reason
-from domainbed_sfp.sweep.launchers import last_step
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
 
 # Running and failed jobs that are shown one by one.
@@ -143,7 +142,7 @@ class Watch:
         total = job.steps or get_dataset_class(job.dataset).N_STEPS
         standing = view.standings.get(folder.name)
         where = f" (SLURM job {standing.queued.id})" if standing and standing.queued else ""
-        return f"step {last_step(folder / records.RESULTS) + 1} of {total}{where}"
+        return f"step {records.saved_step(folder)} of {total}{where}"
 
     def _failures(self, view: View) -> list[tuple[Job, str]]:
         failed = [job for job, state in view.states.items() if state is State.FAILED]
