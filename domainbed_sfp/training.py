@@ -61,7 +61,7 @@ SURROUNDINGS = ("data_dir", "output_dir", "cache_dir", "device", "skip_model_sav
 class TrainArgs:
     """What a run computes; names and defaults are DomainBed's, `precision`, `device` and `cache_dir` are ours.
 
-    hparams is the `--hparams` JSON text. precision: arithmetic of the featurizer, fp32, bf16, or auto (bf16 where
+    hparams is the `--hparams` JSON text; a mapping that is given becomes one. precision: arithmetic of the featurizer, fp32, bf16, or auto (bf16 where
     the hardware has it and the network gains by it). steps and checkpoint_freq: None takes the data set's.
     """
 
@@ -84,6 +84,10 @@ class TrainArgs:
     precision: str = "fp32"
     device: str = "auto"
     cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.hparams, Mapping):
+            self.hparams = json.dumps(self.hparams)
 
 
 class AlreadyRunning(UserError):

@@ -49,7 +49,7 @@ class Account:
     notes: list[str] = field(default_factory=list)
 
 
-def take_account(runs: Sequence[Run], input_dir: str | Path, *, include_incomplete: bool) -> Account:
+def take_account(runs: Sequence[Run], input_dir: str | Path | None, *, include_incomplete: bool) -> Account:
     """Sorts out the runs of a directory: repeated records, incomplete runs, checkpoints before final
     compression.
 
@@ -59,7 +59,7 @@ def take_account(runs: Sequence[Run], input_dir: str | Path, *, include_incomple
     """
     account = Account()
     found = _merge_repeats(runs, account.notes)
-    sweep = load_sweep(input_dir)
+    sweep = None if input_dir is None else load_sweep(input_dir)
     expected = _grid(found) if sweep is None else _listed(found, sweep, Path(input_dir), account.notes)
     left_out = dropped = shortened = 0
     for job, run in found.items():
@@ -119,7 +119,7 @@ def _differing(settings: Collection[Mapping[str, str]]) -> list[str]:
 
 def rows_of_algorithms(runs: Iterable[Run]) -> dict[tuple[str, str], list[str]]:
     """By data set and algorithm, the names of the rows that its runs have in the tables."""
-    jobs = [_job_of(run) for run in runs]
+    jobs = [job_of(run) for run in runs]
     rows: dict[tuple[str, str], list[str]] = {}
     for dataset, of_dataset in label_methods((job.dataset, job.method) for job in jobs).items():
         for method, label in of_dataset.items():
@@ -184,7 +184,7 @@ def number_ranges(numbers: Iterable[int]) -> str:
 def _merge_repeats(runs: Sequence[Run], notes: list[str]) -> dict[Job, Run]:
     in_directory: dict[tuple[Job, str], list[Run]] = {}
     for run in runs:
-        in_directory.setdefault((_job_of(run), run.directory), []).append(run)
+        in_directory.setdefault((job_of(run), run.directory), []).append(run)
     found: dict[Job, Run] = {}
     repeated: Counter[str] = Counter()
     superseded: list[str] = []
@@ -262,7 +262,8 @@ def _compare(one: Run, two: Run) -> tuple[Run, Run]:
     return worse, better
 
 
-def _job_of(run: Run) -> Job:
+def job_of(run: Run) -> Job:
+    """What a run computes. Raises UserError where its args are no JSON object."""
     try:
         method = method_of(run.algorithm, run.args.get("hparams"), run.args.get("steps"), run.dataset)
     except ValueError as error:
