@@ -2,7 +2,8 @@
 
     import domainbed_sfp as dsfp
 
-    dsfp.train(dsfp.RunSettings(dataset="FullColoredDigits", algorithm="SFP", test_envs=[2], steps=300, output_dir="run"))
+    settings = dsfp.RunSettings(dataset="FullColoredDigits", algorithm="SFP", test_envs=[2], output_dir="run")
+    dsfp.train(settings)
     frame = dsfp.read_records("sweep")           # pandas: one row a record
     dsfp.table(frame)                            # the table that `collect` prints
     dsfp.compare(frame, "SFP", "best")           # paired tests
@@ -21,24 +22,20 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from domainbed_sfp import algorithms as algorithms
-    from domainbed_sfp.algorithms.base import Algorithm as Algorithm
-    from domainbed_sfp.algorithms.base import ObjectiveAlgorithm as ObjectiveAlgorithm
-    from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning as ScheduledPruning
-    from domainbed_sfp.analysis import plot as plot
-    from domainbed_sfp.analysis.frames import compare as compare
-    from domainbed_sfp.analysis.frames import read_records as read_records
-    from domainbed_sfp.analysis.frames import select as select
-    from domainbed_sfp.analysis.frames import table as table
-    from domainbed_sfp.errors import UserError as UserError
+if TYPE_CHECKING:  # the same names, for editors and type checkers
+    from domainbed_sfp import algorithms
+    from domainbed_sfp.algorithms.base import Algorithm, ObjectiveAlgorithm
+    from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
+    from domainbed_sfp.analysis import plot
+    from domainbed_sfp.analysis.frames import compare, read_records, select, table
+    from domainbed_sfp.errors import UserError
     from domainbed_sfp.exported import load as load_exported
-    from domainbed_sfp.hparams import Hparam as Hparam
-    from domainbed_sfp.pruning.masks import Masks as Masks
-    from domainbed_sfp.registry import register as register
+    from domainbed_sfp.hparams import Hparam
+    from domainbed_sfp.pruning.masks import Masks
+    from domainbed_sfp.registry import register
     from domainbed_sfp.runs import load_algorithm as load_run
     from domainbed_sfp.training import TrainArgs as RunSettings
-    from domainbed_sfp.training import train as train
+    from domainbed_sfp.training import train
 
 # Public name: (module, name in it; None for the module itself).
 _FACE: dict[str, tuple[str, str | None]] = {
@@ -61,7 +58,26 @@ _FACE: dict[str, tuple[str, str | None]] = {
     "train": ("training", "train"),
 }
 
-__all__ = ["__version__", *sorted(_FACE)]
+__all__ = [
+    "Algorithm",
+    "Hparam",
+    "Masks",
+    "ObjectiveAlgorithm",
+    "RunSettings",
+    "ScheduledPruning",
+    "UserError",
+    "__version__",
+    "algorithms",
+    "compare",
+    "load_exported",
+    "load_run",
+    "plot",
+    "read_records",
+    "register",
+    "select",
+    "table",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

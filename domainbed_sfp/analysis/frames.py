@@ -18,7 +18,7 @@ from ..errors import UserError, unknown_name
 from ..records import COST_FIELDS, Run, load_records
 from .comparison import Comparison, Summary
 from .comparison import compare as compare_rows
-from .jobs import job_of, label_methods, take_account
+from .jobs import row_labels, take_account
 from .selection import RULES, TRAINING_DOMAIN, Rule
 from .tables import Cell, Report, Row, Table, build_report
 
@@ -58,11 +58,10 @@ def read_records(input_dir: str | os.PathLike[str]) -> pd.DataFrame:
     ['FullColoredMNIST']
     """
     runs = load_records(input_dir, warn=_warn)
-    methods = [job_of(run).method for run in runs]
-    labels = label_methods((run.dataset, method) for run, method in zip(runs, methods))
-    frames = [_frame_of(run, labels[run.dataset][method]) for run, method in zip(runs, methods)]
-    frame = pd.concat(frames, ignore_index=True)
-    accuracies = sorted((name for name in frame if name.startswith("env")), key=lambda name: int(name[3:].split("_")[0]))
+    frame = pd.concat(map(_frame_of, runs, row_labels(runs)), ignore_index=True)
+    accuracies = sorted(
+        (name for name in frame if name.startswith("env")), key=lambda name: int(name[3:].split("_")[0])
+    )
     costs = [name for name in COST_FIELDS if name in frame]
     return frame[[*_RUN_COLUMNS, "step", "final_compression", *accuracies, *costs, *_OBJECT_COLUMNS]]
 
