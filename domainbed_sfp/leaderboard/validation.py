@@ -394,6 +394,10 @@ class _Check:
         if (digest := run.records[0]["data_digest"]) is not None:
             words = f"null, because {run.run.dataset} stands for the published images"
             self._problem(file, "line 1.data_digest", words, shown(digest))
+        for name, value in facts.hparams.items():
+            if (given := run.run.hparams.get(name)) != value:
+                words = f"{shown(value)}, with which {run.run.dataset} is compared"
+                self._problem(file, f"line 1.hparams.{name}", words, shown(given))
         side = run.run.hparams.get("image_size")
         expected = [facts.channels, side, side]
         if shape != expected:

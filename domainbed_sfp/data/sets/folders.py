@@ -103,8 +103,9 @@ class ImageFolders(Dataset):
             )
         root = Path(data_dir) / cls.FOLDER
         if not root.is_dir():
-            hint = f"; get it with: domainbed-sfp download {cls.__name__} --data_dir {data_dir}" if cls.FOLDER else ""
-            raise UserError(f"{cls.__name__}: there is no folder {str(root)!r}{hint}")
+            hint = f"; get it with: domainbed-sfp download {cls.__name__} --data_dir {data_dir}"
+            known = image_tree(cls.__name__) is not None
+            raise UserError(f"{cls.__name__}: there is no folder {str(root)!r}{hint * known}")
         return root
 
     @classmethod
@@ -236,3 +237,10 @@ class Folder(ImageFolders):
     @classmethod
     def environment_names(cls, data_dir: str | None = None) -> list[str]:
         return [folder.name for folder in cls.environment_folders(cls.root(data_dir))]
+
+
+@dataset("VLCSPartial")
+class VLCSPartial(Folder):
+    """What can be had of VLCS where not all of it can, in `VLCS_partial/<environment>/<class>/`: no result on VLCS."""
+
+    FOLDER = "VLCS_partial"
