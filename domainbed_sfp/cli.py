@@ -286,7 +286,7 @@ def _slurm_options(args: argparse.Namespace) -> SlurmOptions | None:
         if given:
             raise UserError(f"--{next(iter(given))} goes with --command_launcher slurm, not {args.command_launcher}")
         return None
-    if args.jobs != 1:
+    if args.jobs is not None:
         raise UserError("--jobs counts runs on this machine; with --command_launcher slurm use --slurm_max_parallel")
     return SlurmOptions(**{name.removeprefix("slurm_"): value for name, value in given.items()})
 
@@ -453,7 +453,17 @@ def _leaderboard_build(args: argparse.Namespace) -> int:
 
 
 def _add_slots(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time on this machine")
+    parser.add_argument(
+        "--jobs", type=_slots, metavar="N", help="runs at the same time on this machine; auto (default): as fits it"
+    )
+
+
+def _slots(text: str) -> int | None:
+    """The number of slots, None for auto."""
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected auto or a number, got {text!r}") from None
 
 
 def _add_cache_dir(parser: argparse.ArgumentParser) -> None:

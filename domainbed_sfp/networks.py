@@ -128,7 +128,9 @@ class ImageFeaturizer(Featurizer):
         self.train()
 
     def forward(self, x: Tensor) -> Tensor:
-        with self.folding.applied(self.network) if self.frozen else nullcontext():
+        # In bf16 other roundings would decide about images that lie on a border.
+        is_inference = not self.training and not torch.is_grad_enabled() and self.precision == "fp32"
+        with self.folding.applied(self.network) if self.frozen or is_inference else nullcontext():
             return super().forward(x)
 
     def features(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from test_training import assert_one_line_error, make_tree
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.sweep import launchers
+from domainbed_sfp.sweep.capacity import visible_gpus
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs, read_spec, shipped_specs
 
@@ -105,7 +106,7 @@ def test_same_seeds_and_results_as_single_runs(main, tmp_path, spec_file):
 
 
 def _start(tmp_path: Path, spec_file: Path) -> Command:
-    return Command("sweep", "launch", spec_file, "--output_dir", "out", folder=tmp_path)
+    return Command("sweep", "launch", spec_file, "--output_dir", "out", "--jobs", 1, folder=tmp_path)
 
 
 def _wait_for(condition, seconds: float = 90) -> None:
@@ -357,9 +358,9 @@ def test_jobs_share_threads_and_gpus(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert {launchers.job_environment(0, 4, [])[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {"1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
-    assert launchers.visible_gpus() == ["5", "6"]
+    assert visible_gpus() == ["5", "6"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert launchers.visible_gpus() == []
+    assert visible_gpus() == []
     with pytest.raises(UserError, match="no GPU is visible"):
         launchers.launch_multi_gpu([], SweepDirectory("nowhere"), 1)
 
