@@ -3,7 +3,9 @@
     python benchmarks/sweep_scale.py [--jobs 50000] [--records 18] [--write]
 
 Ends with status 1 where a promise is missed, or time or memory is more than twice the committed figures (figures.py);
---write commits these. DomainBed's full grid is of that size. Of the made runs, 18 in 20 are done, one is not finished and one not begun.
+--write commits these. DomainBed's full grid is of that size.
+
+Of the made runs, 18 in 20 are done, one is not finished and one not begun.
 """
 
 from __future__ import annotations
