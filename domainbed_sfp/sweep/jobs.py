@@ -8,15 +8,15 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from domainbed_sfp import environment, records, registry
+from domainbed_sfp.core import locks
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.sweep import slurm_batches
@@ -24,6 +24,9 @@ from domainbed_sfp.sweep.slurm_batches import Standing
 from domainbed_sfp.training import LOCK, TrainArgs
 
 MANIFEST_FORMAT = 1
+
+SWEEP_LOCK = "sweep.lock"
+WAY_ON = "go on with --break_lock"
 
 # The program `domainbed-sfp`, by the interpreter that runs now.
 PROGRAM = (sys.executable, "-m", "domainbed_sfp")
@@ -210,7 +213,7 @@ class SweepDirectory:
         """The state of a job whose folder is there."""
         if records.is_done(folder):
             return State.DONE
-        if is_locked(folder / LOCK):
+        if locks.is_held(folder / LOCK):
             return State.RUNNING
         return State.FAILED if (folder / records.FAILURE).exists() else State.INCOMPLETE
 
@@ -222,7 +225,7 @@ class SweepDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path / "sweep.lock", timeout=60):
+            with locks.hold(self.path / SWEEP_LOCK, 60, "launching this sweep", WAY_ON):
                 manifest = self._manifest()
                 protocol = {name: getattr(jobs[0], name) for name in PROTOCOL}
                 for dataset in dict.fromkeys(job.dataset for job in jobs):
@@ -257,8 +260,6 @@ class SweepDirectory:
                 records.write_atomically(
                     self.path / records.SWEEP, json.dumps(manifest, indent=1, sort_keys=True) + "\n"
                 )
-        except Timeout:
-            raise UserError(f"output_dir {str(self.path)!r}: another launch has held sweep.lock for a minute") from None
         except OSError as error:
             raise UserError(f"output_dir {str(self.path)!r} cannot be written: {error.strerror or error}") from error
 
@@ -278,6 +279,12 @@ class SweepDirectory:
                 ) from None
         return jobs
 
+    def break_locks(self, jobs: Iterable[Job]) -> list[locks.Holder]:
+        """Removes the locks of the sweep and of these jobs that a file alone holds, and returns whose they were."""
+        folders = self.job_dirs(list(jobs)).values()
+        files = [self.path / SWEEP_LOCK, *(folder / LOCK for folder in folders), slurm_batches.launch_lock(self.path)]
+        return list(filter(None, map(locks.break_lock, files)))
+
     def delete(self, jobs: Iterable[Job]) -> None:
         """Removes the folders of jobs, each under its lock: one that has just been started stays.
 
@@ -288,11 +295,8 @@ class SweepDirectory:
         for job in jobs:
             if not self.job_dir(job).is_dir():
                 continue
-            try:
-                with FileLock(self.job_dir(job) / LOCK, timeout=0):
-                    shutil.rmtree(self.job_dir(job))
-            except Timeout:
-                continue
+            with suppress(locks.Held), locks.hold(self.job_dir(job) / LOCK, 0, "computing this run", WAY_ON):
+                shutil.rmtree(self.job_dir(job))
 
     def _manifest(self) -> dict[str, Any]:
         file = self.path / records.SWEEP
@@ -314,18 +318,3 @@ def failure_reason(folder: Path, standings: Mapping[str, Standing]) -> str | Non
     """Why the job of a folder failed: as its run says, or as SLURM's last task of it ended."""
     standing = standings.get(folder.name)
     return records.load_failure(folder) or (standing.death.how if standing and standing.death else None)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock."""
-    if not path.exists():
-        return False
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:
-        return False  # a read-only copy of a sweep: nobody computes there
-    lock.release()
-    return False
