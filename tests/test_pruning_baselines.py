@@ -640,5 +640,5 @@ def test_impossible_values_are_refused(name, hparam, value):
 
 @pytest.mark.parametrize("name, hparam", [("MRM", "mask_end"), ("DCWP", "mask_end"), ("LotteryTicket", "prune_end")])
 def test_an_end_that_leaves_no_retraining_is_refused(name, hparam):
-    with pytest.raises(UserError, match=f"'{hparam}': 1.0 leaves no step to train"):
+    with pytest.raises(UserError, match=f"'{hparam}'.*steps to train what is kept"):
         _make(name, **{hparam: 1.0})

@@ -9,8 +9,9 @@ from typing import Any
 from domainbed_sfp.algorithms import groupdro, irm, vrex
 from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LearnedMaskPruning
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS
-from domainbed_sfp.hparams import FRACTION, RUN_FRACTION, Hparam
+from domainbed_sfp.hparams import RUN_FRACTION, Hparam
 from domainbed_sfp.pruning.named_tensors import NamedTensors
+from domainbed_sfp.pruning.schedules import RETRAINED_END
 from domainbed_sfp.registry import register
 
 REFERENCE = "Zhang et al. 2021 (ICML), arXiv 2106.02890"
@@ -19,7 +20,9 @@ HPARAMS = {
     "mask_start": Hparam(
         0.4, doc="fraction of the run at which weights freeze and masks are learned", valid=RUN_FRACTION
     ),
-    "mask_end": Hparam(0.6, doc="fraction of the run at which the mask is final and retraining begins", valid=FRACTION),
+    "mask_end": Hparam(
+        0.6, doc="fraction of the run at which the mask is final and retraining begins", valid=RETRAINED_END
+    ),
 }
 
 

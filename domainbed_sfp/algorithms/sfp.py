@@ -39,9 +39,9 @@ from domainbed_sfp.hparams import (
     one_of,
     only,
 )
+from domainbed_sfp.introspection import uses_weight_as_is
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.spurious import ConditionalMoments, remove_directions, spurious_directions
-from domainbed_sfp.pruning.structure import uses_weight_as_is
 from domainbed_sfp.registry import register
 
 FLAG_POLICIES = ("loss", "random", "oracle")
