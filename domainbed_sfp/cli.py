@@ -73,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_sweep(commands)
     _add_collect(commands)
+    _add_report(commands)
     _add_export(commands)
     _add_latency(commands)
     _add_rankings(commands)
@@ -317,6 +318,13 @@ def _add_collect(commands: argparse._SubParsersAction) -> None:
 
     parser = _add(commands, "collect", "make tables of the records of a sweep, ours or DomainBed's", collect.run)
     collect.add_arguments(parser)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    from domainbed_sfp.analysis.report import page
+
+    parser = _add(commands, "report", "make one page of a sweep: tables, figures, comparisons, failures", page.run)
+    page.add_arguments(parser)
 
 
 # export, latency ----------------------------------------------------------------------------------------------------
