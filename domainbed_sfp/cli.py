@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from domainbed_sfp import __version__
@@ -259,7 +258,7 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.watch is not None and args.action != "status":
         raise UserError(f"--watch goes with sweep status, not with {args.action}")
     if args.action == "status":
-        if is_open and (Path(args.output_dir) / "sweep.json").exists():
+        if is_open and commands.holds_a_sweep(args.output_dir):
             return commands.status(None, args.data_dir, args.output_dir, watch=args.watch)
         return commands.status(spec, args.data_dir, args.output_dir, watch=args.watch)
     if args.action == "delete_incomplete":
