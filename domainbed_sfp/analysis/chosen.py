@@ -12,7 +12,8 @@ from .display import Grid, Shown, daggered
 from .html_page import html_of
 from .latex import latex_of
 from .markdown import markdown_of
-from .tables import Report, Row, Table
+from .rows import Row
+from .tables import Report, Table
 
 _HEADER = ("Algorithm", "Test", "Trial", "Hparams seed", "Step", "Validation", "Accuracy", "Searched hparams", "Run")
 

@@ -23,8 +23,8 @@ from .html_page import html_of
 from .latex import latex_of
 from .markdown import markdown_of
 from .protocol import MNIST_LIKE
+from .rows import RECONSTRUCTION
 from .statistics import CONFIDENCE, RESAMPLES, Interval, PairedTest
-from .tables import RECONSTRUCTION
 
 _PERCENT = f"{100 * CONFIDENCE:g}%"
 

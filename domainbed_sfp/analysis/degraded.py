@@ -26,8 +26,8 @@ from ..records import Warn, is_done, last_record
 from .display import ABSENT, RECONSTRUCTION_NOTE, daggered
 from .methods import Method, alike, label_methods, method_of
 from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
+from .rows import RECONSTRUCTION
 from .statistics import paired_test
-from .tables import RECONSTRUCTION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
