@@ -19,6 +19,7 @@ SINGLE_SOURCE = {
     (0, 1): (0.1, 0.15, 0.2, 0.25, 0.9, 0.6),
 }
 SPREAD = 0.02  # between trials
+DASH = "\N{EN DASH}"
 
 
 def _sweep(root: Path, grid: dict, *, trials: int = 2, algorithm: str = "ERM", lower: float = 0.0) -> None:
@@ -51,7 +52,7 @@ def test_a_row_for_each_source_with_accuracies_computed_by_hand(tmp_path, collec
     assert "### Tiny, by what was trained on, model selection: training-domain validation set" in text
     # Means of the two trials are SPREAD / 2 below the first; their standard error is SPREAD / 2.
     assert _cells(text, "ERM, trained on env0") == [
-        "–",
+        DASH,
         "49.0 ± 1.0",
         "29.0 ± 1.0",
         "39.0 ± 1.0",
@@ -61,7 +62,7 @@ def test_a_row_for_each_source_with_accuracies_computed_by_hand(tmp_path, collec
     ]
     assert _cells(text, "ERM, trained on env1") == [
         "59.0 ± 1.0",
-        "–",
+        DASH,
         "39.0 ± 1.0",
         "49.0 ± 1.0",
         "39.0 (env2)",
@@ -71,7 +72,7 @@ def test_a_row_for_each_source_with_accuracies_computed_by_hand(tmp_path, collec
     assert _cells(text, "ERM, trained on env2") == [
         "9.0 ± 1.0",
         "19.0 ± 1.0",
-        "–",
+        DASH,
         "14.0 ± 1.0",
         "9.0 (env0)",
         "59.0",
@@ -89,7 +90,7 @@ def test_notes_say_what_is_so(tmp_path, collect):
     (tmp_path / "ERM01t1" / "done").unlink()
     text = collect("--selection", "oracle")
     assert "ERM: 1 job missing (incomplete): test env0+env1 with trial 1 x hparams seed 0." in text
-    assert _cells(text, "ERM, trained on env2")[0] == "10.0 ± –"
+    assert _cells(text, "ERM, trained on env2")[0] == f"10.0 ± {DASH}"
 
 
 def test_checkpoint_and_hparams_are_chosen_on_what_was_trained_on(tmp_path, collect):
@@ -141,11 +142,11 @@ def test_grids_of_several_kinds_have_a_table_each(tmp_path, collect):
     _sweep(tmp_path, several, trials=1, algorithm="Random")
     text = collect("--selection", "training-domain")
     usual, sources = text.split("### Tiny, by what was trained on")
-    assert _cells(usual, "ERM")[:2] == ["60.0 ± –", "50.0 ± –"] and "Random" not in usual
+    assert _cells(usual, "ERM")[:2] == [f"60.0 ± {DASH}", f"50.0 ± {DASH}"] and "Random" not in usual
     # env1 and env2 are test environments, though never alone.
     assert "No job of this sweep holds out env1 or env2 alone; no average" in usual
     assert "as its test environment" not in text
-    assert _cells(sources, "ERM, trained on env0")[:3] == ["30.0 ± –", "40.0 ± –", "50.0 ± –"]
+    assert _cells(sources, "ERM, trained on env0")[:3] == [f"30.0 ± {DASH}", f"40.0 ± {DASH}", f"50.0 ± {DASH}"]
     assert "mean of" not in sources
 
 
@@ -164,5 +165,5 @@ def test_averages_over_data_sets_are_over_sources(tmp_path, collect):
             write_run(tmp_path, f"{dataset}{test_envs}", [record(values, test_envs=test_envs, dataset=dataset)])
     text = collect("--selection", "training-domain")
     averages = text.split("### Averages over data sets")[1]
-    assert _cells(averages, "ERM") == ["35.0 ± –", "25.0 ± –", "30.0"]
+    assert _cells(averages, "ERM") == [f"35.0 ± {DASH}", f"25.0 ± {DASH}", "30.0"]
     assert "Ink: over all pairs of what was trained on and another environment that was tested." in averages
