@@ -57,6 +57,15 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+class _Once(argparse.Action):
+    """A flag whose second values would take the place of the first without a word, where people expect both to count."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice; give it once, with all that belongs to it")
+        setattr(namespace, self.dest, values)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
@@ -157,7 +166,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--task", default="domain_generalization", choices=["domain_generalization", "domain_adaptation"]
     )
-    parser.add_argument("--hparams", help="JSON object of hparams that replace the drawn ones")
+    parser.add_argument("--hparams", action=_Once, help="JSON object of hparams that replace the drawn ones")
     parser.add_argument("--hparams_seed", type=int, default=0, help="0 takes the default hparams, others a random draw")
     parser.add_argument("--trial_seed", type=int, default=0, help="seeds the splits and, with hparams_seed, the draw")
     parser.add_argument("--seed", type=int, default=0, help="seeds everything else")
@@ -195,8 +204,8 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     parser = _add(commands, "sweep", "run a grid of runs; DomainBed's flags, or a spec file with the same keys", _sweep)
     parser.add_argument("action", choices=["launch", "status", "delete_incomplete"])
     parser.add_argument("spec", nargs="?", help="YAML file, or the name of a shipped one (see: list sweeps)")
-    parser.add_argument("--datasets", nargs="+")
-    parser.add_argument("--algorithms", nargs="+")
+    parser.add_argument("--datasets", nargs="+", action=_Once)
+    parser.add_argument("--algorithms", nargs="+", action=_Once)
     parser.add_argument("--task", choices=["domain_generalization", "domain_adaptation"])
     parser.add_argument("--n_hparams_from", type=int)
     parser.add_argument("--n_hparams", type=int)
@@ -204,7 +213,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--n_trials", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--checkpoint_freq", type=int)
-    parser.add_argument("--hparams", help="JSON object of hparams for all runs")
+    parser.add_argument("--hparams", action=_Once, help="JSON object of hparams for all runs")
     parser.add_argument("--holdout_fraction", type=float)
     parser.add_argument("--single_test_envs", action="store_const", const=True)
     parser.add_argument("--precision", choices=["fp32", "bf16", "auto"])
