@@ -58,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Once(argparse.Action):
-    """A flag whose second values would take the place of the first without a word, where people expect both to count."""
+    """A flag whose second values would take the place of the first without a word."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if getattr(namespace, self.dest) is not None:
