@@ -140,6 +140,11 @@ def test_grids_of_several_kinds_have_a_table_each(tmp_path, collect):
     _sweep(tmp_path, singles, trials=1)
     _sweep(tmp_path, several, trials=1)
     _sweep(tmp_path, several, trials=1, algorithm="Random")
+    jobs = [
+        {"name": run.parent.name, **json.loads(run.read_text())["args"], "hparams": {}}
+        for run in sorted(tmp_path.glob("*/results.jsonl"))
+    ]
+    (tmp_path / "sweep.json").write_text(json.dumps({"format": 1, "jobs": jobs}))
     text = collect("--selection", "training-domain")
     usual, sources = text.split("### Tiny, by what was trained on")
     assert _cells(usual, "ERM")[:2] == [f"60.0 ± {DASH}", f"50.0 ± {DASH}"] and "Random" not in usual
