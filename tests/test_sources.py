@@ -134,6 +134,18 @@ def test_every_format_has_the_numbers(tmp_path, collect):
     assert "ERM, trained on" not in collect("--compare", "ERM", "Random", "--selection", "training-domain")
 
 
+def test_frames_have_them_too(tmp_path):
+    pytest.importorskip("pandas")
+    from domainbed_sfp.analysis import frames
+
+    _sweep(tmp_path, SINGLE_SOURCE)
+    chosen = frames.select(frames.read_records(tmp_path))
+    assert len(chosen) == 12 and set(chosen.trained_on) == {("env0",), ("env1",), ("env2",)}
+    one = chosen[(chosen.environment == "env2") & (chosen.trained_on == ("env0",)) & (chosen.trial_seed == 0)]
+    assert one.test_env.tolist() == [2] and one.test.tolist() == [pytest.approx(0.3)]
+    assert frames.table(frames.read_records(tmp_path)).loc["ERM", "env2 (trained on env0)"] == pytest.approx(29)
+
+
 def test_grids_of_several_kinds_have_a_table_each(tmp_path, collect):
     singles = {(0,): (0.6, 0.6, 0.9, 0.8, 0.9, 0.8, 0.9, 0.8), (3,): (0.9, 0.8, 0.9, 0.8, 0.9, 0.8, 0.5, 0.5)}
     several = {(1, 2, 3): (0.9, 0.8, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5)}

@@ -105,8 +105,7 @@ def _row(row: Row, table: Table) -> dict[str, Any]:
         for env, (environment, cell) in enumerate(zip(environments, row.cells))
     ]
     for source, one in zip(table.sources, cells):
-        held_out = source.test_envs
-        trained_on = [name for env, name in enumerate(table.names) if env not in held_out]
+        trained_on = [name for env, name in enumerate(table.names) if env not in source.test_envs]
         one.update(environment=table.names[source.env], test_env=source.env, trained_on=trained_on)
     return {
         "label": row.label,

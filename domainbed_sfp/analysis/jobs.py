@@ -42,21 +42,21 @@ class Account:
     notes: list[str] = field(default_factory=list)
 
 
-def take_account(runs: Sequence[Run], input_dir: str | Path, *, include_incomplete: bool) -> Account:
+def take_account(runs: Sequence[Run], input_dir: str | Path | None, *, include_incomplete: bool) -> Account:
     """Sorts out the runs of a directory: repeated records, incomplete runs, checkpoints before final
     compression.
 
-    The jobs expected are those of every sweep.json that was copied here, else every combination of the methods, test
-    environments, trial seeds and hparams seeds seen on a data set. Raises UserError when two directories hold the same
-    job under different protocols.
+    The jobs expected are those of every sweep.json that was copied into `input_dir`, else every combination of the
+    methods, test environments, trial seeds and hparams seeds seen on a data set. Raises UserError when two directories
+    hold the same job under different protocols.
     """
     account = Account()
-    root = Path(input_dir)
-    manifests = read_manifests(root)
-    entries = [(entry, _method_listed(entry, root)) for entry in jobs_of(manifests)]
+    root = None if input_dir is None else Path(input_dir)
+    manifests = [] if root is None else read_manifests(root)
+    entries = [(entry, _method_listed(entry)) for entry in jobs_of(manifests)]
     same = alike([*map(_method_of, runs), *(method for _, method in entries)])
     found = _merge_repeats(runs, same, account.notes)
-    expected = _listed(found, entries, same, root, account.notes) if manifests else _grid(found)
+    expected = _grid(found) if root is None or not manifests else _listed(found, entries, same, root, account.notes)
     if copied := several_sweeps(manifests):
         account.notes.append(copied)
     left_out = dropped = shortened = 0
@@ -88,16 +88,26 @@ def take_account(runs: Sequence[Run], input_dir: str | Path, *, include_incomple
     return account
 
 
+def row_labels(runs: Sequence[Run]) -> list[str]:
+    """The name that each run's row has in the tables."""
+    jobs, labels = _labelled(runs)
+    return [labels[job.dataset][job.method] for job in jobs]
+
+
 def rows_of_algorithms(runs: Iterable[Run]) -> dict[tuple[str, str], list[str]]:
     """By data set and algorithm, the names of the rows that its runs have in the tables."""
-    runs = list(runs)
-    same = alike(map(_method_of, runs))
-    jobs = [_job_of(run, same) for run in runs]
     rows: dict[tuple[str, str], list[str]] = {}
-    for dataset, of_dataset in label_methods((job.dataset, job.method) for job in jobs).items():
+    for dataset, of_dataset in _labelled(list(runs))[1].items():
         for method, label in of_dataset.items():
             rows.setdefault((dataset, method.algorithm), []).append(label)
     return rows
+
+
+def _labelled(runs: Sequence[Run]) -> tuple[list[Job], dict[str, dict[Method, str]]]:
+    """What each run computes, and the names of the rows of each data set."""
+    same = alike(map(_method_of, runs))
+    jobs = [_job_of(run, same) for run in runs]
+    return jobs, label_methods((job.dataset, job.method) for job in jobs)
 
 
 def explain_missing(
@@ -261,12 +271,12 @@ def _grid(found: dict[Job, Run]) -> dict[Job, str]:
     return dict.fromkeys(jobs, "not started")
 
 
-def _method_listed(entry: dict[str, Any], root: Path) -> Method:
+def _method_listed(entry: dict[str, Any]) -> Method:
     try:
         return method_of(entry["algorithm"], entry.get("hparams"), entry.get("steps"), entry["dataset"])
     except ValueError as error:
         raise UserError(
-            f"{root / SWEEP}: job {entry['name']} has hparams {entry['hparams']!r}; expected a JSON object"
+            f"{SWEEP}: job {entry['name']} has hparams {entry['hparams']!r}; expected a JSON object"
         ) from error
 
 
