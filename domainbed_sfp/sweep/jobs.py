@@ -11,9 +11,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from domainbed_sfp import environment, records, registry
+from domainbed_sfp.core import locks
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.layout import DONE
@@ -22,6 +21,9 @@ from domainbed_sfp.sweep import slurm_batches
 from domainbed_sfp.sweep.job import LATER_SETTINGS, PROTOCOL, Job
 from domainbed_sfp.sweep.slurm_batches import Standing
 from domainbed_sfp.training import LOCK
+
+SWEEP_LOCK = "sweep.lock"
+WAY_ON = "go on with --break_lock"
 
 
 class State(Enum):
@@ -119,7 +121,7 @@ class SweepDirectory:
         """The state of a job whose folder is there."""
         if records.is_done(folder):
             return State.DONE
-        if is_locked(folder / LOCK):
+        if locks.is_held(folder / LOCK):
             return State.RUNNING
         return State.FAILED if (folder / records.FAILURE).exists() else State.INCOMPLETE
 
@@ -131,7 +133,7 @@ class SweepDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path / "sweep.lock", timeout=60):
+            with locks.hold(self.path / SWEEP_LOCK, 60, "launching this sweep", WAY_ON):
                 manifests = read_manifests(self.path)
                 protocol = self._protocol(jobs)
                 for manifest in reversed(manifests):
@@ -144,8 +146,6 @@ class SweepDirectory:
                             )
                     protocol = {**earlier, **protocol}
                 write_manifest(self.path, protocol, self._entries(jobs, jobs_of(manifests)))
-        except Timeout:
-            raise UserError(f"output_dir {str(self.path)!r}: another launch has held sweep.lock for a minute") from None
         except OSError as error:
             raise UserError(f"output_dir {str(self.path)!r} cannot be written: {error.strerror or error}") from error
 
@@ -203,6 +203,12 @@ class SweepDirectory:
                 jobs.setdefault(entry["name"], job)
         return list(jobs.values())
 
+    def break_locks(self, jobs: Iterable[Job]) -> list[locks.Holder]:
+        """Removes the locks of the sweep and of these jobs that a file alone holds, and returns whose they were."""
+        folders = self.job_dirs(list(jobs)).values()
+        files = [self.path / SWEEP_LOCK, *(folder / LOCK for folder in folders), slurm_batches.launch_lock(self.path)]
+        return list(filter(None, map(locks.break_lock, files)))
+
     def leftovers(self, jobs: Iterable[Job]) -> list[Leftover]:
         """What there is of jobs that have begun; `jobs` are neither done nor running."""
         found = []
@@ -225,11 +231,11 @@ class SweepDirectory:
                 deleted.append(one)
                 continue
             try:
-                with FileLock(one.folder / LOCK, timeout=0):
+                with locks.hold(one.folder / LOCK, 0, "computing this run", WAY_ON):
                     if (one.folder / DONE).exists() and records.last_record(one.folder):
                         continue
                     shutil.rmtree(one.folder)
-            except Timeout:
+            except locks.Held:
                 continue
             except OSError as error:
                 print(f"warning: {one.folder} stays: {error.strerror or error}", file=sys.stderr)
@@ -253,18 +259,3 @@ def failure_reason(folder: Path, standings: Mapping[str, Standing]) -> str | Non
     """Why the job of a folder failed: as its run says, or as SLURM's last task of it ended."""
     standing = standings.get(folder.name)
     return records.load_failure(folder) or (standing.death.how if standing and standing.death else None)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock."""
-    if not path.exists():
-        return False
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:
-        return False  # a read-only copy of a sweep: nobody computes there
-    lock.release()
-    return False
