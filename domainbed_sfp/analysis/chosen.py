@@ -11,7 +11,8 @@ from .data_formats import choices_of, json_text, place_of
 from .display import Grid, Shown, daggered
 from .latex import latex_of
 from .markdown import markdown_of
-from .tables import Report, Row, Table
+from .rows import Row
+from .tables import Report, Table
 
 _HEADER = ("Algorithm", "Test", "Trial", "Hparams seed", "Step", "Validation", "Accuracy", "Searched hparams", "Run")
 

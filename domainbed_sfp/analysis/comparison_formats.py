@@ -22,8 +22,8 @@ from .display import ABSENT, MISSING, RECONSTRUCTION_NOTE, Grid, Shown, daggered
 from .latex import latex_of
 from .markdown import markdown_of
 from .protocol import MNIST_LIKE, is_dealt_by_seed
+from .rows import RECONSTRUCTION
 from .statistics import CONFIDENCE, RESAMPLES, Interval, PairedTest
-from .tables import RECONSTRUCTION
 
 _PERCENT = f"{100 * CONFIDENCE:g}%"
 
