@@ -791,6 +791,9 @@ def test_published_files_that_are_none(tmp_path, collect):
     (tmp_path / "rows.csv").write_text(text.replace("80.8", "many"))
     status, _, err = collect(*given)
     assert status == 2 and "rows.csv, line 3: could not convert string to float: 'many'" in err
+    (tmp_path / "rows.csv").write_text(text + text.splitlines()[1] + "\n")
+    status, _, err = collect(*given)
+    assert status == 2 and "is given twice" in err and "rows.csv, line" in err
 
 
 def test_the_default_published_file_is_the_checkouts(tmp_path, table):

@@ -87,6 +87,7 @@ def test_notes_say_what_is_so(tmp_path, collect):
     _sweep(tmp_path, SINGLE_SOURCE)
     assert "which needs runs with one test environment beside those with two; this sweep has none." in collect()
     assert "gives no table" in collect("--selection", "leave-one-out", status=2)
+    assert "- No published rows: they hold out one environment." in collect("--selection", "oracle", "--published")
     (tmp_path / "ERM01t1" / "done").unlink()
     text = collect("--selection", "oracle")
     assert "ERM: 1 job missing (incomplete): test env0+env1 with trial 1 x hparams seed 0." in text
