@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from .layout import SWEEP, SWEEPS
 
 FORMAT = 1
 
-_FIELDS = ("name", "dataset", "algorithm", "test_envs", "hparams_seed", "trial_seed")
+_FIELDS = {"name": str, "dataset": str, "algorithm": str, "test_envs": list, "hparams_seed": int, "trial_seed": int}
+# A folder right in the directory, and nowhere else.
+_FOLDER = re.compile(r"[^/\\\0]*[^/\\\0.][^/\\\0]*")
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,19 @@ def _read(path: Path) -> Manifest | None:
     try:
         value = json.loads(path.read_bytes())
         if value["format"] != FORMAT:
-            raise ValueError(f"format {value['format']!r}, expected {FORMAT}")
+            raise ValueError(f"format {value['format']!r:.80}, expected {FORMAT}")
         protocol, jobs = value.get("protocol", {}), list(value["jobs"])
         if not isinstance(protocol, dict):
             raise TypeError("protocol is not an object")
         for number, job in enumerate(jobs):
-            for field in _FIELDS:
+            for field, kind in _FIELDS.items():
                 if field not in job:
                     raise ValueError(f"job {number} has no {field!r}")
-            job["name"], job["test_envs"] = str(job["name"]), [int(env) for env in job["test_envs"]]
+                if not isinstance(job[field], kind) or isinstance(job[field], bool):
+                    raise ValueError(f"{field} of job {number} is {job[field]!r:.80}")
+            if not _FOLDER.fullmatch(job["name"]):
+                raise ValueError(f"job {number} has the name {job['name']!r:.80}, no folder's")
+            job["test_envs"] = [int(env) for env in job["test_envs"]]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
