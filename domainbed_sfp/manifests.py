@@ -125,7 +125,7 @@ def _parse(path: Path, data: bytes) -> Manifest:
             if not _FOLDER.fullmatch(job["name"]):
                 raise ValueError(f"job {number} has the name {job['name']!r:.80}, no folder's")
             job["test_envs"] = [int(env) for env in job["test_envs"]]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
             f"{str(path)!r} is not a list of jobs ({what}); remove it, the next launch writes it anew"
