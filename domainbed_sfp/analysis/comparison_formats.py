@@ -33,6 +33,10 @@ _FILE_PAIRS = (
     "environments share training data. Intervals and p-values speak of other seeds, less of other environments, "
     "for which they are optimistic."
 )
+_SOURCE_PAIRS = (
+    "The pairs are not independent: each run is tested in several environments. Intervals and p-values are optimistic, "
+    "and speak of other seeds, less of other environments."
+)
 _DEALT_PAIRS = (
     "Each run's seed, which depends on its algorithm, deals the {what} out to the environments and makes their "
     "attributes: rows of different algorithms were not trained and tested on the same images, so pairing them takes "
@@ -220,11 +224,11 @@ def _table_notes(table: TableComparison) -> list[str]:
         "of the trials within each environment; the environments are not resampled. With fewer than ten trials it is "
         "too narrow.",
         f"Difference: {table.row.label} minus the row, percentage points, mean over pairs; a pair is two runs with the "
-        f"same test environment and trial seed. {_PERCENT} interval: Student's t, not corrected for several rows.",
+        f"same test environment{' and training data' if table.table.sources else ''} and trial seed. {_PERCENT} interval: Student's t, not corrected for several rows.",
         "p (t): two-sided paired t-test, the primary test, because few trials leave a Wilcoxon test no p that is small "
         f"(at best 2/2^n of n pairs). p (Holm): the same, corrected for {count} test{'' if count == 1 else 's'}. "
         "p (Wilcoxon): two-sided signed-rank test, exact, equal pairs dropped, not corrected.",
-        _pairs_note(table.table.dataset),
+        _SOURCE_PAIRS if table.table.sources else _pairs_note(table.table.dataset),
     ]
     summaries = [table.row, *(one.other for one in table.comparisons)]
     if any(summary.average is None for summary in summaries):
