@@ -132,7 +132,7 @@ def test_every_format_has_the_numbers(tmp_path, collect):
     assert "env2 (trained on env0)" in collect("--chosen", "--selection", "oracle")
     compared = collect("--compare", "ERM", "Random", "--selection", "training-domain")
     assert "12/0/0" in compared and "5.0" in compared
-    assert "same test environment and training data and trial seed" in compared
+    assert "same training environments, test environment and trial seed" in compared
     assert "each run is tested in several environments" in compared and "share training data" not in compared
     assert "ERM, trained on" not in collect("--compare", "ERM", "Random", "--selection", "training-domain")
 

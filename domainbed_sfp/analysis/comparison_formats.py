@@ -218,13 +218,14 @@ def _pairs_note(dataset: str) -> str:
 def _table_notes(table: TableComparison) -> list[str]:
     tests = [one.test for one in table.comparisons]
     count = sum(test.p_t is not None for test in tests)
+    shared = "training environments, test environment" if table.table.sources else "test environment"
     notes = [
         f"Average: over the test environments {', '.join(table.environments)}, percent ± standard error over trials "
         f"(sample standard deviation / sqrt(n)). {_PERCENT} bootstrap: percentile interval of {RESAMPLES:,} resamples "
         "of the trials within each environment; the environments are not resampled. With fewer than ten trials it is "
         "too narrow.",
         f"Difference: {table.row.label} minus the row, percentage points, mean over pairs; a pair is two runs with the "
-        f"same test environment{' and training data' if table.table.sources else ''} and trial seed. {_PERCENT} interval: Student's t, not corrected for several rows.",
+        f"same {shared} and trial seed. {_PERCENT} interval: Student's t, not corrected for several rows.",
         "p (t): two-sided paired t-test, the primary test, because few trials leave a Wilcoxon test no p that is small "
         f"(at best 2/2^n of n pairs). p (Holm): the same, corrected for {count} test{'' if count == 1 else 's'}. "
         "p (Wilcoxon): two-sided signed-rank test, exact, equal pairs dropped, not corrected.",
