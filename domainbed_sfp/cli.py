@@ -81,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_sweep(commands)
     _add_collect(commands)
+    _add_report(commands)
     _add_export(commands)
     _add_latency(commands)
     _add_rankings(commands)
@@ -104,22 +105,16 @@ def _add(commands: argparse._SubParsersAction, name: str, text: str, run: Comman
 
 def _add_quickstart(commands: argparse._SubParsersAction) -> None:
     parser = _add(
-        commands, "quickstart", "run a real small sweep on the embedded data and print its table", _quickstart
+        commands, "quickstart", "see in two minutes what pruning does where colours stop agreeing", _quickstart
     )
     parser.add_argument("--output_dir", default="quickstart_output")
     _add_slots(parser)
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    from domainbed_sfp.sweep import commands
+    from domainbed_sfp.sweep import quickstart
 
-    status = commands.launch(
-        commands.read_spec("quickstart"), None, args.output_dir, slots=args.jobs, ask=False, cache_dir=None
-    )
-    if status:
-        return status
-    table = make_parser().parse_args(["collect", "--input_dir", args.output_dir, "--selection", "training-domain"])
-    return table.run(table)
+    return quickstart.run(args.output_dir, args.jobs)
 
 
 # list ---------------------------------------------------------------------------------------------------------------
@@ -325,6 +320,13 @@ def _add_collect(commands: argparse._SubParsersAction) -> None:
 
     parser = _add(commands, "collect", "make tables of the records of a sweep, ours or DomainBed's", collect.run)
     collect.add_arguments(parser)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    from domainbed_sfp.analysis.report import page
+
+    parser = _add(commands, "report", "make one page of a sweep: tables, figures, comparisons, failures", page.run)
+    page.add_arguments(parser)
 
 
 # export, latency ----------------------------------------------------------------------------------------------------
