@@ -221,7 +221,8 @@ def page_of(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield (
         f"Test environment {settings['test_env']}, {lines[0]['images']} images; {settings['steps']} steps at 8 bits, "
         f"then {settings['finetune']} of each allocation on the same minibatches; {values['batch_size']} images an "
-        f"environment at {values['image_size']} px, half of them degraded; backbone {values['backbone']}; commit {commits}."
+        f"environment at {values['image_size']} px, half of them degraded; backbone {values['backbone']}; commit "
+        f"{commits}."
     )
     for bits in sorted({line["bits"] for line in lines}):
         yield from _section([line for line in lines if line["bits"] == bits], bits)

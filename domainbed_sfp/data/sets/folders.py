@@ -241,7 +241,7 @@ class Folder(ImageFolders):
 
 @dataset("VLCSPartial")
 class VLCSPartial(Folder):
-    """What can be had of VLCS without LabelMe, in `VLCS_partial/<environment>/<class>/`: Caltech101, images of SUN09, and
+    """What can be had of VLCS without LabelMe, in `VLCS_partial/<environment>/<class>/`: Caltech101, images of SUN09,
     VOC2007. Numbers on it are no results on VLCS; tables name the images by a digest."""
 
     FOLDER = "VLCS_partial"
