@@ -100,7 +100,8 @@ def test_seeds_that_lack_an_allocation_wait(bench):
 
 def test_a_run_goes_on_where_it_was_and_is_told(bench, tmp_path, capsys):
     file = tmp_path / "found.jsonl"
-    small = ["run", "--output", str(file), "--steps", "2", "--finetune", "1", "--samples", "20", "--bits", "3"]
+    small = ["run", "--output", str(file), "--steps", "2", "--finetune", "1", "--samples", "4", "--bits", "3",
+             "--hparams", '{"backbone": "mnist_cnn_bn", "batch_size": 4}']  # fmt: skip
     assert bench.main([*small, "--seeds", "2"]) == 0
     whole = file.read_text().splitlines()
     assert len(whole) == 12 and {json.loads(line)["seed"] for line in whole} == {90, 91}
