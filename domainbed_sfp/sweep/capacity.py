@@ -11,7 +11,7 @@ import torch
 
 from domainbed_sfp import hparams
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.sweep.jobs import Job
+from domainbed_sfp.sweep.job import Job
 
 CGROUP = Path("/sys/fs/cgroup")
 
