@@ -3,9 +3,9 @@
     python benchmarks/jobs.py [--runs 4] [--steps 100] [--data_dir DIR] [--json FILE]
 
 Launches the same runs on the embedded digits, and with `--data_dir` on PACS (EfficientNet-Lite0, 64 px), one at a time
-with all threads (`--jobs 1`), and as many at a time as there are cores with one thread each, as `--jobs auto` does. The fixed cost of a run (its start, data, first evaluation,
-checkpoint and end) is what a run of one step takes, beyond the launch's own start. Ends with status 1 where that is
-more than 1.5 s, or where `auto` is slower than one at a time.
+with all threads (`--jobs 1`), and as many at a time as there are cores with one thread each, as `--jobs auto` does. The
+fixed cost of a run (its start, data, first evaluation, checkpoint and end) is what a run of one step takes, beyond the
+launch's own start. Ends with status 1 where that is more than 1.5 s, or where `auto` is slower than one at a time.
 """
 
 from __future__ import annotations
