@@ -17,6 +17,7 @@ from domainbed_sfp.data.sets.digits import read_embedded
 
 __all__ = ["cli", "torch", "torchvision", "training"]
 
+cli.make_parser()  # imports what commands need for their flags
 registry.names()
 dataset_names()
 read_embedded(None)  # numbers too few for torch to start threads, which a fork would not survive
