@@ -70,6 +70,10 @@ def check_fields(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         yield Problem(file, "line 1.granularity", words, shown(first.get("granularity")))
     if (asked := run.run.args["precision"]) not in ("auto", first["precision"]):
         yield Problem(file, "line 1.precision", f"{shown(asked)}, as in args", shown(first["precision"]))
+    weights = run.run.hparams.get("weights")
+    if "weights_digest" in first and weights in layout.WEIGHTS:
+        words = f"no such field with weights {weights}"
+        yield Problem(file, "line 1.weights_digest", words, shown(first["weights_digest"]))
     if run.run.algorithm in registry.names():
         standing = registry.get(run.run.algorithm).standing
         if first["standing"] != standing:
