@@ -27,6 +27,7 @@ def check_bits(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
     there = [name for name in OF_BITS if name in expected.measured]
     if expected.code is None:
         there += [f"env{env}_{name}" for env in environments for name in COSTS_OF_IMAGES if name in there]
+        there += sorted({name for limits in expected.limits.values() for name in limits} - {*OF_BITS})
     for number, record in enumerate(run.records, start=1):
         for name in sorted({*there, *filter(_is_of_bits, record)}):
             if problem := _wrong(run, record, name, name in there, expected):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import tracks
 from domainbed_sfp.leaderboard.entries import TIERS
 from domainbed_sfp.leaderboard.rerun import Rerun
@@ -100,3 +101,9 @@ def json_of(outcome: Validation) -> str:
         "submission": outcome.submission,
     }
     return json.dumps(document, indent=1) + "\n"
+
+
+def refusal_json(bundle: str, error: UserError) -> str:
+    """The document of `json_of` where there is nothing to validate: the error as its only problem."""
+    problem = Problem(bundle, "", "a bundle and flags with which it can be validated", str(error))
+    return json_of(Validation(Path(bundle), [problem]))
