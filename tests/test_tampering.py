@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from submission_bundles import (
     DATASET,
     FAMILIES,
     IN,
-    OUT,
     Change,
     claims,
     each,
@@ -28,9 +30,10 @@ from submission_bundles import (
     resubmitted,
     tampered,
     write,
-)  # fmt: skip
+)
 
-from domainbed_sfp.leaderboard import validation
+from domainbed_sfp import registry
+from domainbed_sfp.leaderboard import names, validation
 
 LAST, FIRST = slice(-1, None), slice(0, 1)
 ONE = slice(0, 1)
@@ -403,4 +406,33 @@ def test_what_is_tampered_with_is_refused(bundle_of, tmp_path, kind):
 
 
 def test_the_table_is_long():
-    assert len(ALL) >= 120 and OUT < IN
+    assert len(ALL) >= 120
+
+
+@given(st.sampled_from(registry.names()), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_spacing_capitals_and_dress_do_not_make_a_name_another(name, seed):
+    draw = random.Random(seed)
+    letters = [
+        draw.choice((letter.upper(), letter.lower())) + draw.choice(("", "", " ", ".", "-", "'")) for letter in name
+    ]
+    dress = ("", "+", ".", " (ours)", "(x=1)", " 2", " v2", "-plus", ", tuned", " by others")
+    other = "".join(letters) + draw.choice(dress)
+    assert names.resembled(other, registry.names()) == name
+    assert names.wrong_name(other, "Mine", [*registry.names(), "Mine"], {}) is not None
+
+
+@pytest.mark.parametrize("name", ["Gradual shrinking", "My pruner", "Baseline 3", "Ours", "Less is more", "A1"])
+def test_names_of_ones_own(name):
+    assert names.wrong_name(name, "Magnitude", registry.names(), {}) is None
+
+
+def test_a_report_for_programs_also_where_nothing_is_validated(main, bundle_of, tmp_path):
+    done = main("leaderboard", "validate", tmp_path / "none", "--json", check=False)
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert done.returncode == 2 and "is no folder" in problem["found"] and "is no folder" in done.stderr
+    folder = tampered(bundle_of("dense"), tmp_path / "b", fields(LAST, env0_in_acc=1))
+    done = main("leaderboard", "validate", folder, "--json", check=False)
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert done.returncode == 1 and problem["file"].startswith("records/") and problem["field"] == "line 4.env0_in_acc"
+    assert (problem["expected"], problem["found"]) == ("a number with a decimal point", "1")

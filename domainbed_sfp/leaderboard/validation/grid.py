@@ -25,7 +25,7 @@ def check_jobs(bundle: Bundle) -> Iterator[Problem]:
         jobs.setdefault(run.job, records_of(run))
 
 
-def check_names(bundle: Bundle) -> Iterator[Problem]:
+def check_file_names(bundle: Bundle) -> Iterator[Problem]:
     """No two files differ by capitals alone: some disks would keep one of them."""
     seen: dict[str, str] = {}
     for name in sorted(bundle.tree.sums):
