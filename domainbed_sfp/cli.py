@@ -105,22 +105,16 @@ def _add(commands: argparse._SubParsersAction, name: str, text: str, run: Comman
 
 def _add_quickstart(commands: argparse._SubParsersAction) -> None:
     parser = _add(
-        commands, "quickstart", "run a real small sweep on the embedded data and print its table", _quickstart
+        commands, "quickstart", "see in two minutes what pruning does where colours stop agreeing", _quickstart
     )
     parser.add_argument("--output_dir", default="quickstart_output")
     _add_slots(parser)
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    from domainbed_sfp.sweep import commands
+    from domainbed_sfp.sweep import quickstart
 
-    status = commands.launch(
-        commands.read_spec("quickstart"), None, args.output_dir, slots=args.jobs, ask=False, cache_dir=None
-    )
-    if status:
-        return status
-    table = make_parser().parse_args(["collect", "--input_dir", args.output_dir, "--selection", "training-domain"])
-    return table.run(table)
+    return quickstart.run(args.output_dir, args.jobs)
 
 
 # list ---------------------------------------------------------------------------------------------------------------

@@ -86,7 +86,8 @@ def test_the_page_stands_alone_and_says_what_collect_says(sweep, main):
     read = _Page()
     read.feed(text)
     assert read.open == []
-    assert set(read.loads) == {"link", "script"} and "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert set(read.loads) == {"link", "script"} and "http:" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "https:" not in text
     assert read.cells[:4] == ["Algorithm", "50%", "a_b&c", "Average"]
     assert read.scopes[:10] == ["col"] * 10
     table = main("collect", "--input_dir", sweep, "--selection", "training-domain").stdout
