@@ -234,7 +234,9 @@ def _all_but_one(masks: dict[str, torch.Tensor]) -> None:
 CONV2, HEAD = "featurizer.conv2.weight", "classifier.weight"
 
 MASKS: Table = {
-    "dense as 98 % sparse": ("dense", masked(_all_but_one, slice(None)), "line 1.masks", "no such field, because ERM masks nothing"),
+    "dense as 98 % sparse": (
+        "dense", masked(_all_but_one, slice(None)), "mask featurizer.conv", "a parameter that is masked by ERM"
+    ),
     "single weights beside channels": ("channels", masked(lambda m: _dead(m, CONV2, 99)), f"mask {CONV2}", "masked weights"),
     "a masked bias of the classifier": (
         "channels", masked(lambda m: m.update({"classifier.bias": torch.arange(10) > 3})), "mask classifier.bias",
