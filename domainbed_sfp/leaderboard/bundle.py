@@ -21,8 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp.leaderboard import entries
-from domainbed_sfp.leaderboard.entries import list_of, object_of, or_null
+from domainbed_sfp.leaderboard import entry_schema as entries
+from domainbed_sfp.leaderboard.entry_schema import list_of, object_of, or_null
 from domainbed_sfp.leaderboard.plain_files import open_plain
 from domainbed_sfp.leaderboard.schema import Problem
 from domainbed_sfp.training import TrainArgs

@@ -17,8 +17,9 @@ from domainbed_sfp import __version__
 from domainbed_sfp.analysis.display import ABSENT, MISSING, RECONSTRUCTION_NOTE
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.files import write_atomically
-from domainbed_sfp.leaderboard import board_formats, entries, tracks
+from domainbed_sfp.leaderboard import board_formats, store, tracks
 from domainbed_sfp.leaderboard.board import BANDS, DENSE, UNKNOWN, Board, board_of
+from domainbed_sfp.leaderboard.entry_schema import SELECTIONS, TIERS, TRACKS
 
 # format -> (its title, the file's name)
 FILES: Mapping[str, tuple[str, str]] = {
@@ -50,7 +51,7 @@ def build(entries_dir: str | Path, output_dir: str | Path, formats: Sequence[str
     """
     if not Path(entries_dir).is_dir():
         raise UserError(f"--entries_dir {str(entries_dir)!r} is no folder; `leaderboard add` makes one")
-    board = board_of(entries.read_all(entries_dir, history=True))
+    board = board_of(store.read_all(entries_dir, history=True))
     renderers: Mapping[str, Callable[[Board], str]] = {
         "html": lambda board: html_text(board, [FILES[name] for name in formats if name != "html"]),
         "markdown": board_formats.markdown_text,
@@ -125,8 +126,8 @@ def _filters(board: Board) -> list[tuple[str, str, list[tuple[str, str]]]]:
     kinds = {ranking.transductive for ranking in board.rankings}
     return [
         ("dataset", "Data set", _same(dict.fromkeys(ranking.dataset for ranking in board.rankings))),
-        ("rule", "Model selection", sorted(rules, key=lambda rule: entries.SELECTIONS.index(rule[0]))),
-        ("track", "Track", _same(name for name in entries.TRACKS if name in tracks)),
+        ("rule", "Model selection", sorted(rules, key=lambda rule: SELECTIONS.index(rule[0]))),
+        ("track", "Track", _same(name for name in TRACKS if name in tracks)),
         (
             "transductive",
             "Test images in training",
@@ -134,7 +135,7 @@ def _filters(board: Board) -> list[tuple[str, str, list[tuple[str, str]]]]:
         ),
         ("family", "Family", _same(sorted({line.family for line in lines}))),
         ("band", "Sparsity", _same(name for name in (DENSE, *BANDS, UNKNOWN) if name in bands)),
-        ("tier", "Tier", _same(name for name in entries.TIERS if name in found)),
+        ("tier", "Tier", _same(name for name in TIERS if name in found)),
     ]
 
 
