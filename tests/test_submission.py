@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from domainbed_sfp import hparams, networks, records, registry, training
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.leaderboard import bundle, entries, mask_headers, rerun, summary, tracks, validation
+from domainbed_sfp.leaderboard import bundle, entries, mask_headers, rerun, store, summary, tracks, validation
 from domainbed_sfp.leaderboard.commands import entries_of
 from domainbed_sfp.leaderboard.facts import facts_of
 from domainbed_sfp.leaderboard.submit import submit
@@ -275,7 +275,7 @@ def test_validate_and_add_and_supersede(main, made, tmp_path):
     told = main("leaderboard", "add", made, "--entries_dir", folder).stdout.splitlines()
     command = f"domainbed-sfp leaderboard add {made} --rerun 1 --entries_dir {folder}"
     assert told[-1] == f"`{command}` computes runs anew and raises it to rerun-verified; an earlier `validate --rerun` does not count."  # fmt: skip
-    (entry,) = entries.read_all(folder)
+    (entry,) = store.read_all(folder)
     assert (folder / DATASET / "Magnitude_sparsity=0.5.json").is_file()
     assert "Open track: 2 trials, closed takes at least 3." in entry.notes
     assert entry.name == ROW and entry.tier == "records-verified" and entry.track == "open" and not entry.transductive
@@ -291,10 +291,10 @@ def test_validate_and_add_and_supersede(main, made, tmp_path):
     # The command that was told does it.
     told = main(*shlex.split(command)[1:], "--rerun_seed", 3).stdout
     assert "does not count" not in told
-    (entry,) = entries.read_all(folder)
+    (entry,) = store.read_all(folder)
     assert entry.tier == "rerun-verified" and entry.rerun["seed"] == 3 and len(entry.rerun["cells"]) == 1
     assert entry.rerun["cells"][0]["agreement"] == "identical"
-    current, old = entries.read_all(folder, history=True)
+    current, old = store.read_all(folder, history=True)
     assert current == entry and old.superseded_by == entry.bundle and old.tier == "records-verified"
 
 
@@ -340,13 +340,13 @@ def test_a_rerun_raises_only_the_data_sets_it_was_of(made):
 
 def test_another_protocol_does_not_take_an_entrys_place(made, tmp_path):
     (entry,) = entries_of(validation.validate(made))
-    entries.write(tmp_path, entry)
+    store.write(tmp_path, entry)
     other = replace(entry, bundle="0" * 64, protocol={**entry.protocol, "steps": 7})
     with pytest.raises(UserError, match=r"protocol\.steps \(5 there, 7 here\).*submit --name"):
-        entries.write(tmp_path, other)
+        store.write(tmp_path, other)
     other = replace(entry, bundle="0" * 64, protocol={**entry.protocol, "checkpoint_freq": 1})
     with pytest.raises(UserError, match=r"protocol\.checkpoint_freq \(2 there, 1 here\)"):
-        entries.write(tmp_path, other)
+        store.write(tmp_path, other)
     with pytest.raises(UserError, match=r"entry: tier: expected one of .*, found \"best\""):
         entries.from_json({**entries.as_json(entry), "tier": "best"})
 
@@ -397,9 +397,9 @@ def test_a_rerun_opens_no_file_that_the_bundle_names(main, made):
 def test_an_entry_gives_way_to_no_weaker_one(made, tmp_path):
     (entry,) = entries_of(validation.validate(made))
     again = {"seed": 0, "tolerance": 3.0, "cells": [{"run": "a", "agreement": "identical", "difference": 0.0}]}
-    entries.write(tmp_path, replace(entry, tier="rerun-verified", rerun=again))
+    store.write(tmp_path, replace(entry, tier="rerun-verified", rerun=again))
     with pytest.raises(UserError, match="only records-verified; `leaderboard add BUNDLE --rerun N` computes"):
-        entries.write(tmp_path, replace(entry, bundle="0" * 64))
+        store.write(tmp_path, replace(entry, bundle="0" * 64))
     fewer = replace(
         entry, tier="rerun-verified", rerun=again, bundle="0" * 64, protocol={**entry.protocol, "trial_seeds": [0]}
     )
@@ -408,10 +408,10 @@ def test_an_entry_gives_way_to_no_weaker_one(made, tmp_path):
         one = replace(cell, trials=cell.trials[:1], accuracy=cell.trials[0].accuracy, std_err=None)
         fewer = replace(fewer, results={**fewer.results, rule: replace(result, cells=(one, *rest))})
     with pytest.raises(UserError, match="has 2 trial_seeds, this one only 1"):
-        entries.write(tmp_path, fewer)
+        store.write(tmp_path, fewer)
     with pytest.raises(UserError, match="cannot tell the names apart"):
-        entries.write(tmp_path, replace(entry, name=entry.name.upper()))
-    assert len(entries.read_all(tmp_path, history=True)) == 1
+        store.write(tmp_path, replace(entry, name=entry.name.upper()))
+    assert len(store.read_all(tmp_path, history=True)) == 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from domainbed_sfp.analysis.plot_data import FP32_BITOPS
 from domainbed_sfp.analysis.selection import RULES, Rule
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard.entries import Entry, EntryCell, Result
-from domainbed_sfp.leaderboard.entry_schema import SELF_REPORTED, TIERS, TRACKS
+from domainbed_sfp.leaderboard.entry_schema import TRACKS
+from domainbed_sfp.leaderboard.tiers import SELF_REPORTED, TIERS
 
 # Of algorithms that no installed package registers.
 UNREGISTERED = "not registered"
@@ -158,7 +159,9 @@ def family_of(algorithm: str) -> str:
 
 def _lines(ranked: Sequence[Entry], rule: Rule, history: Sequence[Entry]) -> list[Line]:
     """By average, as rounded for readers: equal ones share a rank; those that have none come last."""
-    averages = {entry.name: -1.0 if entry.tier == SELF_REPORTED else _average(entry.results[rule.key]) for entry in ranked}
+    averages = {
+        entry.name: -1.0 if entry.tier == SELF_REPORTED else _average(entry.results[rule.key]) for entry in ranked
+    }
     lines = []
     for entry in sorted(ranked, key=lambda entry: (-averages[entry.name], entry.name)):
         own = averages[entry.name]

@@ -3,6 +3,8 @@
     submission.json             what is submitted: method, protocol per data set, and the numbers that it claims
     records/<run>.jsonl         every record of every run of the grid, without the paths of its author's machine
     masks/<digest>.safetensors  the masks of the checkpoints that the selection rules choose, one bit a weight
+    models/<run>.<step>.safetensors
+                                where the author wants them to be evaluated: the models of the same checkpoints
     SHA256SUMS                  of all other files, as `sha256sum` writes it
 
 Nothing in a bundle is run, imported or unpickled: texts are parsed as JSON, masks as safetensors, both in bounds, and
@@ -32,6 +34,7 @@ SUBMISSION = "submission.json"
 SUMS = "SHA256SUMS"
 RECORDS = "records"
 MASKS = "masks"
+MODELS = "models"
 
 # What a name may be, and how many bytes such a file may have.
 FILES: Mapping[str, int] = {
@@ -39,12 +42,15 @@ FILES: Mapping[str, int] = {
     r"SHA256SUMS": 2**24,
     r"records/[A-Za-z0-9][A-Za-z0-9_.-]*\.jsonl": 2**26,
     r"masks/[0-9a-f]{64}\.safetensors": 2**26,
+    r"models/[A-Za-z0-9][A-Za-z0-9_.-]*\.\d{1,10}\.safetensors": 2**30,
 }
 # Of a network that is built anew to count its costs: more would take gigabytes.
 MOST_PARAMETERS = 2**29
 # Read at once where a file is only looked through.
 CHUNK = 2**20
-LAYOUT = f"{SUBMISSION}, {SUMS}, {RECORDS}/<run>.jsonl or {MASKS}/<digest>.safetensors"
+LAYOUT = (
+    f"{SUBMISSION}, {SUMS}, {RECORDS}/<run>.jsonl, {MASKS}/<digest>.safetensors or {MODELS}/<run>.<step>.safetensors"
+)
 # Of all files together, and of all records.
 LARGEST_BUNDLE = 2**33
 LARGEST_RECORDS = 2**30
@@ -170,6 +176,11 @@ RECORD_SCHEMA: dict[str, Any] = {
     "patternProperties": {r"^env\d+_(in|out|uda)_acc$": entries.FRACTION, r"^env\d+_degraded$": _DEGRADED},
     "additionalProperties": _NUMBER_OR_NULL,
 }
+
+
+def model_file(run: str, step: int) -> str:
+    """The file of a checkpoint's model, by its name in the bundle."""
+    return f"{MODELS}/{run}.{step}.safetensors"
 
 
 @dataclass
@@ -321,7 +332,7 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
     with os.scandir(folder) as found:
         for entry in sorted(islice(found, MOST_FILES + 1), key=lambda entry: entry.name):
             name = prefix + entry.name
-            if name in (RECORDS, MASKS) and entry.is_dir(follow_symlinks=False):
+            if name in (RECORDS, MASKS, MODELS) and entry.is_dir(follow_symlinks=False):
                 yield from _walk(folder / entry.name, name + "/")
             else:
                 yield name, entry

@@ -20,17 +20,17 @@ from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import tracks
 from domainbed_sfp.leaderboard.drawing import draw
-from domainbed_sfp.leaderboard.entry_schema import (
-    AGREEMENTS,
+from domainbed_sfp.leaderboard.entry_schema import AGREEMENTS
+from domainbed_sfp.leaderboard.facts import Facts, facts_of, split_sizes
+from domainbed_sfp.leaderboard.schema import Problem, shown
+from domainbed_sfp.leaderboard.summary import is_transductive, taken_name
+from domainbed_sfp.leaderboard.tiers import (
     MODEL_VERIFIED,
     RECORDS_VERIFIED,
     RERUN_IDENTICAL,
     RERUN_VERIFIED,
     SELF_REPORTED,
 )
-from domainbed_sfp.leaderboard.facts import Facts, facts_of, split_sizes
-from domainbed_sfp.leaderboard.schema import Problem, shown
-from domainbed_sfp.leaderboard.summary import is_transductive, taken_name
 from domainbed_sfp.records import SPARSITY_ASKED, Run
 
 Told = Iterator[tuple[str, str, str]]
@@ -234,7 +234,9 @@ def _costs(entry: Entry) -> Told:
                 yield f"{where}.sparsity", words, shown(costs["sparsity"])
         if costs.get("sparsity", 0) > 1:
             yield f"{where}.sparsity", "a fraction of at most 1", shown(costs["sparsity"])
-    if missing := sorted(set(entry["unverified"]) - {name for one in entry["results"].values() for name in one["costs"]}):
+    if missing := sorted(
+        set(entry["unverified"]) - {name for one in entry["results"].values() for name in one["costs"]}
+    ):
         yield "unverified", "costs of the results", shown(missing)
 
 
@@ -306,9 +308,7 @@ def _trials(entry: Entry, *rules: str) -> Iterator[tuple[str, int, Mapping[str, 
 def _run(entry: Entry, trial: Mapping[str, Any]) -> Run:
     """What is known of the run behind a choice: its arguments, its hparams as drawn, its input."""
     name, dataset, protocol = entry["algorithm"], entry["dataset"], entry["protocol"]
-    values = hparams.resolve_hparams(
-        name, dataset, trial["hparams_seed"], trial["trial_seed"], dict(entry["settings"])
-    )
+    values = hparams.resolve_hparams(name, dataset, trial["hparams_seed"], trial["trial_seed"], dict(entry["settings"]))
     facts = _facts(entry)
     side = values.get("image_size")
     shape = {"input_shape": (facts.channels, side, side)} if facts and isinstance(side, int) else {}

@@ -46,8 +46,8 @@ and unrounded; standard errors are sample ones (ddof = 1) over trials, null with
     runs            digests of the accuracies in the records of its runs: no other entry may have one of them
     author          null, or the public key (Ed25519, 64 hexadecimal digits) whose signature the bundle has: who holds
                     its private part may replace the entry
-    archive         null, or where the bundle lies: an https address or a path from the folder of entries, of a folder or
-                    a .tgz file; `leaderboard build --check` rebuilds the entry from it
+    archive         null, or where the bundle lies: an https address or a path from the folder of entries, of a folder
+                    or a .tgz file; `leaderboard build --check` rebuilds the entry from it
     bundle          SHA-256 of the bundle's SHA256SUMS
     date            of the addition, YYYY-MM-DD
     package         the version of domainbed_sfp that made the records, "domainbed_sfp 0.1.0"

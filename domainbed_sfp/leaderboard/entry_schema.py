@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from domainbed_sfp.leaderboard.tiers import TIERS
 from domainbed_sfp.records import COST_FIELDS
 from domainbed_sfp.registry import STANDINGS
 
 FORMAT = 1
-
-# What can be shown of an entry, from nothing to everything; each tier has a ranking of its own. `entries` says what they
-# mean.
-SELF_REPORTED = "self-reported"
-RECORDS_VERIFIED = "records-verified"
-MODEL_VERIFIED = "model-verified"
-RERUN_VERIFIED = "rerun-verified"
-RERUN_IDENTICAL = "rerun-identical"
-TIERS = (SELF_REPORTED, RECORDS_VERIFIED, MODEL_VERIFIED, RERUN_VERIFIED, RERUN_IDENTICAL)
 
 TRACKS = ("closed", "open")
 SELECTIONS = ("training-domain", "leave-one-out", "oracle")
@@ -140,7 +132,12 @@ RERUN_SCHEMA = object_of(
 )
 KEY = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 # An https address, or a path that leaves the folder of entries by a few steps at most and then only goes down.
-ARCHIVE = {"type": "string", "pattern": r"^(https://[A-Za-z0-9._~:/%@+=-]+|(\.\./){0,4}[A-Za-z0-9][A-Za-z0-9_+=-]*([./][A-Za-z0-9_+=-]+)*)$", "maxLength": 500}  # fmt: skip
+_STEP = r"[A-Za-z0-9_+=-]+(\.[A-Za-z0-9_+=-]+)*"
+ARCHIVE = {
+    "type": "string",
+    "pattern": rf"^(https://[A-Za-z0-9._~:/%@+=-]+|(\.\./){{0,4}}{_STEP}(/{_STEP})*)$",
+    "maxLength": 500,
+}
 PACKAGE = {"type": "string", "pattern": r"^domainbed_sfp [0-9A-Za-z.+-]+$", "maxLength": 60}
 COMMIT = or_null({"type": "string", "pattern": r"^[0-9a-f]{7,40}(\+changes)?$"})
 
@@ -162,7 +159,7 @@ SCHEMA = object_of(
         "step_0": or_null(STEP_0_SCHEMA),
         "models": or_null(MODELS_SCHEMA),
         "rerun": or_null(RERUN_SCHEMA),
-        "runs": list_of(SHA256, minItems=1, maxItems=100_000, uniqueItems=True),
+        "runs": list_of(SHA256, maxItems=100_000, uniqueItems=True),
         "bundle": SHA256,
         "date": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}$"},
         "package": PACKAGE,

@@ -19,7 +19,8 @@ from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.files import write_atomically
 from domainbed_sfp.leaderboard import board_formats, store, tracks
 from domainbed_sfp.leaderboard.board import BANDS, DENSE, UNKNOWN, Board, board_of
-from domainbed_sfp.leaderboard.entry_schema import SELECTIONS, TIERS, TRACKS
+from domainbed_sfp.leaderboard.entry_schema import SELECTIONS, TRACKS
+from domainbed_sfp.leaderboard.tiers import NOTES, TIERS
 
 # format -> (its title, the file's name)
 FILES: Mapping[str, tuple[str, str]] = {
@@ -88,6 +89,8 @@ def html_text(board: Board, siblings: Sequence[tuple[str, str]] = ()) -> str:
         filters=_filters(board),
         siblings=siblings,
         notes=board_formats.NOTES,
+        tiers=TIERS[::-1],
+        tier_notes=NOTES,
         trials_of_closed=tracks.TRIALS,
         reconstruction_note=RECONSTRUCTION_NOTE,
         bitops=any(map(board_formats.has_bitops, board.rankings)),

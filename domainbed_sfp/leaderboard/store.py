@@ -12,9 +12,9 @@ from domainbed_sfp.errors import UserError
 from domainbed_sfp.files import write_atomically
 from domainbed_sfp.leaderboard import consistency
 from domainbed_sfp.leaderboard.entries import Entry, as_json, from_json, slug, text_of
-from domainbed_sfp.leaderboard.entry_schema import RERUN_VERIFIED, TIERS
 from domainbed_sfp.leaderboard.plain_files import open_plain
 from domainbed_sfp.leaderboard.schema import Problem, parse, shown
+from domainbed_sfp.leaderboard.tiers import RERUN_VERIFIED, TIERS
 
 # Larger files are no entries.
 LARGEST_FILE = 2**22

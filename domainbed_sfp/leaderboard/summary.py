@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from domainbed_sfp import registry
 from domainbed_sfp.analysis.jobs import Account, Job, Method
@@ -33,6 +36,19 @@ class SubmittedRun:
         """(data set, test environments, hparams seed, trial seed): unique in a bundle."""
         run = self.run
         return run.dataset, run.test_envs, run.hparams_seed, run.trial_seed
+
+
+def digests_of(runs: Sequence[SubmittedRun]) -> list[str]:
+    """What tells runs from others whatever they are called: SHA-256 of each one's accuracies on what it trained on, in
+    all records, sorted. They decide nothing, so that who raises others leaves them. A run in which they never move is
+    left out: networks that have collapsed can give the same ones."""
+    found = set()
+    for run in runs:
+        rows = np.delete(run.run.in_acc, run.run.test_envs, axis=1).tolist()
+        if any(row != rows[0] for row in rows):
+            told = json.dumps([run.run.dataset, run.run.test_envs, run.run.steps, rows])
+            found.add(hashlib.sha256(told.encode()).hexdigest())
+    return sorted(found)
 
 
 def taken_name(name: str, algorithm: str) -> str | None:

@@ -18,6 +18,7 @@ from domainbed_sfp.leaderboard.schema import MOST_PROBLEMS
 from domainbed_sfp.leaderboard.validation.context import Bundle, Check
 from domainbed_sfp.leaderboard.validation.costs import check_costs
 from domainbed_sfp.leaderboard.validation.grid import check_copies, check_grid, check_jobs, check_method
+from domainbed_sfp.leaderboard.validation.models import check_models
 from domainbed_sfp.leaderboard.validation.reading import check_sums, read_records, read_submission
 from domainbed_sfp.leaderboard.validation.report import Validation, json_of, text_of
 from domainbed_sfp.leaderboard.validation.runs import check_runs
@@ -40,6 +41,7 @@ CHECKS: tuple[Check, ...] = (
     check_grid,
     check_submission,
     check_costs,
+    check_models,
 )
 
 
@@ -78,4 +80,5 @@ def _check(root: Path, tree: Tree) -> Validation:
         submission=bundle.document,
         runs=bundle.runs,
         sums=tree.sums.get(SUMS, ""),
+        tree=tree,
     )

@@ -49,7 +49,7 @@ def check_costs(bundle: Bundle) -> Iterator[Problem]:
         for dataset, one in document["datasets"].items()
     }
     recomputed = {dataset: set(names) for dataset, names in claimed.items()}
-    chosen, needed = _chosen(bundle), set()
+    chosen, needed = chosen_checkpoints(bundle), set()
     for run in bundle.runs:
         numbers = [n for n, one in enumerate(run.records, start=1) if (run.name, one["step"]) in chosen]
         if not numbers:
@@ -103,7 +103,7 @@ def _featurizer_weights(shape: tuple[int, ...], values: Mapping[str, Any]) -> in
         return 0
 
 
-def _chosen(bundle: Bundle) -> set[tuple[str, int]]:
+def chosen_checkpoints(bundle: Bundle) -> set[tuple[str, int]]:
     """(run, step) of the checkpoints that the selection rules choose."""
     found = set()
     for dataset in {run.run.dataset for run in bundle.runs}:
