@@ -41,9 +41,9 @@ UNVERIFIED_NOTE = (
 NOTES = (
     "Accuracy in percent on held-out environments ± standard error over trials (sample standard deviation / sqrt(n)); "
     f"{ABSENT} where one trial has none.",
-    "Ranks follow the average as shown. Tiers are ranked apart, the highest first: nothing that was checked less stands "
-    "above what was checked more. So are transductive methods, which see unlabelled images of the test environment, and "
-    "the open track.",
+    "Ranks follow the average as shown. Tiers are ranked apart, the highest first: nothing that was checked less "
+    "stands above what was checked more. So are transductive methods, which see unlabelled images of the test "
+    "environment, and the open track.",
     f"Every accuracy of a verified entry follows from its records, and every cost that is not marked {UNVERIFIED}; "
     "published numbers that nobody measured here are not in it.",
 )

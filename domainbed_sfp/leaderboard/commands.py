@@ -9,10 +9,10 @@ import sys
 from datetime import datetime, timezone
 
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.errors import UserError, check_range
 from domainbed_sfp.leaderboard import comparing, entries, rerun, store, summary, validation
 from domainbed_sfp.leaderboard.computing import HOURS, Place
-from domainbed_sfp.leaderboard.consistency import MOST_NOTE, NOT_CHECKED, OPEN_TRACK
+from domainbed_sfp.leaderboard.consistency import NOT_CHECKED, OPEN_TRACK, note_of
 from domainbed_sfp.leaderboard.first_steps import check_first_steps
 from domainbed_sfp.leaderboard.models import check_models
 from domainbed_sfp.leaderboard.outcomes import Rerun
@@ -75,8 +75,8 @@ def entries_of(outcome: Validation, archive: str | None = None) -> list[entries.
     found = []
     for dataset, one in document["datasets"].items():
         reasons = outcome.reasons_for_open(dataset)
-        notes = [f"{OPEN_TRACK}{reason}"[: MOST_NOTE - 1] + "." for reason in reasons]
-        notes += [f"{NOT_CHECKED}{what}"[: MOST_NOTE - 1] + "." for what in outcome.unchecked]
+        notes = [note_of(OPEN_TRACK, reason) for reason in reasons]
+        notes += [note_of(NOT_CHECKED, what) for what in outcome.unchecked]
         found.append(
             entries.Entry(
                 name=document["name"],
@@ -113,10 +113,8 @@ def _examine(args: argparse.Namespace) -> Validation:
         raise UserError(
             f"--tolerance: expected points of accuracy from 0 to {comparing.TOLERANCE:g}, got {tolerance:g}"
         )
-    if args.rerun_seed is not None and not 0 <= args.rerun_seed < 2**31:
-        raise UserError(f"--rerun_seed: expected a whole number from 0 to {2**31 - 1}, got {args.rerun_seed}")
-    if args.rerun is not None and not 1 <= args.rerun <= MOST_RERUN:
-        raise UserError(f"--rerun: expected runs of each test environment, from 1 to {MOST_RERUN}, got {args.rerun}")
+    check_range("--rerun_seed", args.rerun_seed, 0, 2**31 - 1)
+    check_range("--rerun", args.rerun, 1, MOST_RERUN)
     outcome = validation.validate(args.bundle)
     if outcome.tier is not None and outcome.tree is not None and not args.records_only:
         check_models(outcome, outcome.tree, place)

@@ -1,9 +1,9 @@
 """Two computations of one run, record by record and field by field.
 
 Where machine, versions and commit are the same, both are the same bit by bit or one of them is not what it says. On
-another machine sums come in another order: the first step differs by a few samples, later ones by what training makes of
-that. Tolerances are from honest runs computed with other convolution routines: at most .21 points at step 0 and 2.5 at
-the end, .26 in the signed mean.
+another machine sums come in another order: the first step differs by a few samples, later ones by what training makes
+of that. Tolerances are from honest runs computed with other convolution routines: at most .21 points at step 0 and 2.5
+at the end, .26 in the signed mean.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def check_means(comparisons: Sequence[Comparison], tolerance: float) -> tuple[fl
         for kind, values in one.signed.items():
             found.setdefault(kind, []).extend(values)
     runs = sum(bool(one.signed) for one in comparisons)
-    # The mean of single records, one a run or so: it may be off by more than that of all records, the less the more runs.
+    # The mean of single records, one a run or so, may be off by more than that of all; the less, the more runs.
     limits = dict.fromkeys(found, MEAN_TOLERANCE) | {SELECTED: max(MEAN_TOLERANCE, tolerance / math.sqrt(runs or 1))}
     problems = (
         Problem(RECORDS, f"accuracies, {kind}", f"a mean within {limits[kind]:.2f} points of that computed again",
@@ -120,7 +120,7 @@ def check_means(comparisons: Sequence[Comparison], tolerance: float) -> tuple[fl
 
 def compare_model(name: str, number: int, claimed: Record, again: Record) -> Comparison:
     """Compares a record, the `number`th of run `name`, with the evaluation of its model: what follows from the model's
-    state is the same anywhere; accuracies differ by a few samples, and what is measured of images by their sum's order."""
+    state is the same anywhere; accuracies differ by a few samples, and what is measured of images by rounding."""
     outcome = Comparison(name)
     for field_name in sorted({*again, "masks"} - _APART):
         old, new = claimed.get(field_name), plain(again.get(field_name))

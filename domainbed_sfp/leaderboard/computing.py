@@ -43,7 +43,8 @@ def reason_not_to(run: SubmittedRun, place: Place) -> str | None:
         return f"{run.run.algorithm} is not installed here; install the package that has it"
     weights = run.run.hparams.get("weights", WEIGHTS[0])
     if weights not in WEIGHTS:
-        return f"its runs begin from a file of their author (hparam weights {shown(weights)}), and no file that a bundle names is opened"  # fmt: skip
+        what = f"its runs begin from a file of their author (hparam weights {shown(weights)})"
+        return f"{what}, and no file that a bundle names is opened"
     cls = get_dataset_class(run.run.dataset)
     if not cls.EMBEDDED:
         if place.data_dir is None:

@@ -1,5 +1,5 @@
-"""What an entry says that cannot be, seen without its bundle: fields that contradict each other, the data set's published
-facts, the registered algorithm, or the draw of its rerun.
+"""What an entry says that cannot be, seen without its bundle: fields that contradict each other, the data set's
+published facts, the registered algorithm, or the draw of its rerun.
 
 A check is a generator of (field, expected, found) over one JSON document that the schema allows.
 """
@@ -277,24 +277,27 @@ def _registered(entry: Entry) -> Told:
 
 
 def _track(entry: Entry) -> Told:
-    told = [note.removeprefix(OPEN_TRACK) for note in entry["notes"] if note.startswith(OPEN_TRACK)]
+    reasons = [note for note in entry["notes"] if note.startswith(OPEN_TRACK)]
     for at, note in enumerate(entry["notes"]):
         if not note.startswith((OPEN_TRACK, NOT_CHECKED)):
             yield f"notes[{at}]", f'a note that begins "{OPEN_TRACK}" or "{NOT_CHECKED}"', shown(note)
-    if bool(told) != (entry["track"] == "open"):
+    if bool(reasons) != (entry["track"] == "open"):
         words = f'a note "{OPEN_TRACK}..." for each reason on the open track, none on the closed one'
-        yield "track", words, f"{entry['track']} with {len(told)}"
+        yield "track", words, f"{entry['track']} with {len(reasons)}"
     if _class(entry) is None:
         return
     runs: list[Run] = []
     if entry["algorithm"] in registry.names():
         with suppress(Exception):  # told by the check of settings
             runs = [_run(entry, trial) for _, _, trial in _trials(entry)]
-    reasons = [reason[: MOST_NOTE - len(OPEN_TRACK) - 1] for reason in tracks.reasons_for_open(entry["dataset"], entry["protocol"], runs)]  # fmt: skip
-    if entry["track"] == "closed" and reasons:
-        yield "track", f"open ({'; '.join(reasons)})", "closed"
-    if entry["track"] == "open" and (missing := [reason for reason in reasons if f"{reason}." not in told]):
-        yield "notes", f'"{OPEN_TRACK}{missing[0]}."', "no such note"
+    for reason in tracks.reasons_for_open(entry["dataset"], entry["protocol"], runs):
+        if (text := note_of(OPEN_TRACK, reason)) not in reasons:
+            yield "notes", shown(text), "no such note"
+
+
+def note_of(kind: str, what: str) -> str:
+    """A note of an entry: why it is on the open track, or what was not checked."""
+    return f"{kind}{what}"[: MOST_NOTE - 1] + "."
 
 
 def _trials(entry: Entry, *rules: str) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
