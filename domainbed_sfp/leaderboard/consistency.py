@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from statistics import fmean, stdev
-from types import SimpleNamespace
 from typing import Any, cast
+
+import numpy as np
 
 from domainbed_sfp import __version__, hparams, registry
 from domainbed_sfp.analysis.protocol import conditions_of
@@ -315,8 +316,9 @@ def _run(entry: Entry, trial: Mapping[str, Any]) -> Run:
     facts = _facts(entry)
     side = values.get("image_size")
     shape = {"input_shape": (facts.channels, side, side)} if facts and isinstance(side, int) else {}
-    known = SimpleNamespace(args=protocol, hparams=values, facts=shape, dataset=dataset)
-    return cast(Run, known)
+    args = {"dataset": dataset, "algorithm": name, "evaluate": "all", **protocol}
+    none = np.empty((0, len(protocol["environments"])))
+    return Run("", True, None, args, values, shape, [], none, none, np.empty(0, dtype=bool), {})
 
 
 def _class(entry: Entry) -> type | None:
