@@ -123,14 +123,6 @@ def common_hparams(small_images: bool, image_size: int) -> dict[str, Hparam]:
     return table
 
 
-# DomainBed narrows the batch size of its largest set.
-DATASET_HPARAMS: dict[str, dict[str, Hparam]] = {
-    "DomainNet": {
-        "batch_size": Hparam(32, lambda r: int(2 ** r.uniform(3, 5)), "samples per environment", valid=AT_LEAST_ONE)
-    },
-}
-
-
 def hparam_table(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Hparam]:
     """Every hparam of `algorithm` on `dataset`, by name.
 
@@ -142,7 +134,7 @@ def hparam_table(algorithm: str, dataset: str, overrides: Mapping[str, Any] | No
     info = registry.get(algorithm)
     data = get_dataset_class(dataset)
     table = common_hparams(data.SMALL_IMAGES, data.IMAGE_SIZE)
-    table.update(DATASET_HPARAMS.get(dataset, {}))
+    table.update(data.HPARAMS)
     table.update({name: hparam.on(data.SMALL_IMAGES) for name, hparam in info.hparams.items()})
     if "objective" in info.hparams:
         chosen = (overrides or {}).get("objective", info.hparams["objective"].default)

@@ -455,7 +455,7 @@ def make_tree(root: Path, environments=("a", "b", "c"), classes=("cat", "dog"), 
             folder.mkdir(parents=True)
             for index in range(n):
                 pixels = rng.integers(0, 90, (size[1], size[0], 3))
-                pixels[..., class_i] += 120 + 10 * env_i
+                pixels[..., class_i % 3] += 120 + 10 * env_i
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
     return root
 

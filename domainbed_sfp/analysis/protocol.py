@@ -46,7 +46,7 @@ class Conditions:
     data_augmentation: bool
     class_balanced: bool
     nonlinear_classifier: bool
-    # PUBLISHED, or what tells images from others under the data set's name.
+    # PUBLISHED, or what tells images from others under the data set's name, and what is stamped on them.
     data: str
 
 
@@ -161,8 +161,18 @@ def conditions_of(run: Run) -> Conditions:
         run.args.get("task", "domain_generalization"),
         run.evaluate,
         **{name: bool(run.hparams.get(name, usual)) for name, usual in _USUAL.items()},
-        data=run.facts.get("data_digest") or PUBLISHED,
+        data=_data(run),
     )
+
+
+def _data(run: Run) -> str:
+    data = str(run.facts.get("data_digest") or PUBLISHED)
+    return f"{data}, stamp {run.hparams['stamp']}" if "stamp" in run.hparams else data
+
+
+def is_dealt_by_seed(dataset: str) -> bool:
+    """Whether a run's seed deals the samples out to the environments and draws what they look like."""
+    return dataset in MNIST_LIKE or dataset.startswith("Stamped")
 
 
 def _image_size(run: Run) -> int | None:

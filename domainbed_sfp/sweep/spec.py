@@ -295,5 +295,5 @@ def _all_test_envs(spec: SweepSpec, dataset: str, names: list[str]) -> Iterator[
 
 
 def default_datasets() -> list[str]:
-    """DomainBed's default: all data sets but the user's own folder."""
-    return [name for name in dataset_names() if name != "Folder"]
+    """DomainBed's default: all data sets but those that are whatever a user has."""
+    return [name for name in dataset_names() if get_dataset_class(name).ENVIRONMENTS is not None]
