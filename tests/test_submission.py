@@ -211,7 +211,9 @@ def test_weights_of_ones_own_go_by_their_files_name(tmp_path):
     (entry,) = entries_of(validation.validate(folder))
     whole = "".join(one.read_text() for one in (records, folder / "submission.json")) + entries.text_of(entry)
     assert "alice" not in whole and str(tmp_path) not in whole
-    assert entry.settings["weights"] == "./mine.safetensors" and entry.protocol["weights"] == "mine.safetensors"
+    assert entry.settings["weights"] == "./mine.safetensors" and entry.protocol["weights"].startswith(
+        "mine.safetensors (hash "
+    )
     # What DomainBed's reader takes from records is there.
     (loaded,) = load_records_of(folder, tmp_path / "read")
     assert loaded.args["output_dir"] is None and loaded.hparams["weights"] == "./mine.safetensors"
@@ -343,13 +345,19 @@ def test_a_rerun_raises_only_the_data_sets_it_was_of(made):
     assert outcome.tier == outcome.tier_of(DATASET) == "self-reported"
 
 
+def with_protocol(entry, field, value, there, here):
+    """Another bundle's entry, under another protocol."""
+    notes = tuple(note.replace(f"{there},", f"{here},") for note in entry.notes)
+    return replace(entry, bundle="0" * 64, runs=(), protocol={**entry.protocol, field: value}, notes=notes)
+
+
 def test_another_protocol_does_not_take_an_entrys_place(made, tmp_path):
     (entry,) = entries_of(validation.validate(made))
     store.write(tmp_path, entry)
-    other = replace(entry, bundle="0" * 64, protocol={**entry.protocol, "steps": 7})
+    other = with_protocol(entry, "steps", 7, "5 steps", "7 steps")
     with pytest.raises(UserError, match=r"protocol\.steps \(5 there, 7 here\).*submit --name"):
         store.write(tmp_path, other)
-    other = replace(entry, bundle="0" * 64, protocol={**entry.protocol, "checkpoint_freq": 1})
+    other = with_protocol(entry, "checkpoint_freq", 1, "every 2 steps", "every 1 steps")
     with pytest.raises(UserError, match=r"protocol\.checkpoint_freq \(2 there, 1 here\)"):
         store.write(tmp_path, other)
     with pytest.raises(UserError, match=r"entry: tier: expected one of .*, found \"best\""):
