@@ -30,6 +30,8 @@ EXTRAS = {
         "wilds>=2.0",
     ],
 }
+# Bundles signed by their author, and their check.
+EXTRAS["signing"] = ["cryptography>=40"]
 EXTRAS["test"] = [
     *EXTRAS["pretrained"],
     *EXTRAS["download"],
@@ -37,6 +39,7 @@ EXTRAS["test"] = [
     *EXTRAS["export"],
     *EXTRAS["slurm"],
     *EXTRAS["timm"],
+    *EXTRAS["signing"],
     "hypothesis>=6.90",
     "pytest>=7.4",
     "pytest-timeout>=2.2",

@@ -6,14 +6,14 @@ import argparse
 import secrets
 import shlex
 import sys
-from datetime import datetime, timezone
+from pathlib import Path
 
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError, check_range
-from domainbed_sfp.leaderboard import comparing, entries, rerun, store, summary, validation
-from domainbed_sfp.leaderboard.computing import HOURS, Place
-from domainbed_sfp.leaderboard.consistency import NOT_CHECKED, OPEN_TRACK, note_of
+from domainbed_sfp.leaderboard import archiving, comparing, rerun, store, validation
+from domainbed_sfp.leaderboard.computing import Place, place_of
 from domainbed_sfp.leaderboard.first_steps import check_first_steps
+from domainbed_sfp.leaderboard.making import entries_of
 from domainbed_sfp.leaderboard.models import check_models
 from domainbed_sfp.leaderboard.outcomes import Rerun
 from domainbed_sfp.leaderboard.tiers import RERUN_VERIFIED, TIERS
@@ -67,55 +67,24 @@ def _command(args: argparse.Namespace, outcome: Validation) -> str:
     return shlex.join(words)
 
 
-def entries_of(outcome: Validation, archive: str | None = None) -> list[entries.Entry]:
-    """An entry for each data set of a bundle without problems, which lies at `archive`."""
-    document = outcome.submission
-    if document is None or outcome.tier is None:
-        raise UserError(f"{outcome.root} is rejected; `leaderboard validate` says why")
-    found = []
-    for dataset, one in document["datasets"].items():
-        reasons = outcome.reasons_for_open(dataset)
-        notes = [note_of(OPEN_TRACK, reason) for reason in reasons]
-        notes += [note_of(NOT_CHECKED, what) for what in outcome.unchecked]
-        found.append(
-            entries.Entry(
-                name=document["name"],
-                dataset=dataset,
-                algorithm=document["algorithm"],
-                settings=document["settings"],
-                tier=outcome.tier_of(dataset),
-                track="open" if reasons else "closed",
-                transductive=document["transductive"],
-                standing=document["standing"],
-                reference=document["reference"],
-                protocol=one["protocol"],
-                results={key: entries.result_from_json(result) for key, result in one["results"].items()},
-                unverified=tuple(outcome.unverified[dataset]),
-                **outcome.computed(dataset),
-                runs=tuple(summary.digests_of([run for run in outcome.runs if run.run.dataset == dataset])),
-                bundle=outcome.sums,
-                date=datetime.now(timezone.utc).date().isoformat(),
-                package=document["package"],
-                commit=document["commit"],
-                author=document.get("author"),
-                archive=archive,
-                notes=tuple(notes),
-            )
-        )
-    return found
-
-
 def _examine(args: argparse.Namespace) -> Validation:
     """Validates; computes what can be computed here of the first steps and the models, unless only the records are
     asked for; and trains again what `--rerun` asks for. What disagrees is among the problems then."""
-    place, tolerance = _place(args), comparing.TOLERANCE if args.tolerance is None else args.tolerance
+    place, tolerance = place_of(args), comparing.TOLERANCE if args.tolerance is None else args.tolerance
     if not 0 <= tolerance <= comparing.TOLERANCE:
         raise UserError(
             f"--tolerance: expected points of accuracy from 0 to {comparing.TOLERANCE:g}, got {tolerance:g}"
         )
     check_range("--rerun_seed", args.rerun_seed, 0, 2**31 - 1)
     check_range("--rerun", args.rerun, 1, MOST_RERUN)
-    outcome = validation.validate(args.bundle)
+    with archiving.opened(args.bundle) as folder:
+        outcome = _compute(args, folder, place, tolerance)
+    outcome.root = Path(args.bundle)
+    return outcome
+
+
+def _compute(args: argparse.Namespace, folder: Path, place: Place, tolerance: float) -> Validation:
+    outcome = validation.validate(folder)
     if outcome.tier is not None and outcome.tree is not None and not args.records_only:
         check_models(outcome, outcome.tree, place)
         check_first_steps(outcome, place)
@@ -129,10 +98,3 @@ def _examine(args: argparse.Namespace) -> Validation:
     else:
         rerun.train_again(outcome, outcome.rerun, place)
     return outcome
-
-
-def _place(args: argparse.Namespace) -> Place:
-    hours = HOURS if args.hours is None else args.hours
-    if not 0 < hours < float("inf"):
-        raise UserError(f"--hours: expected a number of hours above 0, got {hours:g}")
-    return Place(args.data_dir, args.cache_dir, hours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -35,6 +36,14 @@ class Place:
     data_dir: str | None = None
     cache_dir: str | None = None
     hours: float = HOURS
+
+
+def place_of(args: argparse.Namespace) -> Place:
+    """The place that flags describe. Raises UserError for a number of hours that is none."""
+    hours = HOURS if args.hours is None else args.hours
+    if not 0 < hours < float("inf"):
+        raise UserError(f"--hours: expected a number of hours above 0, got {hours:g}")
+    return Place(args.data_dir, args.cache_dir, hours)
 
 
 def reason_not_to(run: SubmittedRun, place: Place) -> str | None:

@@ -47,7 +47,13 @@ def read(path: str | Path) -> Entry:
 
 def read_all(folder: str | Path, history: bool = False) -> list[Entry]:
     """The current entries under `folder`, by data set and name; with `history` the superseded ones too, each after
-    the entry that is current. A folder that is not there holds none.
+    the entry that is current. A folder that is not there holds none. Raises UserError as `read_files` does."""
+    kept = [entry for entry in read_files(folder).values() if history or entry.superseded_by is None]
+    return sorted(kept, key=lambda entry: (entry.dataset, entry.name, entry.superseded_by is not None, entry.date))
+
+
+def read_files(folder: str | Path) -> dict[Path, Entry]:
+    """Every file of the folder, current and superseded, by its path.
 
     Raises UserError, naming file and field, for a file that is no entry, contradicts itself or is not the one that its
     place and name say; and for two entries that say they are of one bundle, or of the same runs.
@@ -55,8 +61,7 @@ def read_all(folder: str | Path, history: bool = False) -> list[Entry]:
     found = {path: _at_its_place(path, read(path)) for path in sorted(Path(folder).glob("*/*.json"))}
     for problem in _between(found):
         raise UserError(problem.line())
-    kept = [entry for entry in found.values() if history or entry.superseded_by is None]
-    return sorted(kept, key=lambda entry: (entry.dataset, entry.name, entry.superseded_by is not None, entry.date))
+    return found
 
 
 def _between(found: Mapping[Path, Entry]) -> Iterator[Problem]:

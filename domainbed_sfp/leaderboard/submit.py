@@ -20,7 +20,7 @@ from domainbed_sfp.analysis.tables import environment_names
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.files import write_atomically
 from domainbed_sfp.hparams import checked_overrides, recorded_overrides
-from domainbed_sfp.leaderboard import bundle, models, summary, validation
+from domainbed_sfp.leaderboard import bundle, models, signing, summary, validation
 from domainbed_sfp.leaderboard.schema import problems_of
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.pruning import mask_files
@@ -31,16 +31,21 @@ SHOWN = 20
 
 def run(args: argparse.Namespace) -> int:
     """Makes the bundle, validates it as a judge would, and says what it holds."""
-    outcome = submit(args.input_dir, args.algorithm, args.output, args.name, args.with_models)
+    outcome = submit(args.input_dir, args.algorithm, args.output, args.name, args.with_models, args.author_key)
     sys.stdout.write(validation.text_of(outcome))
     return 0
 
 
 def submit(
-    input_dir: str, row: str, output: str, name: str | None = None, with_models: bool = False
+    input_dir: str,
+    row: str,
+    output: str,
+    name: str | None = None,
+    with_models: bool = False,
+    author_key: str | None = None,
 ) -> validation.Validation:
     """Gathers a row's records and masks, and the selected models where they are asked for, into the folder `output`,
-    which appears whole or not at all.
+    which appears whole or not at all, signed with the key of a file where there is one.
 
     Raises UserError where the sweep is not complete, has no such row, did not keep a selected model, or would not pass
     validation; and where `output` exists.
@@ -61,6 +66,8 @@ def submit(
                 is_last = step == run.records[-1]["step"]
                 models.take(Path(input_dir) / run.name, run.name, step, is_last, part)
         document = summary.document_of(name or label, runs)
+        if author_key is not None:
+            document["author"] = signing.public_key(author_key)
         _check_name(document)
         write_atomically(part / bundle.SUBMISSION, json.dumps(document, indent=1, sort_keys=True) + "\n")
         sums = {
@@ -69,6 +76,9 @@ def submit(
             if file.is_file()
         }
         write_atomically(part / bundle.SUMS, bundle.sums_text(sums))
+        if author_key is not None:
+            signature = signing.sign(author_key, (part / bundle.SUMS).read_bytes())
+            write_atomically(part / bundle.SIGNATURE, signature + "\n")
         for file in part.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)

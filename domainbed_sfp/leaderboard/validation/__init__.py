@@ -22,6 +22,7 @@ from domainbed_sfp.leaderboard.validation.models import check_models
 from domainbed_sfp.leaderboard.validation.reading import check_sums, read_records, read_submission
 from domainbed_sfp.leaderboard.validation.report import Validation, json_of, text_of
 from domainbed_sfp.leaderboard.validation.runs import check_runs
+from domainbed_sfp.leaderboard.validation.signature import check_signature
 from domainbed_sfp.leaderboard.validation.submission import check_submission
 from domainbed_sfp.records import RESULTS
 
@@ -42,6 +43,7 @@ CHECKS: tuple[Check, ...] = (
     check_submission,
     check_costs,
     check_models,
+    check_signature,
 )
 
 
