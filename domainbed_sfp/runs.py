@@ -83,6 +83,27 @@ def load_run(folder: str | os.PathLike[str]) -> TrainedRun:
     return TrainedRun(folder, algorithm.eval(), args, hparams, record)
 
 
+def load_algorithm(folder: str | os.PathLike[str]) -> Algorithm:
+    """The trained algorithm of a finished run.
+
+    Parameters
+    ----------
+    folder : path
+        The `output_dir` of the run, trained without `skip_model_save`.
+
+    Returns
+    -------
+    Algorithm
+        In evaluation mode, on the CPU: `predict(x)` gives logits, `export()` a plain network, `masks()` what lives.
+
+    Raises
+    ------
+    UserError
+        As `load_run` does.
+    """
+    return load_run(folder).algorithm
+
+
 def _last_record(folder: Path) -> dict[str, Any]:
     """The last record of a run that is finished. Raises UserError where it is not."""
     results = folder / records.RESULTS

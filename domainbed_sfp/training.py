@@ -62,10 +62,11 @@ SURROUNDINGS = ("data_dir", "output_dir", "cache_dir", "device", "skip_model_sav
 class TrainArgs:
     """What a run computes; names and defaults are DomainBed's, `precision`, `device` and `cache_dir` are ours.
 
-    hparams is the `--hparams` JSON text. precision: arithmetic of the featurizer, fp32, bf16, or auto (bf16 where
-    the hardware has it and the network gains by it). steps and checkpoint_freq: None takes the data set's. evaluate:
-    "final" leaves out, and writes no record of, the checkpoints at which the network is not yet compressed as far as it
-    will be: they are no candidates for selection. A dense network has none of them. The last step is always evaluated.
+    hparams is the `--hparams` JSON text; a mapping becomes one. precision: arithmetic of the featurizer, fp32, bf16, or
+    auto (bf16 where the hardware has it and the network gains by it). steps and checkpoint_freq: None takes the data
+    set's. evaluate: "final" leaves out, and writes no record of, the checkpoints at which the network is not yet
+    compressed as far as it will be: they are no candidates for selection. A dense network has none of them. The last
+    step is always evaluated.
     """
 
     data_dir: str | None = None
@@ -88,6 +89,10 @@ class TrainArgs:
     evaluate: str = "all"
     device: str = "auto"
     cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.hparams, Mapping):
+            self.hparams = json.dumps(self.hparams)
 
 
 class AlreadyRunning(UserError):

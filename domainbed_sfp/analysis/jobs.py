@@ -40,20 +40,21 @@ class Account:
     notes: list[str] = field(default_factory=list)
 
 
-def take_account(runs: Sequence[Run], input_dir: str | Path, *, include_incomplete: bool) -> Account:
+def take_account(runs: Sequence[Run], input_dir: str | Path | None, *, include_incomplete: bool) -> Account:
     """Sorts out the runs of a directory: repeated records, incomplete runs, checkpoints before final
     compression.
 
-    The jobs expected are those of sweep.json, else every combination of the methods, test environments, trial
-    seeds and hparams seeds seen on a data set. Raises UserError when two directories hold the same job under
-    different protocols.
+    The jobs expected are those of the sweep.json in `input_dir`, else every combination of the methods, test
+    environments, trial seeds and hparams seeds seen on a data set. Raises UserError when two directories hold the same
+    job under different protocols.
     """
     account = Account()
-    sweep = load_sweep(input_dir)
-    entries = [] if sweep is None else _entries(sweep, Path(input_dir))
+    root = None if input_dir is None else Path(input_dir)
+    sweep = None if root is None else load_sweep(root)
+    entries = [] if root is None or sweep is None else _entries(sweep, root)
     same = alike([*map(_method_of, runs), *(method for _, method in entries)])
     found = _merge_repeats(runs, same, account.notes)
-    expected = _grid(found) if sweep is None else _listed(found, entries, same, Path(input_dir), account.notes)
+    expected = _grid(found) if root is None or sweep is None else _listed(found, entries, same, root, account.notes)
     left_out = dropped = shortened = 0
     for job, run in found.items():
         if not run.complete and not include_incomplete:
@@ -83,16 +84,26 @@ def take_account(runs: Sequence[Run], input_dir: str | Path, *, include_incomple
     return account
 
 
+def row_labels(runs: Sequence[Run]) -> list[str]:
+    """The name that each run's row has in the tables."""
+    jobs, labels = _labelled(runs)
+    return [labels[job.dataset][job.method] for job in jobs]
+
+
 def rows_of_algorithms(runs: Iterable[Run]) -> dict[tuple[str, str], list[str]]:
     """By data set and algorithm, the names of the rows that its runs have in the tables."""
-    runs = list(runs)
-    same = alike(map(_method_of, runs))
-    jobs = [_job_of(run, same) for run in runs]
     rows: dict[tuple[str, str], list[str]] = {}
-    for dataset, of_dataset in label_methods((job.dataset, job.method) for job in jobs).items():
+    for dataset, of_dataset in _labelled(list(runs))[1].items():
         for method, label in of_dataset.items():
             rows.setdefault((dataset, method.algorithm), []).append(label)
     return rows
+
+
+def _labelled(runs: Sequence[Run]) -> tuple[list[Job], dict[str, dict[Method, str]]]:
+    """What each run computes, and the names of the rows of each data set."""
+    same = alike(map(_method_of, runs))
+    jobs = [_job_of(run, same) for run in runs]
+    return jobs, label_methods((job.dataset, job.method) for job in jobs)
 
 
 def explain_missing(
