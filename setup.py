@@ -19,6 +19,8 @@ EXTRAS = {
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2", "torch>=2.5", "torch-pruning>=1.5"],
     # Sweeps on a SLURM cluster. Below 2: a plain command goes through a method that submitit does not promise to keep.
     "slurm": ["submitit>=1.5,<2"],
+    # Bundles signed by their author, and the check of the signature.
+    "signing": ["cryptography>=40"],
     # What an unmodified DomainBed checkout imports.
     "upstream": [
         "backpack-for-pytorch>=1.6",
@@ -30,8 +32,6 @@ EXTRAS = {
         "wilds>=2.0",
     ],
 }
-# Bundles signed by their author, and their check.
-EXTRAS["signing"] = ["cryptography>=40"]
 EXTRAS["test"] = [
     *EXTRAS["pretrained"],
     *EXTRAS["download"],

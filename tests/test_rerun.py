@@ -151,9 +151,13 @@ def test_elsewhere_a_record_may_differ_by_what_training_decides(records, changes
     claimed[5].update(changes)
     again = elsewhere(records, loss=1.0)
     claimed = [{"loss": 1.0, **record} if at != 5 else record for at, record in enumerate(claimed)]
-    claimed = [{**record, "loss": 1.0} if "loss" not in changes or at != 5 else record for at, record in enumerate(claimed)]
+    claimed = [
+        {**record, "loss": 1.0} if "loss" not in changes or at != 5 else record for at, record in enumerate(claimed)
+    ]
     found = told("run", claimed, again)
-    assert bool(found) == is_told and all("line 6." in line and "on another machine or commit" in line for line in found)
+    assert bool(found) == is_told and all(
+        "line 6." in line and "on another machine or commit" in line for line in found
+    )
 
 
 def test_a_field_that_is_left_out_is_told(records):
@@ -249,7 +253,11 @@ def test_first_steps_follow_from_seed_hparams_and_data(made):
     # Records that were invented, and hold in themselves.
     outcome = validation.validate(made)
     first = outcome.runs[0].records[0]
-    outcome.runs[0].records[0] = {**first, "env1_in_acc": 400 / 480, "environment": {**first["environment"], "cpu": "x"}}
+    outcome.runs[0].records[0] = {
+        **first,
+        "env1_in_acc": 400 / 480,
+        "environment": {**first["environment"], "cpu": "x"},
+    }
     check_first_steps(outcome, HERE)
     assert [problem.field for problem in outcome.problems] == ["line 1.env1_in_acc"]
 
@@ -305,9 +313,13 @@ def change(folder: Path, edit) -> Path:
 
 
 def test_another_model_than_the_records_were_measured_with(copy):
-    change(copy, lambda tensors: tensors.update({"classifier.bias": tensors["classifier.bias"] + 50 * torch.eye(10)[3]}))
+    change(
+        copy, lambda tensors: tensors.update({"classifier.bias": tensors["classifier.bias"] + 50 * torch.eye(10)[3]})
+    )
     found = check(copy)
-    assert found and all("_acc: expected" in line and "of the model in the bundle on the data" in line for line in found)
+    assert found and all(
+        "_acc: expected" in line and "of the model in the bundle on the data" in line for line in found
+    )
 
 
 def test_dense_weights_under_sparse_masks_do_not_count(copy):
@@ -325,7 +337,9 @@ def test_dense_weights_under_sparse_masks_do_not_count(copy):
 def test_models_of_other_shapes_and_files_that_are_none(copy):
     file = change(copy, lambda tensors: tensors.update({"classifier.bias": torch.zeros(3)}))
     (line,) = check(copy)
-    assert line.startswith(f"models/{file.name}: expected the model of Magnitude, which can be evaluated, found not a state")
+    assert line.startswith(
+        f"models/{file.name}: expected the model of Magnitude, which can be evaluated, found not a state"
+    )
     for data, words in (
         (b"", "a header of 0 bytes in a file of 0"),
         (b"\x02" + 7 * b"\0" + b"{}", "a header without domainbed_sfp"),

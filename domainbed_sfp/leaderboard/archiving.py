@@ -14,8 +14,8 @@ from domainbed_sfp.leaderboard.bundle import CHUNK, LARGEST_BUNDLE, MOST_FILES, 
 
 @contextmanager
 def opened(where: str | Path) -> Iterator[Path]:
-    """The folder of a bundle. A file is unpacked into a folder that lasts as long as the block, and no more of it than a
-    bundle may have; a file at an address is fetched first.
+    """The folder of a bundle. A file is unpacked into a folder that lasts as long as the block, and no more of it than
+    a bundle may have; a file at an address is fetched first.
 
     Raises UserError for a file that cannot be had, is no archive, or holds what a bundle does not.
     """

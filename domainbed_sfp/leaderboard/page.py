@@ -57,7 +57,7 @@ def _check(args: argparse.Namespace, formats: Sequence[str]) -> int:
     for path, text in texts(args.entries_dir, args.output_dir, formats).items():
         if not path.is_file() or path.read_bytes() != text.encode():
             found = "another" if path.is_file() else "no file"
-            lines.append(f"{path}: expected the page that the entries give, found {found}; `leaderboard build` makes it")
+            lines.append(f"{path}: expected what the entries give, found {found}; `leaderboard build` makes it")
     print("\n".join([*lines, f"{len(checked.rebuilt)} entries rebuilt from their bundles"]))
     if checked.alone:
         print(f"{len(checked.alone)} without a bundle, checked for consistency alone: {', '.join(checked.alone)}")

@@ -62,7 +62,7 @@ def _differing(path: Path, entry: Entry, folder: Path, place: Place, recompute: 
             rerun.train_again(outcome, outcome.rerun, place)
     if outcome.problems:
         for problem in outcome.problems:
-            yield Problem(f"{path}: {entry.archive}", f"{problem.file} {problem.field}".strip(), problem.expected, problem.found)  # fmt: skip
+            yield replace(problem, file=f"{path}, {entry.archive}: {problem.file}")
         return
     made = {one.dataset: one for one in entries_of(outcome, entry.archive)}
     if entry.dataset not in made:

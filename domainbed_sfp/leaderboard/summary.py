@@ -97,6 +97,7 @@ def document_of(name: str, runs: Sequence[SubmittedRun], claimed: Mapping[str, A
         "environments": [json.loads(text) for text in sorted(made)],
         "package": f"domainbed_sfp {packages.most_common(1)[0][0]}",
         "commit": commits.most_common(1)[0][0],
+        **({"author": claimed["author"]} if claimed and "author" in claimed else {}),
     }
 
 
