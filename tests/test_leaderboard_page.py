@@ -482,7 +482,7 @@ PAYLOADS = (
     "{{{{ 7*7 }}}}{{% raw %}}{}<!--",
 )
 # What decides where a text goes is not a stranger's choice: the schema knows all its values.
-FIXED = ("track", "superseded_by", "date")
+FIXED = ("track", "tier", "superseded_by", "date")
 
 
 def hostile(value, path=""):
