@@ -71,7 +71,7 @@ setup(
     },
     python_requires=">=3.10",
     install_requires=[
-        "filelock>=3.12",
+        "filelock>=3.24",
         "jinja2>=3.1",
         "jsonschema>=4.17",
         "numpy>=1.24",

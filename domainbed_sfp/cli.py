@@ -7,10 +7,12 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from domainbed_sfp import __version__
+from domainbed_sfp.core import crashes
 from domainbed_sfp.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -18,26 +20,26 @@ if TYPE_CHECKING:
 
 Command = Callable[[argparse.Namespace], int]
 
+BREAK_LOCK = "remove the locks that a dead machine has left, where the file system has no flock"
 _EVALUATE = "checkpoints to evaluate: all, or final: those of a compressed network that selection may choose"
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Runs a command and exits: 0 when done, 1 when some work failed, 2 for bad input, 128 + n after signal n."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        status = args.run(args)
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = getattr(error, "exit_status", 2)
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:
-        # The reader of our output went away, as `| head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.exit(status)
+    """Runs a command and exits: 0 when done, 1 when some work failed, 2 for bad input, 128 + n after signal n.
+
+    Nothing leaves it as a traceback: see `core.crashes`.
+    """
+
+    def command() -> int:
+        args = make_parser().parse_args(argv)
+        return args.run(args)
+
+    words = sys.argv[1:] if argv is None else argv
+    sys.exit(crashes.guarded(" ".join(["domainbed-sfp", *takewhile(_is_word, words[:2])]), command))
+
+
+def _is_word(argument: str) -> bool:
+    return not argument.startswith("-")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -173,6 +175,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "auto"], help="featurizer's arithmetic")
     parser.add_argument("--evaluate", default="all", choices=["all", "final"], help=_EVALUATE)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--break_lock", action="store_true", help=BREAK_LOCK)
     _add_cache_dir(parser)
 
 
@@ -182,7 +185,7 @@ def _train(args: argparse.Namespace) -> int:
     runtime.prepare_for_training()
     values = {name: getattr(args, name) for name in training.TrainArgs.__dataclass_fields__}
     try:
-        training.train(training.TrainArgs(**values))
+        training.train(training.TrainArgs(**values), break_lock=args.break_lock)
     except training.Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal_number
@@ -217,6 +220,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         "--command_launcher", default="local", help="local, multi_gpu, slurm, or dummy to print the commands"
     )
     parser.add_argument("--skip_confirmation", action="store_true")
+    parser.add_argument("--break_lock", action="store_true", help=BREAK_LOCK)
     parser.add_argument(
         "--watch", type=float, nargs="?", const=10.0, metavar="SECONDS",
         help="for status: show a table anew every so many seconds (10) until nothing waits or runs",
@@ -237,6 +241,14 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         "and is requeued",
     )  # fmt: skip
     cluster.add_argument("--slurm_max_parallel", type=int, metavar="N", help="jobs of this launch at the same time")
+    cluster.add_argument(
+        "--slurm_extra", nargs="+", action="extend", metavar="OPTION=VALUE",
+        help="any other option of sbatch, such as qos=high constraint=a100 exclusive",
+    )  # fmt: skip
+    cluster.add_argument(
+        "--slurm_setup", nargs="+", action="extend", metavar="COMMAND",
+        help="shell commands to run before each job, such as 'module load cuda'",
+    )  # fmt: skip
     cluster.add_argument("--max_retries", type=int, metavar="N", help="how often a job that died is launched again (3)")
 
 
@@ -263,7 +275,9 @@ def _sweep(args: argparse.Namespace) -> int:
             return commands.status(None, args.data_dir, args.output_dir, watch=args.watch)
         return commands.status(spec, args.data_dir, args.output_dir, watch=args.watch)
     if args.action == "delete_incomplete":
-        return commands.delete_incomplete(spec, args.data_dir, args.output_dir, ask=not args.skip_confirmation)
+        return commands.delete_incomplete(
+            spec, args.data_dir, args.output_dir, ask=not args.skip_confirmation, break_lock=args.break_lock
+        )
     return commands.launch(
         spec,
         args.data_dir,
@@ -273,6 +287,7 @@ def _sweep(args: argparse.Namespace) -> int:
         ask=not args.skip_confirmation,
         cache_dir=args.cache_dir,
         slurm_options=_slurm_options(args),
+        break_lock=args.break_lock,
     )
 
 
@@ -288,7 +303,10 @@ def _slurm_options(args: argparse.Namespace) -> SlurmOptions | None:
         return None
     if args.jobs != 1:
         raise UserError("--jobs counts runs on this machine; with --command_launcher slurm use --slurm_max_parallel")
-    return SlurmOptions(**{name.removeprefix("slurm_"): value for name, value in given.items()})
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        values[name.removeprefix("slurm_")] = tuple(value) if isinstance(value, list) else value
+    return SlurmOptions(**values)
 
 
 # collect ------------------------------------------------------------------------------------------------------------

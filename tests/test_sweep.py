@@ -186,8 +186,8 @@ def test_a_running_job_is_seen_by_its_lock(tmp_path):
     directory.job_dir(job).mkdir()
     assert directory.state(job).value == "Incomplete"
     with FileLock(directory.job_dir(job) / "run.lock"):
-        code = ("import sys; from domainbed_sfp.sweep.jobs import *; from pathlib import Path;"
-                "print(is_locked(Path(sys.argv[1])))")  # fmt: skip
+        code = ("import sys; from domainbed_sfp.core import locks; from pathlib import Path;"
+                "print(locks.is_held(Path(sys.argv[1])))")  # fmt: skip
         seen = subprocess.run(
             [sys.executable, "-c", code, str(directory.job_dir(job) / "run.lock")], capture_output=True, text=True
         )

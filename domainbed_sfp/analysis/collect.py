@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ..core import crashes
 from ..errors import UserError, unknown_name
 from ..records import Run, load_records, write_atomically
 from .chosen import CHOSEN_FORMATS
@@ -237,11 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     """`python -m domainbed_sfp.analysis.collect`: a UserError is one line on stderr and status 2."""
     parser = argparse.ArgumentParser(prog="python -m domainbed_sfp.analysis.collect", description=__doc__)
     add_arguments(parser)
-    try:
-        return run(parser.parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return crashes.guarded("domainbed-sfp collect", lambda: run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

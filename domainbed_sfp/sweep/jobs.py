@@ -15,9 +15,8 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from domainbed_sfp import environment, records, registry
+from domainbed_sfp.core import locks
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.sweep import slurm_batches
@@ -25,6 +24,9 @@ from domainbed_sfp.sweep.slurm_batches import Standing
 from domainbed_sfp.training import LOCK, TrainArgs
 
 MANIFEST_FORMAT = 1
+
+SWEEP_LOCK = "sweep.lock"
+WAY_ON = "go on with --break_lock"
 
 # The program `domainbed-sfp`, by the interpreter that runs now.
 PROGRAM = (sys.executable, "-m", "domainbed_sfp")
@@ -271,7 +273,7 @@ class SweepDirectory:
         """The state of a job whose folder is there."""
         if records.is_done(folder):
             return State.DONE
-        if is_locked(folder / LOCK):
+        if locks.is_held(folder / LOCK):
             return State.RUNNING
         return State.FAILED if (folder / records.FAILURE).exists() else State.INCOMPLETE
 
@@ -283,7 +285,7 @@ class SweepDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path / "sweep.lock", timeout=60):
+            with locks.hold(self.path / SWEEP_LOCK, 60, "launching this sweep", WAY_ON):
                 manifest = self._manifest()
                 protocol = {name: getattr(jobs[0], name) for name in PROTOCOL}
                 for dataset in dict.fromkeys(job.dataset for job in jobs):
@@ -321,8 +323,6 @@ class SweepDirectory:
                 records.write_atomically(
                     self.path / records.SWEEP, json.dumps(manifest, indent=1, sort_keys=True) + "\n"
                 )
-        except Timeout:
-            raise UserError(f"output_dir {str(self.path)!r}: another launch has held sweep.lock for a minute") from None
         except OSError as error:
             raise UserError(f"output_dir {str(self.path)!r} cannot be written: {error.strerror or error}") from error
 
@@ -343,6 +343,12 @@ class SweepDirectory:
                     f"{str(self.path / records.SWEEP)!r} describes a job not as this version does ({error})"
                 ) from None
         return jobs
+
+    def break_locks(self, jobs: Iterable[Job]) -> list[locks.Holder]:
+        """Removes the locks of the sweep and of these jobs that a file alone holds, and returns whose they were."""
+        folders = self.job_dirs(list(jobs)).values()
+        files = [self.path / SWEEP_LOCK, *(folder / LOCK for folder in folders), slurm_batches.launch_lock(self.path)]
+        return list(filter(None, map(locks.break_lock, files)))
 
     def leftovers(self, jobs: Iterable[Job]) -> list[Leftover]:
         """What there is of jobs that have begun; `jobs` are neither done nor running."""
@@ -366,11 +372,11 @@ class SweepDirectory:
                 deleted.append(one)
                 continue
             try:
-                with FileLock(one.folder / LOCK, timeout=0):
+                with locks.hold(one.folder / LOCK, 0, "computing this run", WAY_ON):
                     if (one.folder / records.DONE).exists() and records.last_record(one.folder):
                         continue
                     shutil.rmtree(one.folder)
-            except Timeout:
+            except locks.Held:
                 continue
             except OSError as error:
                 print(f"warning: {one.folder} stays: {error.strerror or error}", file=sys.stderr)
@@ -399,18 +405,3 @@ def failure_reason(folder: Path, standings: Mapping[str, Standing]) -> str | Non
     """Why the job of a folder failed: as its run says, or as SLURM's last task of it ended."""
     standing = standings.get(folder.name)
     return records.load_failure(folder) or (standing.death.how if standing and standing.death else None)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock."""
-    if not path.exists():
-        return False
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:
-        return False  # a read-only copy of a sweep: nobody computes there
-    lock.release()
-    return False
