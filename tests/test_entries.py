@@ -15,42 +15,21 @@ from domainbed_sfp.leaderboard.board import board_of
 from domainbed_sfp.leaderboard.tiers import NOTES, TIERS
 
 
-def method(at: int, tier: str = "records-verified", **changes):
-    """An entry of PACS at a tier."""
-    made = replace(entry("PACS", METHODS[at]), tier=tier, notes=(), rerun=None)
+def method(at: int, tier: str = "records-verified", dataset: str = "PACS", **changes):
+    """An entry at a tier."""
+    made = replace(entry(dataset, METHODS[at]), tier=tier, notes=(), rerun=None)
     return replace(as_added(made), **changes)
 
 
 def another(one, **changes):
     """The entry of another bundle of the same method, with runs of its own."""
-    made = replace(one, bundle=64 * "c", runs=(64 * "d",), **changes)
+    made = replace(one, bundle=64 * "c", runs=(f"{len(one.name):064x}",), **changes)
     return replace(as_added(replace(made, rerun=None)), date="2026-04-01")
 
 
-def fewer(one, trials: int):
-    """An entry with only the first trials."""
-    results = {}
-    for rule, result in one.results.items():
-        cells = [cell and with_trials(cell, trials) for cell in result.cells]
-        low = min(cells, key=lambda cell: cell.accuracy)
-        accuracies = [sum(cell.trials[at].accuracy for cell in cells) / len(cells) for at in range(trials)]
-        average = (sum(cell.accuracy for cell in cells) / len(cells), error(accuracies))
-        worst = (low.environment, low.accuracy)
-        results[rule] = replace(result, cells=tuple(cells), average=average, worst=worst)
-    protocol = {**one.protocol, "trial_seeds": list(range(trials))}
-    return replace(as_added(replace(one, results=results, protocol=protocol, rerun=None)), runs=one.runs)
-
-
-def with_trials(cell, trials: int):
-    values = [trial.accuracy for trial in cell.trials[:trials]]
-    return replace(cell, trials=cell.trials[:trials], accuracy=sum(values) / trials, std_err=error(values))
-
-
-def error(values: list[float]) -> float | None:
-    if len(values) < 2:
-        return None
-    mean = sum(values) / len(values)
-    return (sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)) ** 0.5
+def with_draws(one, count: int):
+    """An entry whose author drew hparams so many times."""
+    return replace(one, protocol={**one.protocol, "hparams_seeds": list(range(count))})
 
 
 def refused(folder: Path, one) -> str:
@@ -75,15 +54,15 @@ def test_a_higher_tier_takes_the_place(tmp_path):
 
 
 def test_the_same_tier_gives_way_to_a_better_protocol_or_to_its_author(tmp_path):
-    whole = method(2)
-    two = fewer(whole, 2)
-    store.write(tmp_path, two)
-    told = refused(tmp_path, another(two))
+    few = method(2)
+    more = with_draws(few, 30)
+    store.write(tmp_path, few)
+    told = refused(tmp_path, another(few))
     assert "is records-verified, too, with as many trials and hparams draws" in told and "--author_key" in told
-    store.write(tmp_path, another(whole))
-    assert "has 3 trial_seeds, this one only 2" in refused(tmp_path, replace(two, bundle=64 * "e", runs=()))
+    store.write(tmp_path, another(more))
+    assert "has 30 hparams_seeds, this one only 20" in refused(tmp_path, replace(few, bundle=64 * "e", runs=()))
     # Who signed the first one may mend it; a key that the first one does not name is nobody's.
-    assert "gives way" in refused(tmp_path, replace(another(whole), bundle=64 * "e", author=64 * "1"))
+    assert "gives way" in refused(tmp_path, replace(another(more), bundle=64 * "e", author=64 * "1"))
     signed = method(3, author=64 * "1")
     store.write(tmp_path, signed)
     assert "gives way" in refused(tmp_path, another(signed, author=64 * "2"))
@@ -199,9 +178,7 @@ def test_entries_that_contradict_each_other(folder):
 def test_one_bundle_of_two_data_sets_says_one_thing(folder):
     """Whoever changes the name of one of a bundle's rows is told by the other."""
     (folder / "OfficeHome").mkdir()
-    one = replace(
-        as_added(replace(entry("OfficeHome", METHODS[3]), tier="records-verified", notes=())), bundle=method(3).bundle
-    )
+    one = method(3, dataset="OfficeHome", bundle=method(3).bundle)
     (folder / "OfficeHome" / "GroupDRO.json").write_text(entries.text_of(one))
     store.read_all(folder)
     told = edited(folder, "GroupDRO.json", lambda d: d.update(commit="ffffffffffff"))
