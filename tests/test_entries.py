@@ -23,7 +23,7 @@ def method(at: int, tier: str = "records-verified", dataset: str = "PACS", **cha
 
 def another(one, **changes):
     """The entry of another bundle of the same method, with runs of its own."""
-    made = replace(one, bundle=64 * "c", runs=(f"{len(one.name):064x}",), **changes)
+    made = replace(one, bundle=f"{len(one.name):064x}", runs=(f"{len(one.name):064x}",), **changes)
     return replace(as_added(replace(made, rerun=None)), date="2026-04-01")
 
 

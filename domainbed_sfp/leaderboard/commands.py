@@ -56,7 +56,7 @@ def add(args: argparse.Namespace) -> int:
 def _command(args: argparse.Namespace, outcome: Validation) -> str:
     """The command that adds this bundle as rerun-verified."""
     words = ["domainbed-sfp", "leaderboard", "add", args.bundle, "--rerun", str(args.rerun or 1)]
-    kept = ("entries_dir", "tolerance", "hours", "data_dir", "cache_dir")
+    kept = ("entries_dir", "archive", "tolerance", "hours", "data_dir", "cache_dir")
     values = {name: getattr(args, name, None) for name in kept}
     if values["data_dir"] is None and not all(get_dataset_class(run.run.dataset).EMBEDDED for run in outcome.runs):
         values["data_dir"] = "DIR"
