@@ -64,6 +64,7 @@ setup(
     package_dir={"domainbed_sfp.specs": "sweeps", "domainbed_sfp.published_rows": "results"},
     package_data={
         "domainbed_sfp": ["py.typed"],
+        "domainbed_sfp.analysis.report": ["report.html", "report.css", "report.js"],
         "domainbed_sfp.data": ["domain_net.txt"],
         "domainbed_sfp.leaderboard": ["page.html", "page.css", "page.js"],
         "domainbed_sfp.published_rows": ["published.csv"],
