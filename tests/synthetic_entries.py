@@ -99,14 +99,14 @@ def entry(
     """An entry under two selection rules."""
     algorithm, sparsity, standing, transductive, bitops = method
     environments = ENVIRONMENTS[dataset]
-    name = f"{algorithm} (sparsity={sparsity:g})" if sparsity else algorithm
-    name += " efficientnet" if track == "open" else ""
-    seed = f"{dataset}{name}"
     open_ = track == "open"
     info = registry.get(algorithm) if algorithm in registry.names() else None
     settings: dict[str, Any] = {"sparsity": sparsity} if sparsity else {}
     if open_:
         settings |= {"backbone": ("efficientnet_lite0", "mobilenetv3")[len(algorithm) % 2], "image_size": 64}
+    told = ", ".join(f"{key}={value}" for key, value in settings.items() if key != "image_size")
+    name = f"{algorithm} ({told})" if told else algorithm
+    seed = f"{dataset}{name}"
     made = Entry(
         name=name, dataset=dataset, algorithm=algorithm, settings=settings,
         tier=("self-reported", "records-verified", "rerun-verified")[len(name) % 3], track=track, transductive=transductive,

@@ -86,7 +86,9 @@ def test_one_bundle_and_its_runs_have_one_name(tmp_path):
     assert "this bundle is there already, as VREx.json" in refused(tmp_path, replace(other, bundle=one.bundle))
     told = refused(tmp_path, replace(other, runs=(*one.runs, *other.runs)))
     assert "1 of its 2 runs are those of VREx.json" in told
-    assert "cannot tell the names apart" in refused(tmp_path, replace(one, name="VREX", bundle=64 * "e", runs=()))
+    store.write(tmp_path, method(4, name="A row"))
+    assert "cannot tell the names apart" in refused(tmp_path, replace(one, name="A ROW", bundle=64 * "e", runs=()))
+    assert "name: expected VREx, alone or with settings" in refused(tmp_path, replace(one, name="VREX"))
     # A replaced entry's runs are known, too.
     store.write(tmp_path, another(replace(one, tier="rerun-verified")))
     assert "are those of VREx.1.json" in refused(tmp_path, replace(other, runs=one.runs))

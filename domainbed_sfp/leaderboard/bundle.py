@@ -103,6 +103,7 @@ SUBMISSION_SCHEMA = object_of(
 
 _HPARAMS = {"type": "object", "maxProperties": 500, "additionalProperties": {"type": ["number", "string", "boolean"]}}
 _NUMBER_OR_NULL = {"type": ["number", "null"]}
+_NOT_NEGATIVE = {"type": "number", "minimum": 0, "maximum": entries.LARGEST}
 
 # Arguments of runs are known by name; one that is newer than this table may be any plain value.
 _KNOWN_ARGS: dict[str, Any] = {
@@ -161,26 +162,49 @@ RECORD_SCHEMA: dict[str, Any] = {
             "dense_macs": entries.COUNT,
             "environment": _FINGERPRINT,
             "environments": list_of(entries.ENVIRONMENT_NAME, minItems=2, maxItems=1000, uniqueItems=True),
-            "epoch": {"type": "number", "minimum": 0, "maximum": 2**53},
+            "epoch": {"type": "float", "minimum": 0, "maximum": 2**53},
+            "exported_bytes": or_null(entries.COUNT),
             "final_compression": _FLAG,
             "granularity": entries.TEXT,
             "hparams": _HPARAMS,
+            "images_per_second": _NOT_NEGATIVE,
             "input_shape": list_of({"type": "integer", "minimum": 1, "maximum": 1024}, minItems=3, maxItems=3),
             "macs": entries.COUNT,
             "masks": entries.SHA256,
+            "mem_gb": _NOT_NEGATIVE,
             "parameters": entries.COUNT,
             "precision": {"enum": ["fp32", "bf16"]},
             "sparsity": entries.FRACTION,
             "standing": {"enum": list(entries.STANDINGS)},
             "step": entries.COUNT,
+            "step_time": _NOT_NEGATIVE,
             "surviving_parameters": entries.COUNT,
+            "wall_time": _NOT_NEGATIVE,
             "weights_digest": {"type": "string", "pattern": "^[0-9a-f]{12}$"},
+            **dict.fromkeys(("bitops", "bitops_8bit", "mean_bits"), or_null(_NOT_NEGATIVE)),
         },
-        optional=("code", "granularity", "masks", "weights_digest"),
+        optional=(
+            "bitops",
+            "bitops_8bit",
+            "code",
+            "exported_bytes",
+            "granularity",
+            "images_per_second",
+            "masks",
+            "mean_bits",
+            "mem_gb",
+            "step_time",
+            "wall_time",
+            "weights_digest",
+        ),
     ),
     "maxProperties": 1000,
     "propertyNames": {"maxLength": 120},
-    "patternProperties": {r"^env\d+_(in|out|uda)_acc$": entries.FRACTION, r"^env\d+_degraded$": _DEGRADED},
+    "patternProperties": {
+        r"^env\d+_(in|out|uda)_acc$": entries.FRACTION,
+        r"^env\d+_(bitops|mean_bits)$": or_null(_NOT_NEGATIVE),
+        r"^env\d+_degraded$": _DEGRADED,
+    },
     "additionalProperties": _NUMBER_OR_NULL,
 }
 

@@ -19,12 +19,12 @@ from domainbed_sfp import __version__, hparams, registry
 from domainbed_sfp.analysis.protocol import conditions_of
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.leaderboard import tracks
+from domainbed_sfp.leaderboard import names, tracks
 from domainbed_sfp.leaderboard.drawing import draw
 from domainbed_sfp.leaderboard.entry_schema import AGREEMENTS
 from domainbed_sfp.leaderboard.facts import Facts, facts_of, split_sizes
 from domainbed_sfp.leaderboard.schema import Problem, shown
-from domainbed_sfp.leaderboard.summary import is_transductive, taken_name
+from domainbed_sfp.leaderboard.summary import is_transductive, wrong_name
 from domainbed_sfp.leaderboard.tiers import (
     MODEL_VERIFIED,
     RECORDS_VERIFIED,
@@ -244,6 +244,9 @@ def _costs(entry: Entry) -> Told:
 def _registered(entry: Entry) -> Told:
     """What follows from the registered algorithm, where it is installed here."""
     if (name := entry["algorithm"]) not in registry.names():
+        settings = {key: [value] for key, value in {**entry["protocol"], **entry["settings"]}.items()}
+        if wrong := names.wrong_name(entry["name"], name, registry.names(), settings):
+            yield ("name", *wrong)
         return
     info, task = registry.get(name), entry["protocol"]["task"]
     expected = {
@@ -254,13 +257,13 @@ def _registered(entry: Entry) -> Told:
     for field, value in expected.items():
         if entry[field] != value:
             yield field, f"{shown(value)}, as of {name} with task {task}", shown(entry[field])
-    if (taken := taken_name(entry["name"], name)) is not None:
-        yield "name", f"a name of its own, not that of algorithm {taken}", shown(entry["name"])
     try:
         runs = {rule: [_run(entry, trial) for _, _, trial in _trials(entry, rule)] for rule in entry["results"]}
     except Exception as error:  # a stranger's settings can be anything
         yield "settings", f"hparams of {name}, in their ranges", str(error)
         return
+    if wrong := wrong_name(entry["name"], [run for some in runs.values() for run in some]):
+        yield ("name", *wrong)
     for rule, some in runs.items():
         asked = [run.hparams.get("sparsity") for run in some if run.hparams.get("mask_rule", "top_k") == "top_k"]
         sparsity = entry["results"][rule]["costs"].get("sparsity")
@@ -316,10 +319,12 @@ def _run(entry: Entry, trial: Mapping[str, Any]) -> Run:
     values = hparams.resolve_hparams(name, dataset, trial["hparams_seed"], trial["trial_seed"], dict(entry["settings"]))
     facts = _facts(entry)
     side = values.get("image_size")
-    shape = {"input_shape": (facts.channels, side, side)} if facts and isinstance(side, int) else {}
+    known: dict[str, Any] = {name: protocol[name] for name in ("environments", "data_digest", "precision")}
+    if facts and isinstance(side, int):
+        known["input_shape"] = (facts.channels, side, side)
     args = {"dataset": dataset, "algorithm": name, "evaluate": "all", **protocol}
     none = np.empty((0, len(protocol["environments"])))
-    return Run("", True, None, args, values, shape, [], none, none, np.empty(0, dtype=bool), {})
+    return Run("", True, None, args, values, known, [], none, none, np.empty(0, dtype=bool), {})
 
 
 def _class(entry: Entry) -> type | None:

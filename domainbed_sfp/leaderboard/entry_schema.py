@@ -29,11 +29,16 @@ def or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 TEXT = {"type": "string", "minLength": 1, "maxLength": 500}
-NAME = {"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9 _.,=+()'-]*$", "maxLength": 120}
+NAME = {
+    "type": "string",
+    "pattern": r"^[A-Za-z0-9][A-Za-z0-9 _.,=+()'-]*$",
+    "maxLength": 120,
+    "description": "letters a to z, digits, spaces and _.,=+()'-, a letter or digit first",
+}
 SEED = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 COUNT = {"type": "integer", "minimum": 0, "maximum": 2**53}
 PERCENT = {"type": "number", "minimum": 0, "maximum": 100}
-FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
+FRACTION = {"type": "float", "minimum": 0, "maximum": 1}
 SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 RUN_NAME = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_.-]*$", "maxLength": 120}
 ENVIRONMENT_NAME = {"type": "string", "minLength": 1, "maxLength": 120}

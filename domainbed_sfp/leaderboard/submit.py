@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def submit(
         document = summary.document_of(name or label, runs)
         if author_key is not None:
             document["author"] = signing.public_key(author_key)
-        _check_name(document)
+        _check_name(document, runs)
         write_atomically(part / bundle.SUBMISSION, json.dumps(document, indent=1, sort_keys=True) + "\n")
         sums = {
             file.relative_to(part).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -199,16 +199,13 @@ def _take_masks(input_dir: Path, run: SubmittedRun, step: int, part: Path) -> No
         raise UserError(f"{source} is missing: the masks of step {step}, which its record names") from None
 
 
-def _check_name(document: Mapping[str, Any]) -> None:
-    if taken := summary.taken_name(document["name"], document["algorithm"]):
-        raise UserError(
-            f"--name {document['name']!r} is that of algorithm {taken!r}, and this is a row of "
-            f"{document['algorithm']!r}; choose another"
-        )
+def _check_name(document: Mapping[str, Any], runs: Sequence[SubmittedRun]) -> None:
     for problem in problems_of("submission", document, bundle.SUBMISSION_SCHEMA):
         raise UserError(
             f"{problem.line()}; --name gives the leaderboard's name" if problem.field == "name" else problem.line()
         )
+    if wrong := summary.wrong_name(document["name"], [one.run for one in runs]):
+        raise UserError(f"--name: expected {wrong[0]}, got {wrong[1]}; this is a row of {document['algorithm']}")
 
 
 def _finite(value: Any) -> Any:

@@ -20,6 +20,7 @@ from domainbed_sfp.analysis.selection import RULES, Choice
 from domainbed_sfp.analysis.tables import build_report
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.hparams import recorded_overrides
+from domainbed_sfp.leaderboard import names
 from domainbed_sfp.leaderboard.bundle import FORMAT
 from domainbed_sfp.leaderboard.entries import EntryCell, Result, Trial, result_as_json
 from domainbed_sfp.records import Run
@@ -53,10 +54,15 @@ def digests_of(runs: Sequence[SubmittedRun]) -> list[str]:
     return sorted(found)
 
 
-def taken_name(name: str, algorithm: str) -> str | None:
-    """The registered algorithm whose name an entry of another algorithm would bear, alone or before settings."""
-    plain = name.split(" (")[0].strip().lower()
-    return next((one for one in registry.names() if one.lower() == plain and one != algorithm), None)
+def wrong_name(name: str, runs: Sequence[Run]) -> tuple[str, str] | None:
+    """What is expected of the name of a row with these runs and what is found, None where it is right."""
+    settings: dict[str, list[Any]] = {}
+    for one in runs:
+        facts = {**one.args, **conditions(one), **one.hparams}
+        for key, value in facts.items():
+            if value not in (values := settings.setdefault(key, [])):
+                values.append(value)
+    return names.wrong_name(name, runs[0].algorithm, registry.names(), settings)
 
 
 def document_of(name: str, runs: Sequence[SubmittedRun], claimed: Mapping[str, Any] | None = None) -> dict[str, Any]:

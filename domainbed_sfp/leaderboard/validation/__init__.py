@@ -15,9 +15,10 @@ from pathlib import Path
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard.bundle import SUBMISSION, SUMS, Tree, read_tree
 from domainbed_sfp.leaderboard.schema import MOST_PROBLEMS
+from domainbed_sfp.leaderboard.validation.compression import check_same_final_step
 from domainbed_sfp.leaderboard.validation.context import Bundle, Check
 from domainbed_sfp.leaderboard.validation.costs import check_costs
-from domainbed_sfp.leaderboard.validation.grid import check_copies, check_grid, check_jobs, check_method
+from domainbed_sfp.leaderboard.validation.grid import check_copies, check_grid, check_jobs, check_method, check_names
 from domainbed_sfp.leaderboard.validation.models import check_models
 from domainbed_sfp.leaderboard.validation.reading import check_sums, read_records, read_submission
 from domainbed_sfp.leaderboard.validation.report import Validation, json_of, text_of
@@ -35,7 +36,9 @@ CHECKS: tuple[Check, ...] = (
     check_sums,
     read_submission,
     read_records,
+    check_names,
     check_runs,
+    check_same_final_step,
     check_jobs,
     check_copies,
     check_method,

@@ -25,6 +25,15 @@ def check_jobs(bundle: Bundle) -> Iterator[Problem]:
         jobs.setdefault(run.job, records_of(run))
 
 
+def check_names(bundle: Bundle) -> Iterator[Problem]:
+    """No two files differ by capitals alone: some disks would keep one of them."""
+    seen: dict[str, str] = {}
+    for name in sorted(bundle.tree.sums):
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            yield Problem(name, "", f"a name that differs from {other} by more than capitals", "the same letters")
+
+
 def check_copies(bundle: Bundle) -> Iterator[Problem]:
     """No run is another trial's under a new name: trials split the samples anew. A run whose accuracies never move is
     let pass: a network that has collapsed can give the same ones twice."""
