@@ -436,6 +436,9 @@ def _add_submit(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", required=True, metavar="BUNDLE", help="the new folder of the bundle")
     parser.add_argument("--name", help="what the leaderboard shall call it; default: the row's name")
     parser.add_argument(
+        "--without_masks", action="store_true", help="of runs that did not keep them: the row is self-reported"
+    )
+    parser.add_argument(
         "--author_key",
         metavar="FILE",
         help="sign the bundle with this key, which is made if it is not there; who has it may replace the entry",

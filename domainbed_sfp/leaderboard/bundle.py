@@ -76,6 +76,8 @@ _FINGERPRINT = {
     "additionalProperties": {"type": ["string", "integer"], "maxLength": 200},
 }
 _FLAG = {"type": "boolean"}
+# Of a submission: what its records do not say.
+OPTIONAL = ("author", "without_masks")
 
 SUBMISSION_SCHEMA = object_of(
     {
@@ -97,8 +99,9 @@ SUBMISSION_SCHEMA = object_of(
         "package": entries.PACKAGE,
         "commit": entries.COMMIT,
         "author": entries.KEY,
+        "without_masks": {"const": True},
     },
-    optional=("author",),
+    optional=OPTIONAL,
 )
 
 _HPARAMS = {"type": "object", "maxProperties": 500, "additionalProperties": {"type": ["number", "string", "boolean"]}}

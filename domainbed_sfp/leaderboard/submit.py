@@ -31,7 +31,9 @@ SHOWN = 20
 
 def run(args: argparse.Namespace) -> int:
     """Makes the bundle, validates it as a judge would, and says what it holds."""
-    outcome = submit(args.input_dir, args.algorithm, args.output, args.name, args.with_models, args.author_key)
+    outcome = submit(
+        args.input_dir, args.algorithm, args.output, args.name, args.with_models, args.author_key, args.without_masks
+    )
     sys.stdout.write(validation.text_of(outcome))
     return 0
 
@@ -43,9 +45,11 @@ def submit(
     name: str | None = None,
     with_models: bool = False,
     author_key: str | None = None,
+    without_masks: bool = False,
 ) -> validation.Validation:
     """Gathers a row's records and masks, and the selected models where they are asked for, into the folder `output`,
     which appears whole or not at all, signed with the key of a file where there is one.
+    A row whose masks are gone can be submitted without them: it is self-reported.
 
     Raises UserError where the sweep is not complete, has no such row, did not keep a selected model, or would not pass
     validation; and where `output` exists.
@@ -61,11 +65,14 @@ def submit(
         (part / bundle.RECORDS).mkdir(parents=True)
         runs = [_take_records(Path(input_dir) / directory, part) for directory in directories]
         for run, step in _selected(runs):
-            _take_masks(Path(input_dir), run, step, part)
+            if not without_masks:
+                _take_masks(Path(input_dir), run, step, part)
             if with_models:
                 is_last = step == run.records[-1]["step"]
                 models.take(Path(input_dir) / run.name, run.name, step, is_last, part)
         document = summary.document_of(name or label, runs)
+        if without_masks:
+            document["without_masks"] = True
         if author_key is not None:
             document["author"] = signing.public_key(author_key)
         _check_name(document, runs)
@@ -187,7 +194,8 @@ def _take_masks(input_dir: Path, run: SubmittedRun, step: int, part: Path) -> No
         if record["sparsity"] > 0:
             raise UserError(
                 f"{input_dir / run.name / records.RESULTS}: the record of step {step} has sparsity "
-                f"{record['sparsity']:g} but no masks; runs of earlier versions did not keep them: train anew"
+                f"{record['sparsity']:g} but no masks; runs of earlier versions did not keep them: train "
+                "anew"
             )
         return
     source = input_dir / run.name / mask_files.FOLDER / (record["masks"] + mask_files.SUFFIX)
@@ -196,7 +204,10 @@ def _take_masks(input_dir: Path, run: SubmittedRun, step: int, part: Path) -> No
     try:
         shutil.copyfile(source, target)
     except FileNotFoundError:
-        raise UserError(f"{source} is missing: the masks of step {step}, which its record names") from None
+        raise UserError(
+            f"{source} is missing: the masks of step {step}, which its record names; "
+            "without them (--without_masks) the row is self-reported"
+        ) from None
 
 
 def _check_name(document: Mapping[str, Any], runs: Sequence[SubmittedRun]) -> None:

@@ -21,7 +21,7 @@ from domainbed_sfp.analysis.tables import build_report
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.hparams import recorded_overrides
 from domainbed_sfp.leaderboard import names
-from domainbed_sfp.leaderboard.bundle import FORMAT
+from domainbed_sfp.leaderboard.bundle import FORMAT, OPTIONAL
 from domainbed_sfp.leaderboard.entries import EntryCell, Result, Trial, result_as_json
 from domainbed_sfp.records import Run
 
@@ -104,7 +104,7 @@ def document_of(name: str, runs: Sequence[SubmittedRun], claimed: Mapping[str, A
         "environments": [json.loads(text) for text in sorted(made)],
         "package": f"domainbed_sfp {packages.most_common(1)[0][0]}",
         "commit": commits.most_common(1)[0][0],
-        **({"author": claimed["author"]} if claimed and "author" in claimed else {}),
+        **{name: claimed[name] for name in OPTIONAL if claimed and name in claimed},
     }
 
 

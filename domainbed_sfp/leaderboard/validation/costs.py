@@ -74,14 +74,13 @@ def _of_a_checkpoint(
     bundle: Bundle, run: SubmittedRun, number: int, network: Network | None, recomputed: set[str]
 ) -> Iterator[Problem]:
     """The masks of a chosen checkpoint and its costs. `recomputed` loses the names of those that do not follow."""
-    if network is None:
-        recomputed.clear()
     file = masks_of(run, number)
     masks: Masks | None = {}
     if file is not None:
         masks, problems = read_masks(bundle, run, number, network, file)
         yield from problems
     if masks is None or network is None:
+        recomputed.clear()
         return
     if file is not None:
         yield from check_units(file, network, masks)
