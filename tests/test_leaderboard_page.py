@@ -337,7 +337,7 @@ def test_a_broken_entry_is_told_by_file_and_field(main, tmp_path):
     done = main("leaderboard", "build", "--entries_dir", "entries", "--output_dir", "out", check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        'error: entries/PACS/IRM.json: results.oracle.average.accuracy: expected number, found "high"\n'
+        'error: entries/PACS/IRM.json: results.oracle.average.accuracy: expected a number, found "high"\n'
     )
     assert not (tmp_path / "out").exists()
 
@@ -426,8 +426,8 @@ def test_an_entry_that_contradicts_itself_or_its_place(main, tmp_path, path, val
         (b"[" * 10**6, "expected a JSON document (nested too deeply)"),
         (b"\xff\xfe", "expected a JSON document ('utf-8' codec"),
         (b"", "expected a JSON document (Expecting value"),
-        (b"1" * 5000, "expected a JSON document (Exceeds the limit"),
-        (b"[]", "expected object, found []"),
+        (b"1" * 5000, "expected a JSON document (a whole number of 5,000 digits"),
+        (b"[]", "expected an object, found []"),
         (b" " * (store.LARGEST_FILE + 1), "expected an entry of at most 4,194,304 bytes"),
     ],
     ids=["deep", "binary", "empty", "number", "list", "large"],
