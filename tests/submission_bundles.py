@@ -70,7 +70,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "adapted": ("ERM", {}, {"task": "domain_adaptation", "uda_holdout_fraction": 0.25}),
     "transductive": ("SeesAll", {}, {}),
     "stranger": ("FullBloom", {}, {}),
-    "final only": ("Magnitude", {}, {"evaluate": "final"}),
+    "final only": ("MRM", {}, {"evaluate": "final"}),
     "nothing removed": ("Magnitude", {"sparsity": 0, "weight_decay": 0}, {}),
     "grid": ("Magnitude", {}, {"n_hparams": 2, "n_trials": 2}),
 }
@@ -230,7 +230,7 @@ def _masks(folder: Path, record: Mapping[str, Any]) -> Masks:
 
 
 def _costs(network: Network, masks: Masks) -> dict[str, Any]:
-    known = {name: mask for name, mask in masks.items() if name in network.shapes}
+    known = {name: mask for name, mask in masks.items() if network.shapes.get(name) == mask.shape}
     cost = accounting.measure_cost(network.deployed, network.positions, known)
     removed = accounting.sparsities_of(network.algorithm, known)
     size = surgery.exported_bytes(network.algorithm.export(), known)

@@ -393,7 +393,7 @@ def test_submit_refuses_what_validation_would_refuse(main, sweep, tmp_path):
     done = main(
         "submit", "--input_dir", sweep, "--algorithm", ROW, "--output", tmp_path / "d", "--name", "a/b", check=False
     )
-    assert done.returncode == 2 and "name: expected text like" in done.stderr
+    assert done.returncode == 2 and "name: expected letters a to z, digits" in done.stderr
 
 
 def test_submit_tells_of_edited_records_at_once(main, sweep, tmp_path):
@@ -442,7 +442,7 @@ def test_a_trial_that_is_a_copy_of_another(copy):
     shutil.copy(source, target)
     edit(target, lambda r: r.update(args=own["args"], hparams=own["hparams"], wall_time=r["wall_time"] + 1))
     resum(copy)
-    told = [line for line in problems(copy) if "accuracies: expected accuracies of its own" in line]
+    told = [line for line in problems(copy) if "accuracies: expected numbers of its own" in line]
     assert len(told) == 1 and "found the same in every record" in told[0]
 
 
@@ -458,18 +458,20 @@ def test_a_checkpoint_called_final_at_another_sparsity_than_asked_for(copy):
     edit(file, lambda record: record.update(final_compression=True))
     resum(copy)
     told = [
-        line for line in problems(copy) if name_of(file) in line and ".sparsity: expected 0.5, which hparam" in line
+        line
+        for line in problems(copy)
+        if name_of(file) in line and ".final_compression: expected false: Magnitude is at its final" in line
     ]
     assert len(told) == 1
 
 
 def test_the_name_of_another_algorithm_is_taken(sweep, tmp_path, copy):
     for name in ("SFP", "sfp (kappa=2)"):
-        with pytest.raises(UserError, match="is that of algorithm 'SFP', and this is a row of 'Magnitude'"):
+        with pytest.raises(UserError, match=r"not taken for that of algorithm SFP.*; this is a row of Magnitude"):
             submit(str(sweep), ROW, str(tmp_path / "other"), name)
     edit_submission(copy, lambda document: document.update(name="SFP"))
     resum(copy)
-    assert_told(copy, "submission.json", "name", "not that of algorithm SFP", "SFP")
+    assert_told(copy, "submission.json", "name", "not taken for that of algorithm SFP", "SFP")
 
 
 def test_two_versions_of_an_algorithms_package(copy):
@@ -495,7 +497,10 @@ def test_numbers_that_the_method_does_not_have(copy):
     told = problems(copy)
     assert any("args.uda_holdout_fraction: expected " in line for line in told)
     edit(runs(copy)[1], lambda record: record["args"].update(uda_holdout_fraction=0.0))
-    assert any(": line 3.bitops: expected no such field, found 1.0" in line for line in problems(copy))
+    assert any(
+        ": line 3.bitops: expected no such field: Magnitude quantizes nothing, found 1.0" in line
+        for line in problems(copy)
+    )
 
 
 def test_degraded_copies_of_the_test_environment_may_be_described(copy):
@@ -726,7 +731,13 @@ def test_never_compressed_and_a_wrong_epoch(copy):
     edit(file, lambda record: record.update(final_compression=False))
     edit(file, lambda record: record.update(epoch=3.0), slice(0, 1))
     resum(copy)
-    assert_told(copy, name_of(file), "final_compression", "true in one record at least", "false in all")
+    assert_told(
+        copy,
+        name_of(file),
+        "line 3.final_compression",
+        "true: Magnitude is at its final compression from step 4 on",
+        "false",
+    )
     assert_told(copy, name_of(file), "line 1.epoch", "0.0", "3.0")
 
 
@@ -877,7 +888,7 @@ def test_values_without_end(copy, monkeypatch):
     monkeypatch.undo()
     edit(runs(copy)[0], lambda record: record.update({f"x{n}": n for n in range(1000)}))
     assert any(
-        line.startswith(name_of(runs(copy)[0]) + ": line 1: expected at most 1000 fields") for line in problems(copy)
+        line.startswith(name_of(runs(copy)[0]) + ": line 1: expected at most 1,000 fields") for line in problems(copy)
     )
 
 
@@ -922,14 +933,14 @@ def one_mask(shape: list[int], size: int, **changes) -> tuple[dict, str]:
         (b"", "a header of 0 bytes in a file of 0"),
         ((2**40).to_bytes(8, "little") + b"{}", "a header of 1,099,511,627,776 bytes in a file of 10"),
         (masks_file({}, "[" * 100_000, b""), "nested too deeply"),
-        (masks_file({"w": [[[]]]}, "{}", b""), "header.w: expected object, found [[[]]]"),
+        (masks_file({"w": [[[]]]}, "{}", b""), "header.w: expected an object, found [[[]]]"),
         (masks_file(*one_mask([8], 1, dtype="F32"), b"\0"), 'header.w.dtype: expected "U8", found "F32"'),
         (masks_file(*one_mask([2**30, 2**30], 1), b"\0"), "'w' is not one bit for each of [1073741824, 1073741824]"),
         (masks_file(*one_mask([8, -1], 1), b"\0"), "shapes.w[1]: expected at least 1, found -1"),
         (masks_file(*one_mask([8], 1, data_offsets=[1, 2]), b"\0\0"), "from byte 0 on"),
         (masks_file(*one_mask([8], 1), b"\0" * 9), "9 bytes of masks, the header declares 1"),
         (masks_file(one_mask([8], 1)[0], "{}", b"\0"), "do not name the same masks: 'w'"),
-        (b"\2" + b"\0" * 7 + b"[]", "header: expected object, found []"),
+        (b"\2" + b"\0" * 7 + b"[]", "header: expected an object, found []"),
     ],
 )  # fmt: skip
 def test_headers_of_masks_are_read_before_the_masks(copy, monkeypatch, data, words):
@@ -992,9 +1003,9 @@ def test_a_pickle_is_not_opened(copy, tmp_path):
         ('{"format": NaN}', "", "a JSON document", "NaN is not JSON"),
         ('{"format": ' + "[" * 60 + "]" * 60 + "}", "", "a JSON document", "nested too deeply"),
         ('{"name": "\\ud800"}', "", "a JSON document", "lone surrogate"),
-        ('{"name": "SFP\\n"}', "name", "text like", r'"SFP\n"'),
+        ('{"name": "SFP\\n"}', "name", "letters a to z", r'"SFP\n"'),
         ('{"format": 2}', "format", "1", "2"),
-        ('{"commit": 1}', "commit", "string or null", "1"),
+        ('{"commit": 1}', "commit", "text or null", "1"),
         ("[]", "", "object", "[]"),
     ],
 )

@@ -25,8 +25,14 @@ MOST_RERUN = 1000
 
 
 def validate(args: argparse.Namespace) -> int:
-    """Prints what is wrong with a bundle, or what it shows; 1 where something is wrong."""
-    outcome = _examine(args)
+    """Prints what is wrong with a bundle, or what it shows; 1 where something is wrong, 2 where nothing is validated,
+    which a report for programs says too."""
+    try:
+        outcome = _examine(args)
+    except UserError as error:
+        if args.json:
+            sys.stdout.write(validation.refusal_json(args.bundle, error))
+        raise
     sys.stdout.write(validation.json_of(outcome) if args.json else validation.text_of(outcome))
     if outcome.tier in TIERS[TIERS.index(RERUN_VERIFIED) :] and not args.json:
         print(

@@ -17,6 +17,8 @@ from domainbed_sfp.strict_json import unique_names
 
 # Longer values are cut where a problem tells them.
 SHOWN = 160
+# And what is said of them.
+LONGEST_WORDS = 400
 # So many problems of one document are told: a document of nothing else must not fill the memory.
 MOST_PROBLEMS = 200
 # Nothing that is written here is nested deeper than this; python's own limit is met in the midst of something else.
@@ -62,6 +64,10 @@ class Problem:
     field: str
     expected: str
     found: str
+
+    def __post_init__(self) -> None:
+        for name in ("field", "expected", "found"):  # an error may repeat a stranger's value whole
+            object.__setattr__(self, name, _cut(getattr(self, name), LONGEST_WORDS))
 
     def line(self) -> str:
         """The problem for people, on one line and without what would steer a terminal: names come from strangers."""
@@ -163,8 +169,8 @@ def _field(path: Iterable[str | int], prefix: str) -> str:
     return text
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+def _cut(text: str, longest: int = SHOWN) -> str:
+    return text if len(text) <= longest else text[:longest] + "..."
 
 
 def _expected(error: Any) -> str:

@@ -27,6 +27,7 @@ def check_bits(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
     there = [name for name in OF_BITS if name in expected.measured]
     if expected.code is None:
         there += [f"env{env}_{name}" for env in environments for name in COSTS_OF_IMAGES if name in there]
+        there += sorted({name for limits in expected.limits.values() for name in limits} - {*OF_BITS})
     for number, record in enumerate(run.records, start=1):
         for name in sorted({*there, *filter(_is_of_bits, record)}):
             if problem := _wrong(run, record, name, name in there, expected):
@@ -39,19 +40,18 @@ def _is_of_bits(name: str) -> bool:
 
 def _wrong(run: SubmittedRun, record: Mapping[str, Any], name: str, is_there: bool, expected: Expected) -> str | None:
     """What a field of bits must be instead, None where it is right."""
-    value = record.get(name)
-    if (value is not None) != is_there:
-        if is_there:
-            return f"a number, as {run.run.algorithm} is quantized"
-        if expected.code is not None and expected.measured & {*OF_BITS}:
-            return None  # of an environment, by another package's method
-        is_quantized = bool(expected.measured & {*OF_BITS})
-        return "no such field" + ("" if is_quantized else f": {run.run.algorithm} quantizes nothing")
+    value, whose = record.get(name), run.run.algorithm
+    if value is None:
+        return f"a number, as {whose} is quantized" if is_there else None
+    if not expected.measured & {*OF_BITS}:
+        return f"no such field: {whose} quantizes nothing"
+    if not is_there and expected.code is None:
+        return "no such field"
     bounds = expected.limits[record["final_compression"]].get(re.sub(r"^env\d+_", "", name))
-    if value is None or bounds is None:
+    if bounds is None:
         return None
     low, high = bounds
     if low * (1 - ROUNDING) <= value <= high * (1 + ROUNDING):
         return None
     span = f"{low:,}" if low == high else f"from {low:,} to {high:,}"
-    return f"{span}, by {run.run.algorithm}'s layers"
+    return f"{span}, by {whose}'s layers"

@@ -35,7 +35,7 @@ class Bundle:
     by_settings: dict[str, Expected | None] = field(default_factory=dict)
     unchecked: list[str] = field(default_factory=list)
     unverified: dict[str, list[str]] = field(default_factory=dict)
-    _last: tuple[str, Network] | None = None
+    _last: tuple[str, Network] | None = field(default=None, repr=False)
 
     def cannot(self, what: str) -> None:
         """Notes once what could not be checked."""

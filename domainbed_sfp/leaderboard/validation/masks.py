@@ -51,7 +51,8 @@ def read_masks(
         return None, [Problem(file, "masks", words, f"{weights:,}")]
     if network is not None:
         whose, wanted = run.run.algorithm, network.mask_shapes
-        misfit = mask_headers.misfits(file, declared, network.shapes if wanted is None else wanted, whose)
+        words = f"a parameter {'of' if wanted is None else 'that is masked by'} {whose}"
+        misfit = mask_headers.misfits(file, declared, network.shapes if wanted is None else wanted, words)
         if misfit is None and wanted is not None and (lacking := wanted.keys() - declared.keys()):
             misfit = Problem(file, f"mask {min(lacking)}", f"one, as {whose} masks this parameter", "none")
         if misfit:

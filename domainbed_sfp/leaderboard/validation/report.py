@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import tracks
 from domainbed_sfp.leaderboard.bundle import Tree
 from domainbed_sfp.leaderboard.outcomes import FirstSteps, Models, Rerun
@@ -147,6 +148,12 @@ def json_of(outcome: Validation) -> str:
         "submission": outcome.submission,
     }
     return json.dumps(document, indent=1) + "\n"
+
+
+def refusal_json(bundle: str, error: UserError) -> str:
+    """The document of `json_of` where there is nothing to validate: the error as its only problem."""
+    problem = Problem(bundle, "", "a bundle and flags with which it can be validated", str(error))
+    return json_of(Validation(Path(bundle), [problem]))
 
 
 def _rerun_json(again: Rerun) -> dict[str, Any]:

@@ -147,6 +147,7 @@ def _expectation(bundle: Bundle, run: SubmittedRun) -> Generator[Problem, None, 
     except Refused as error:
         bundle.unfit.add(run.name)
         yield Problem(records_of(run), "line 1.args.hparams", _in_ranges(run), str(error))
-    except UserError as error:
-        bundle.cannot(f"masks and costs of {run.run.algorithm}: its network cannot be built here ({error})")
+    except Exception as error:  # an optional package that is not here, or what a stranger's class raises
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        bundle.cannot(f"masks and costs of {run.run.algorithm}: its network cannot be built here ({reason})")
     return None
