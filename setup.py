@@ -45,6 +45,7 @@ EXTRAS["test"] = [
     "pytest-timeout>=2.2",
     "pytest-xdist>=3.3",
 ]
+EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 EXTRAS["dev"] = [*EXTRAS["test"], "mypy>=1.8", "ruff>=0.5", "types-PyYAML", "types-jsonschema"]
 
 setup(
