@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from domainbed_sfp.leaderboard.entries import COUNT, list_of, object_of
+from domainbed_sfp.leaderboard.entry_schema import COUNT, list_of, object_of
 from domainbed_sfp.leaderboard.schema import Problem, parse, problems_of
 
 # Bytes of names and shapes: a thousand layers have a tenth of it.

@@ -25,9 +25,11 @@ from domainbed_sfp.leaderboard.validation.grid import (
     check_jobs,
     check_method,
 )
+from domainbed_sfp.leaderboard.validation.models import check_models
 from domainbed_sfp.leaderboard.validation.reading import check_sums, read_records, read_submission
 from domainbed_sfp.leaderboard.validation.report import Validation, json_of, refusal_json, text_of
 from domainbed_sfp.leaderboard.validation.runs import check_runs
+from domainbed_sfp.leaderboard.validation.signature import check_signature
 from domainbed_sfp.leaderboard.validation.submission import check_submission
 from domainbed_sfp.records import RESULTS
 
@@ -49,6 +51,8 @@ CHECKS: tuple[Check, ...] = (
     check_grid,
     check_submission,
     check_costs,
+    check_models,
+    check_signature,
 )
 
 
@@ -87,4 +91,5 @@ def _check(root: Path, tree: Tree) -> Validation:
         submission=bundle.document,
         runs=bundle.runs,
         sums=tree.sums.get(SUMS, ""),
+        tree=tree,
     )

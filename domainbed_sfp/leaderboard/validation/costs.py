@@ -28,7 +28,7 @@ def check_costs(bundle: Bundle) -> Iterator[Problem]:
         for dataset, one in document["datasets"].items()
     }
     recomputed = {dataset: set(names) for dataset, names in claimed.items()}
-    chosen, needed = _chosen(bundle), set()
+    chosen, needed = chosen_checkpoints(bundle), set()
     for run in bundle.runs:
         numbers = [n for n, one in enumerate(run.records, start=1) if (run.name, one["step"]) in chosen]
         network = _network(bundle, run) if numbers else None
@@ -60,7 +60,7 @@ def _network(bundle: Bundle, run: SubmittedRun) -> Network | None:
     return network
 
 
-def _chosen(bundle: Bundle) -> set[tuple[str, int]]:
+def chosen_checkpoints(bundle: Bundle) -> set[tuple[str, int]]:
     """(run, step) of the checkpoints that the selection rules choose."""
     found = set()
     for dataset in {run.run.dataset for run in bundle.runs}:
@@ -74,14 +74,13 @@ def _of_a_checkpoint(
     bundle: Bundle, run: SubmittedRun, number: int, network: Network | None, recomputed: set[str]
 ) -> Iterator[Problem]:
     """The masks of a chosen checkpoint and its costs. `recomputed` loses the names of those that do not follow."""
-    if network is None:
-        recomputed.clear()
     file = masks_of(run, number)
     masks: Masks | None = {}
     if file is not None:
         masks, problems = read_masks(bundle, run, number, network, file)
         yield from problems
     if masks is None or network is None:
+        recomputed.clear()
         return
     if file is not None:
         yield from check_units(file, network, masks)

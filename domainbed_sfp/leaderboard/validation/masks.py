@@ -35,6 +35,9 @@ def read_masks(
 ) -> tuple[Masks | None, list[Problem]]:
     """The masks of a record, None and why where they are not the network's. What it cannot have is not unpacked."""
     where, record = records_of(run), run.records[number - 1]
+    if bundle.claimed and bundle.claimed.get("without_masks"):
+        bundle.cannot("masks: its author did not keep them, so that sparsity and costs are what the records say")
+        return None, []
     if file not in bundle.tree.sums:
         return None, [Problem(file, "", f"the masks of {where}, line {number}", "no file")]
     data = bundle.tree.read(file)

@@ -27,7 +27,7 @@ def check_submission(bundle: Bundle) -> Iterator[Problem]:
     bundle.document = summary.document_of(claimed["name"] if claimed else "submission", bundle.runs, claimed)
     if claimed is not None:
         yield from _differing(bundle, bundle.document, claimed)
-        if wrong := summary.wrong_name(claimed["name"], bundle.runs):
+        if wrong := summary.wrong_name(claimed["name"], [one.run for one in bundle.runs]):
             yield Problem(SUBMISSION, "name", *wrong)
     if len(codes := {run.records[0].get("code") for run in bundle.runs}) > 1:
         yield Problem(RECORDS, "code", "one version of the algorithm's package in all runs", f"{len(codes)}")
