@@ -967,7 +967,7 @@ def test_masks_that_no_network_has_are_not_unpacked(copy, monkeypatch):
         file.write_bytes(masks_file(*one_mask([8], 1), b"\0"))
     resum(copy)
     told = problems(copy)
-    assert f"masks/{names[0].name}: mask w: expected a parameter of Magnitude, found shape [8]" in told
+    assert f"masks/{names[0].name}: mask w: expected a parameter that is masked by Magnitude, found shape [8]" in told
 
 
 def test_a_network_that_is_too_large_is_not_built(made, monkeypatch):

@@ -234,7 +234,9 @@ def _all_but_one(masks: dict[str, torch.Tensor]) -> None:
 CONV2, HEAD = "featurizer.conv2.weight", "classifier.weight"
 
 MASKS: Table = {
-    "dense as 98 % sparse": ("dense", masked(_all_but_one), "line 1.masks", "no such field, because ERM masks nothing"),
+    "dense as 98 % sparse": (
+        "dense", masked(_all_but_one, slice(None)), "mask featurizer.conv", "a parameter that is masked by ERM"
+    ),
     "single weights beside channels": ("channels", masked(lambda m: _dead(m, CONV2, 99)), f"mask {CONV2}", "masked weights"),
     "a masked bias of the classifier": (
         "channels", masked(lambda m: m.update({"classifier.bias": torch.arange(10) > 3})), "mask classifier.bias",
@@ -363,7 +365,7 @@ CLAIMS: Table = {
     "longer training": ("dense", claims(f"{PROTOCOL}/steps", 5000), "protocol.steps", "6"),
     "ImageNet": ("dense", claims(f"{PROTOCOL}/weights", "imagenet"), "protocol.weights", '"none"'),
     "more trials": ("dense", claims(f"{PROTOCOL}/trial_seeds", [0, 1]), "grid", "trial_seed 1"),
-    "other settings": ("channels", claims("settings/sparsity", 0.9), "settings.sparsity", "0.5"),
+    "other settings": ("channels", claims("settings/sparsity", 0.9), "settings.sparsity", "no such field"),
     "another algorithm": ("channels", claims("algorithm", "SFP"), "algorithm", '"Magnitude"'),
     "a better standing": ("channels", claims("standing", "reference"), "standing", '"published"'),
     "another reference": ("channels", claims("reference", "mine"), "reference", "Zhu"),
@@ -433,6 +435,6 @@ def test_a_report_for_programs_also_where_nothing_is_validated(main, bundle_of, 
     assert done.returncode == 2 and "is no folder" in problem["found"] and "is no folder" in done.stderr
     folder = tampered(bundle_of("dense"), tmp_path / "b", fields(LAST, env0_in_acc=1))
     done = main("leaderboard", "validate", folder, "--json", check=False)
-    (problem,) = json.loads(done.stdout)["problems"]
+    problem = json.loads(done.stdout)["problems"][0]
     assert done.returncode == 1 and problem["file"].startswith("records/") and problem["field"] == "line 4.env0_in_acc"
     assert (problem["expected"], problem["found"]) == ("a number with a decimal point", "1")
