@@ -236,6 +236,8 @@ class _Run:
         self.data_digest = dataset_class.data_digest(args.data_dir)
         if self.data_digest and (differences := dataset_class.differences(args.data_dir)):
             print(f"warning: {not_as_published(args.dataset, differences)}", file=sys.stderr)
+        for line in dataset_class.remarks(args.data_dir):
+            print(line, file=sys.stderr)
         self._refuse_other_data()
         self.splits = self._split()
         self.loader, self.unlabeled_loader = self._loaders()
@@ -388,6 +390,8 @@ class _Run:
         )
         if self.code is not None:
             record["code"] = self.code
+        if self.dataset.left_out:
+            record["left_out"] = dict(self.dataset.left_out)
         if "granularity" in self.hparams:
             record["granularity"] = self.hparams["granularity"]
         if masks and record["final_compression"]:

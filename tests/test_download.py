@@ -709,8 +709,8 @@ def domain_net(tmp_path, monkeypatch):
     folder = tmp_path / "archives"
     folder.mkdir()
     for domain in domains:
-        files = {f"{domain}/{name}/x.jpg": b"" for name in names}
-        files |= dict.fromkeys([each for each in DUPLICATES if each.startswith(domain)], b"")
+        files = {f"{domain}/{name}/x.jpg": b"x" for name in names}
+        files |= dict.fromkeys([each for each in DUPLICATES if each.startswith(domain)], b"x")
         make_zip(folder / f"{domain}.zip", files)
     return folder
 
@@ -719,7 +719,7 @@ def test_domain_net_from_a_folder_without_its_duplicates(domain_net, tmp_path):
     folder = command.download("DomainNet", tmp_path / "data", [str(domain_net)])
     assert folder.name == "domain_net" and sorted(os.listdir(folder)) == sorted(verify.DOMAIN_NET_IMAGES)
     assert not any((folder / each).exists() for each in DUPLICATES)
-    (folder / DUPLICATES[0]).write_bytes(b"")
+    (folder / DUPLICATES[0]).write_bytes(b"x")
     assert verify.verify_tree("DomainNet", tmp_path / "data") == ["sketch: expected 20 images, found 21"]
 
 
@@ -837,7 +837,7 @@ def test_terra_incognita_names_missing_images_and_bad_annotations(tmp_path, monk
         command.download("TerraIncognita", tmp_path / "data", sources)
     with pytest.raises(UserError, match=r"--from lacks eccv_18_annotations\.tar\.gz"):
         command.download("TerraIncognita", tmp_path / "data", sources[:1])
-    ready = {f"TerraInc/{domain}/{name}/{n}.jpg": b"" for domain in TERRA_SMALL.domain_images
+    ready = {f"TerraInc/{domain}/{name}/{n}.jpg": b"x" for domain in TERRA_SMALL.domain_images
              for name in TERRA_SMALL.classes for n in range(2)}  # fmt: skip
     command.download("TerraIncognita", tmp_path / "data", [str(make_zip(tmp_path / "ready.zip", ready))])
     assert verify.verify_tree("TerraIncognita", tmp_path / "data") == []
@@ -948,7 +948,7 @@ def test_published_totals():
 
 @pytest.fixture(scope="module")
 def whole_vlcs(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("whole"), dict.fromkeys(tree_files(verify.VLCS, "VLCS/"), b""))
+    return write_files(tmp_path_factory.mktemp("whole"), dict.fromkeys(tree_files(verify.VLCS, "VLCS/"), b"x"))
 
 
 def test_a_partial_vlcs_is_told_by_domain_and_class(whole_vlcs):

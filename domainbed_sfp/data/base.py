@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -75,6 +76,8 @@ class Dataset:
     environments: list[Environment]
     input_shape: tuple[int, int, int]
     num_classes: int
+    # How many entries of the data set's folder are no part of it, by reason (data.images.contents.REASONS).
+    left_out: Mapping[str, int] = MappingProxyType({})
 
     @classmethod
     def build(cls, data_dir: str | None, hparams: Mapping[str, Any], seed: int, cache_dir: Path | None) -> Dataset:
@@ -109,8 +112,13 @@ class Dataset:
         return []
 
     @classmethod
+    def remarks(cls, data_dir: str | None) -> list[str]:
+        """What a user should know of the files before a run, a line each: what of them is left out, and the like."""
+        return []
+
+    @classmethod
     def check_files(cls, data_dir: str | None) -> None:
-        """Raises UserError where the files are plainly not there, without reading them."""
+        """Raises UserError where files are missing or laid out in another way, without reading them."""
 
     def __init__(self, environments: list[Environment], num_classes: int, augment: bool = False) -> None:
         self.environments = environments
