@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from domainbed_sfp.data.images.contents import subfolders
 from domainbed_sfp.data.images.layout import LAYOUT, listed, split_folders, wrapped_in
 from domainbed_sfp.errors import look_alike, spelled
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,19 @@ class ImageTree:
     # Published sizes of the whole where they differ, DomainBed's paper first. Fewer images than the smallest
     # are an error, a number that differs from the paper's is worth a note.
     totals: tuple[int, ...] = ()
+    # What copies in circulation call a folder -> its name here. Both must sort to the same place: labels are positions.
+    synonyms: Mapping[str, str] = field(default_factory=dict)
     # total -> domain -> images, where a version of this total is known by its domains.
     domain_images_of: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+
+    def renamed(self, images: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+        """Numbers of images by domain and class, by their names here."""
+        return {domain: self._by_own_names(classes) for domain, classes in self._by_own_names(images).items()}
+
+    def _by_own_names(self, found: Mapping[str, _T]) -> dict[str, _T]:
+        """`found` by our names; a synonym beside what it stands for stays, as one folder too many."""
+        own = {name: self.synonyms.get(name, name) for name in found}
+        return {name if own[name] != name and own[name] in found else own[name]: value for name, value in found.items()}
 
     def images_in(self, domain: str, total: int) -> int | None:
         """Images of a domain where all domains have `total`; None where that is not known."""
@@ -35,6 +49,7 @@ class ImageTree:
 def tree_problems(tree: ImageTree, counts: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     """Everything in which images, counted by domain and class, differ from the published ones: what verification says,
     a line each."""
+    counts = tree.renamed(counts)
     total = sum(sum(classes.values()) for classes in counts.values())
     for domain in tree.domain_images:
         expected = tree.images_in(domain, total)
@@ -80,6 +95,7 @@ def unlike_published(tree: ImageTree, images: Mapping[str, Mapping[str, int]]) -
     Args:
         images: numbers by domain and class. Domains are compared in sorted order, in which environments are numbered.
     """
+    images = tree.renamed(images)
     found = {domain: sum(classes.values()) for domain, classes in images.items()}
     differences = []
     for (domain, classes), name in zip(sorted(images.items()), sorted(tree.domain_images)):
