@@ -36,16 +36,16 @@ def unknown_name(kind: str, given: object, valid: Iterable[object]) -> UserError
     return UserError(f"unknown {kind} {spelled(given, names)}{did_you_mean(given, names)} (known: {shown})")
 
 
-def spelled(name: object, others: Iterable[object]) -> str:
-    """`name` in quotes; with its characters beyond ASCII escaped where one of the `others`, from which a message tells
-    it apart, looks the same on a screen."""
-    return ascii(name) if any(look_alike(name, other) for other in others) else repr(name)
+def spelled(value: object, others: Iterable[object]) -> str:
+    """`value` as Python writes it; with characters beyond ASCII escaped where one of the `others`, from which a message
+    tells it apart, looks the same on a screen."""
+    return ascii(value) if any(look_alike(str(value), str(other)) for other in others) else repr(value)
 
 
-def look_alike(one: object, other: object) -> bool:
+def look_alike(one: str, other: str) -> bool:
     """Whether two different strings can look the same: in another Unicode normal form, with invisible characters, or
     with a Cyrillic or Greek letter in place of a Latin one."""
-    if not isinstance(one, str) or not isinstance(other, str) or one == other or (one + other).isascii():
+    if one == other or (one + other).isascii():
         return False
     first, second = (_visible(text) for text in (one, other))
     return len(first) == len(second) and all(a == b or _is_twin(a, b) for a, b in zip(first, second))

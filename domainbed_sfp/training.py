@@ -31,7 +31,7 @@ from domainbed_sfp.data.augmentation import normalize
 from domainbed_sfp.data.base import EVALUATION_BATCH
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import Split, split_environment
-from domainbed_sfp.errors import UserError, check_range
+from domainbed_sfp.errors import UserError, check_range, spelled
 from domainbed_sfp.pruning import accounting, mask_files
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
@@ -689,8 +689,8 @@ def _refuse_other_run(args: TrainArgs, output_dir: Path) -> None:
         # DomainBed's records do not have our flags.
         if name in theirs and theirs[name] != ours[name]:
             raise UserError(
-                f"output_dir {args.output_dir!r} holds another run ({name} {theirs[name]!r} there, "
-                f"{ours[name]!r} here); choose another --output_dir, or remove that one"
+                f"output_dir {args.output_dir!r} holds another run ({name} {spelled(theirs[name], [ours[name]])} "
+                f"there, {spelled(ours[name], [theirs[name]])} here); choose another --output_dir, or remove that one"
             )
     weights = ours["hparams"].get("weights")
     here, there = environment.weights_digest(weights), earlier.get("weights_digest")

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from domainbed_sfp import environment, records, registry
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.errors import UserError, spelled
 from domainbed_sfp.sweep import slurm_batches
 from domainbed_sfp.sweep.slurm_batches import Standing
 from domainbed_sfp.training import LOCK, TrainArgs
@@ -299,9 +299,10 @@ class SweepDirectory:
                 earlier = {**LATER_SETTINGS, **manifest["protocol"]} if manifest else {}
                 for name in protocol.keys() & earlier.keys():
                     if protocol[name] != earlier[name]:
+                        there, here = earlier[name], protocol[name]
                         raise UserError(
-                            f"output_dir {str(self.path)!r} holds another sweep ({name} {earlier[name]!r} there, "
-                            f"{protocol[name]!r} here); choose another --output_dir"
+                            f"output_dir {str(self.path)!r} holds another sweep ({name} {spelled(there, [here])} "
+                            f"there, {spelled(here, [there])} here); choose another --output_dir"
                         )
                 protocol = {**earlier, **protocol}
                 known = {entry["name"]: entry for entry in manifest.get("jobs", [])}
