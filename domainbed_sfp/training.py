@@ -252,9 +252,9 @@ class _Run:
         self.data_digest = dataset_class.data_digest(args.data_dir)
         if self.data_digest and (differences := dataset_class.differences(args.data_dir)):
             print(f"warning: {not_as_published(args.dataset, differences)}", file=sys.stderr)
-        for line in dataset_class.remarks(args.data_dir):
+        self.left_out, remarks = dataset_class.inspect(args.data_dir)
+        for line in remarks:
             print(line, file=sys.stderr)
-        self.left_out = dataset_class.left_out(args.data_dir)
         self._refuse_other_data()
         self.splits = self._split()
         self.loader, self.unlabeled_loader = self._loaders()

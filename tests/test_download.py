@@ -918,7 +918,15 @@ def test_mnist_verification_names_each_file(digits, tmp_path):
     raw = tmp_path / "MNIST/raw"
     write_files(raw, {f"{name}.gz": gzip.compress(content) for name, content in digits.items()})
     assert verify.verify_tree("ColoredMNIST", tmp_path) == []
+    assert list(verify.undecodable("MNIST", tmp_path)) == []
     packed = raw / "train-images-idx3-ubyte.gz"
+    whole, changed = packed.read_bytes(), bytearray(digits["train-images-idx3-ubyte"])
+    changed[-1] ^= 1
+    packed.write_bytes(gzip.compress(changed))
+    (raw / "t10k-images-idx3-ubyte.gz").write_bytes(whole[:-9])
+    told = list(verify.undecodable("MNIST", tmp_path))
+    assert told[0].startswith("raw/train-images-idx3-ubyte.gz: not MNIST's contents (their md5 is ")
+    assert told[1].startswith("raw/t10k-images-idx3-ubyte.gz: damaged (") and len(told) == 2
     packed.write_bytes(gzip.compress(digits["train-images-idx3-ubyte"][:-1]))
     (raw / "train-labels-idx1-ubyte.gz").write_bytes(b"a page")
     (raw / "t10k-images-idx3-ubyte.gz").unlink()

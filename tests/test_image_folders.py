@@ -219,14 +219,21 @@ def test_other_layouts_are_refused_with_advice(tmp_path, paths, words):
 
 def test_doubtful_layouts_are_said(tmp_path):
     split = files(tmp_path / "split", *(f"{e}/{c}/1.jpg" for e in ("train", "test") for c in ("cat", "dog")))
-    (line,) = get_dataset_class("Folder").remarks(str(split))
+    (line,) = get_dataset_class("Folder").inspect(str(split))[1]
     assert line.startswith("warning: Folder: the environments look like splits of one domain (test, train)")
     deep = files(tmp_path / "deep", *(f"{e}/{d}/{c}/1.jpg" for e in "ab" for d in ("x", "y") for c in ("cat", "dog")))
-    (line,) = get_dataset_class("Folder").remarks(str(deep))
+    (line,) = get_dataset_class("Folder").inspect(str(deep))[1]
     assert (
         "all images lie deeper than <environment>/<class>/<image>, as 'a/x/cat/1.jpg' does; the classes are x, y"
         in line
     )
+
+
+def test_classes_of_one_environment_that_look_alike_are_said(tmp_path):
+    names = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    root = files(tmp_path / "d", *(f"{e}/{c}/1.jpg" for e in "ab" for c in ("dog", *names)))
+    (line,) = get_dataset_class("Folder").inspect(str(root))[1]
+    assert line == "warning: Folder: the classes 'cafe\\u0301' and 'caf\\xe9' look alike, but are two folders"
 
 
 def test_names_that_look_alike_are_spelled_out(tmp_path):

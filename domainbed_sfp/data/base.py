@@ -123,14 +123,10 @@ class Dataset:
         return []
 
     @classmethod
-    def left_out(cls, data_dir: str | None) -> dict[str, int]:
-        """How many files and folders beside the data are no part of it, by reason (data.images.contents.REASONS)."""
-        return {}
-
-    @classmethod
-    def remarks(cls, data_dir: str | None) -> list[str]:
-        """What a user should know of the files before a run, a line each: what of them is left out, and the like."""
-        return []
+    def inspect(cls, data_dir: str | None) -> tuple[dict[str, int], list[str]]:
+        """How many files and folders beside the data are no part of it, by reason (data.images.contents.REASONS); and
+        what a user should know of the files before a run, a line each."""
+        return {}, []
 
     @classmethod
     def check_files(cls, data_dir: str | None) -> None:

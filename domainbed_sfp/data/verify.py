@@ -7,8 +7,10 @@ one (`images/contents.py`).
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -251,14 +253,16 @@ def left_out(dataset: str, folder: Path) -> str:
 
 
 def undecodable(dataset: str, data_dir: str | os.PathLike[str]) -> Iterator[str]:
-    """The image files of `dataset` below `data_dir` that training could not decode, a line each with the reason."""
+    """The files of `dataset` below `data_dir` whose contents training could not use, a line each with the reason."""
+    folder = dataset_folder(dataset_name(dataset), Path(data_dir))
     if image_tree(dataset_name(dataset)) is None:
+        yield from _other_digits(folder)
         return
     # numpy and PIL are loaded only when pixels are looked at.
     from domainbed_sfp.data.images.decoding import why_undecodable
     from domainbed_sfp.progress import progress
 
-    files = [file.path for file in scan(dataset_folder(dataset, Path(data_dir))).files()]
+    files = [file.path for file in scan(folder).files()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = progress(pool.map(why_undecodable, files), len(files), f"decoding {dataset}", "images")
         yield from (reason for reason in reasons if reason)
@@ -288,6 +292,22 @@ def _mnist_problems(folder: Path) -> Iterator[str]:
             yield from _idx_problems(packed, _unpacked_size(packed), expected)
         else:
             yield f"raw/{name} (or {name}.gz) is missing ({expected.size:,} bytes expected)"
+
+
+def _other_digits(folder: Path) -> Iterator[str]:
+    for name, expected in MNIST_FILES.items():
+        plain = folder / "raw" / name
+        path = plain if plain.is_file() else plain.with_name(f"{name}.gz")
+        digest = hashlib.md5()
+        try:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as opened:
+                while chunk := opened.read(1 << 20):
+                    digest.update(chunk)
+        except (OSError, EOFError, zlib.error) as error:
+            yield f"raw/{path.name}: damaged ({error})"
+        else:
+            if digest.hexdigest() != expected.md5:
+                yield f"raw/{path.name}: not MNIST's contents (their md5 is {digest.hexdigest()}, not {expected.md5})"
 
 
 def _idx_problems(path: Path, size: int, expected: IdxFile) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -94,13 +95,17 @@ def remarks(contents: Contents, dataset: str) -> list[str]:
         lines.append(
             f"warning: {dataset}: the environments look like splits of one domain ({listed(splits)}): expected {LAYOUT}"
         )
-    depths = (len(file.path.relative_to(contents.root).parts) for file in contents.files())
-    if all(depth > 3 for depth in depths):
-        example = next(contents.files()).path.relative_to(contents.root).as_posix()
+    paths = (file.path.relative_to(contents.root) for file in contents.files())
+    if (example := next(paths, None)) and all(len(path.parts) > 3 for path in itertools.chain([example], paths)):
         lines.append(
-            f"warning: {dataset}: all images lie deeper than {LAYOUT}, as {example!r} does; the classes are "
+            f"warning: {dataset}: all images lie deeper than {LAYOUT}, as {example.as_posix()!r} does; the classes are "
             f"{listed(next(iter(contents.environments.values())))}"
         )
+    classes = sorted({name for each in contents.environments.values() for name in each})
+    for kind, names in (("environments", list(contents.environments)), ("classes", classes)):
+        for one, other in itertools.combinations(names, 2):
+            if look_alike(one, other):
+                lines.append(f"warning: {dataset}: the {kind} {one!a} and {other!a} look alike, but are two folders")
     if contents.left_out:
         lines.append(f"{dataset}: {contents.left_out}")
     return lines

@@ -74,12 +74,9 @@ class ImageFolders(Dataset):
         return unlike_published(tree, cls.contents(data_dir).counts()) if tree else []
 
     @classmethod
-    def left_out(cls, data_dir: str | None) -> dict[str, int]:
-        return cls.contents(data_dir).left_out.as_record()
-
-    @classmethod
-    def remarks(cls, data_dir: str | None) -> list[str]:
-        return layout.remarks(cls.contents(data_dir), cls.__name__)
+    def inspect(cls, data_dir: str | None) -> tuple[dict[str, int], list[str]]:
+        contents = cls.contents(data_dir)
+        return contents.left_out.as_record(), layout.remarks(contents, cls.__name__)
 
     @classmethod
     def contents(cls, data_dir: str | None) -> Contents:

@@ -180,12 +180,8 @@ class Stamped(Dataset):
         return cls.PHOTOGRAPHS.differences(data_dir)
 
     @classmethod
-    def left_out(cls, data_dir: str | None) -> dict[str, int]:
-        return cls.PHOTOGRAPHS.left_out(data_dir)
-
-    @classmethod
-    def remarks(cls, data_dir: str | None) -> list[str]:
-        return cls.PHOTOGRAPHS.remarks(data_dir)
+    def inspect(cls, data_dir: str | None) -> tuple[dict[str, int], list[str]]:
+        return cls.PHOTOGRAPHS.inspect(data_dir)
 
 
 @dataset("StampedPACS")
