@@ -61,6 +61,7 @@ setup(
     package_dir={"domainbed_sfp.specs": "sweeps", "domainbed_sfp.published_rows": "results"},
     package_data={
         "domainbed_sfp": ["py.typed"],
+        "domainbed_sfp.analysis.report": ["report.html", "report.css", "report.js"],
         "domainbed_sfp.data": ["domain_net.txt"],
         "domainbed_sfp.leaderboard": ["page.html", "page.css", "page.js"],
         "domainbed_sfp.published_rows": ["published.csv"],
@@ -68,7 +69,7 @@ setup(
     },
     python_requires=">=3.10",
     install_requires=[
-        "filelock>=3.12",
+        "filelock>=3.24",
         "jinja2>=3.1",
         "jsonschema>=4.17",
         "numpy>=1.24",

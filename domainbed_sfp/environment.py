@@ -40,9 +40,11 @@ def commit() -> str | None:
     package = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        done = subprocess.run(
+            ["git", "-C", str(package), *arguments],
+            capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10,
+        )  # fmt: skip
+        return done.stdout.strip()
 
     try:
         head = git("rev-parse", "--short=12", "HEAD")
@@ -91,7 +93,7 @@ def weights_digest(weights: object) -> str | None:
 @functools.cache
 def _cpu_name() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:

@@ -15,17 +15,18 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from domainbed_sfp import checkpoints, environment, hparams, networks, records, registry
 from domainbed_sfp.algorithms.base import Algorithm
+from domainbed_sfp.core import crashes, locks
 from domainbed_sfp.data import Dataset, dataset_names, degradations, get_dataset_class
 from domainbed_sfp.data.augmentation import normalize
 from domainbed_sfp.data.base import EVALUATION_BATCH
@@ -36,6 +37,7 @@ from domainbed_sfp.pruning import accounting, mask_files
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
 LOCK = "run.lock"
+OUT, ERR = "out.txt", "err.txt"
 PRECISIONS = ("fp32", "bf16", "auto")
 TASKS = ("domain_generalization", "domain_adaptation")
 # Which checkpoints are evaluated: all, as DomainBed does, or those that selection may choose.
@@ -95,7 +97,7 @@ class TrainArgs:
             self.hparams = json.dumps(self.hparams)
 
 
-class AlreadyRunning(UserError):
+class AlreadyRunning(locks.Held):
     """Another process is computing this run."""
 
     exit_status = 75  # EX_TEMPFAIL: a launcher knows it by this
@@ -109,8 +111,10 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
-def train(args: TrainArgs) -> None:
+def train(args: TrainArgs, break_lock: bool = False) -> None:
     """Computes a run, or what is left of it, into `args.output_dir`.
+
+    break_lock: goes on where the lock of a dead machine is in the way, on file systems without flock.
 
     Writes DomainBed's files: results.jsonl, out.txt, err.txt, model.pkl (unless `skip_model_save`) and, last, done; and
     the final masks, where weights are removed, into masks/.
@@ -121,7 +125,6 @@ def train(args: TrainArgs) -> None:
         AlreadyRunning: if another process holds the run.
         Interrupted: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint saved.
     """
-    # A name mistyped must not leave an empty directory behind.
     overrides = hparams.parse_overrides(args.hparams)
     hparams.resolve_hparams(args.algorithm, args.dataset, overrides=overrides)
     check_settings(args)
@@ -130,16 +133,7 @@ def train(args: TrainArgs) -> None:
         # Records say 8 samples where 8.0 were asked for: rows of tables are made of what they say.
         args = replace(args, hparams=json.dumps(checked, sort_keys=True))
     output_dir = Path(args.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output_dir / LOCK)
-        # A moment's patience: whoever asks for the run's state holds the lock for an instant.
-        lock.acquire(timeout=2)
-    except Timeout:
-        raise AlreadyRunning(f"output_dir {args.output_dir!r}: another process is computing this run") from None
-    except OSError as error:
-        raise UserError(f"output_dir {args.output_dir!r} cannot be written: {error.strerror or error}") from error
-    try:
+    with _alone(output_dir, break_lock):
         _refuse_other_run(args, output_dir)
         if records.is_done(output_dir):
             print(f"already done: {args.output_dir}")
@@ -152,13 +146,47 @@ def train(args: TrainArgs) -> None:
                 _note(err, f"{type(error).__name__}: {error}")
                 raise
             except OSError as error:
-                message = f"output_dir {args.output_dir!r}: {error.strerror or error}; nothing written before is lost"
+                where = repr(str(error.filename)) if error.filename else f"output_dir {args.output_dir!r}"
+                message = f"{where}: {error.strerror or error}; nothing written before is lost"
                 raise UserError(message) from error
-            except Exception:
+            except Exception as error:
                 _note(err, traceback.format_exc())
+                crashes.keep(error, output_dir / ERR)
                 raise
-    finally:
-        lock.release()
+
+
+@contextmanager
+def _alone(output_dir: Path, break_lock: bool) -> Iterator[None]:
+    """Makes the folder, and holds the run's lock for the block."""
+    new = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    lock = output_dir / LOCK
+    with ExitStack() as held:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            if break_lock and (broken := locks.break_lock(lock)):
+                print(f"warning: removed the lock {broken.describe()}", file=sys.stderr)
+            # A moment's patience: whoever asks for the run's state holds the lock for an instant.
+            held.enter_context(locks.hold(lock, 2, "computing this run", "go on with --break_lock"))
+        except locks.Held as error:
+            raise AlreadyRunning(str(error)) from None
+        except OSError as error:
+            raise UserError(f"output_dir {str(output_dir)!r} cannot be written: {error.strerror or error}") from error
+        try:
+            yield
+        except UserError:
+            held.close()
+            _remove_refused(new)
+            raise
+
+
+def _remove_refused(new: list[Path]) -> None:
+    """Removes the folders that a run made which was refused before its first step: nothing of it is in them."""
+    if new and not any((new[0] / name).exists() for name in (records.CHECKPOINT, records.RESULTS, records.FAILURE)):
+        with suppress(OSError):  # something else has been put there
+            for name in (OUT, ERR, LOCK):
+                (new[0] / name).unlink(missing_ok=True)
+            for folder in new:
+                folder.rmdir()
 
 
 def choose_device(name: str) -> torch.device:
@@ -703,7 +731,7 @@ def _refuse_other_run(args: TrainArgs, output_dir: Path) -> None:
 
 def _cpu_flags() -> set[str]:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("flags"):
                 return set(line.split())
     except OSError:
@@ -770,13 +798,16 @@ class _Tee:
     def __init__(self, stream: TextIO, file: TextIO) -> None:
         self.stream = stream
         self.file = file
+        self.stream_is_gone = False
 
     def write(self, text: str) -> int:
-        self.stream.write(text)
+        with self._stream() as stream:
+            stream.write(text)
         return self.file.write(text)
 
     def flush(self) -> None:
-        self.stream.flush()
+        with self._stream() as stream:
+            stream.flush()
         with suppress(OSError):  # a full disk must not hide the error that is being told
             self.file.flush()
 
@@ -785,8 +816,18 @@ class _Tee:
 
     def show(self, line: str) -> None:
         """Puts `line` in place of the terminal's current one; the file does not get it."""
-        self.stream.write(f"\r\x1b[K{line}")
-        self.stream.flush()
+        with self._stream() as stream:
+            stream.write(f"\r\x1b[K{line}")
+            stream.flush()
+
+    @contextmanager
+    def _stream(self) -> Iterator[TextIO]:
+        """The stream, or none of it: whoever reads it can go away, as a terminal or `| head` does, and the run goes on
+        with its files."""
+        try:
+            yield StringIO() if self.stream_is_gone else self.stream
+        except (OSError, ValueError):
+            self.stream_is_gone = True
 
 
 def _note(err: TextIO, text: str) -> None:
@@ -803,7 +844,7 @@ def _tee(output_dir: Path) -> Iterator[TextIO]:
     try:
         out, err = (
             open(output_dir / name, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-            for name in ("out.txt", "err.txt")
+            for name in (OUT, ERR)
         )
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r} cannot be written: {error.strerror}") from error

@@ -66,14 +66,16 @@ def test_links_of_the_documents_lead_somewhere():
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
-def test_quickstart_runs_its_sweep_and_prints_the_table(main, monkeypatch):
+def test_quickstart_runs_its_sweep_and_says_what_it_shows(main, monkeypatch, tmp_path):
     """The command itself, on a grid cut down to seconds."""
-    small = read_spec("quickstart").updated(steps=3, n_trials=1, checkpoint_freq=2, algorithms=["ERM"])
+    small = read_spec("quickstart").updated(steps=3, n_trials=1, algorithms=["ERM", "Magnitude"])
     assert isinstance(small, SweepSpec)
     monkeypatch.setattr(commands, "read_spec", lambda name: {"quickstart": small}[name])
     done = main("quickstart", "--jobs", 2)
-    assert "3 jobs: 3 done" in done.stdout
+    assert "2 jobs: 2 done" in done.stdout
     assert "| ERM" in done.stdout and "training-domain" in done.stdout and "FullColoredDigits" in done.stdout
+    assert re.search(r"digits, Magnitude is right on \d+ % of them, and a dense network \(ERM\) \d+ %\.", done.stdout)
+    assert "<svg" in (tmp_path / "quickstart_output" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,13 @@ from runs_on_disk import record, write_run
 from domainbed_sfp import domainbed_facts
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.files import write_atomically
+from domainbed_sfp.manifests import read_manifests
 from domainbed_sfp.record_lines import end_last_line
 from domainbed_sfp.records import (
     is_done,
     last_record,
     last_step,
     load_records,
-    load_sweep,
     read_records,
     write_records,
 )  # fmt: skip
@@ -188,11 +188,12 @@ def test_input_dirs_that_hold_no_sweep(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 2, "jobs": []}', '{"format": 1, "jobs": [{"name": "a"}]}'])
-def test_a_sweep_description_that_is_none(tmp_path, text):
-    assert load_sweep(tmp_path) is None
-    (tmp_path / "sweep.json").write_text(text)
-    with pytest.raises(UserError, match=r"sweep\.json"):
-        load_sweep(tmp_path)
+@pytest.mark.parametrize("name", ["sweep.json", "sweep-0123456789ab.json"])
+def test_a_sweep_description_that_is_none(tmp_path, name, text):
+    assert read_manifests(tmp_path) == []
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        read_manifests(tmp_path)
 
 
 def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):

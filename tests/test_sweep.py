@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -187,8 +188,8 @@ def test_a_running_job_is_seen_by_its_lock(tmp_path):
     directory.job_dir(job).mkdir()
     assert directory.state(job).value == "Incomplete"
     with FileLock(directory.job_dir(job) / "run.lock"):
-        code = ("import sys; from domainbed_sfp.sweep.jobs import *; from pathlib import Path;"
-                "print(is_locked(Path(sys.argv[1])))")  # fmt: skip
+        code = ("import sys; from domainbed_sfp.core import locks; from pathlib import Path;"
+                "print(locks.is_held(Path(sys.argv[1])))")  # fmt: skip
         seen = subprocess.run(
             [sys.executable, "-c", code, str(directory.job_dir(job) / "run.lock")], capture_output=True, text=True
         )
@@ -449,11 +450,11 @@ def test_delete_incomplete_says_what_it_deletes_and_leaves_what_collect_counts(m
     assert_one_line_error(asked, "--skip_confirmation")
 
     # Another machine finishes the run while the user thinks.
-    def finish(path):
+    def finished_by_then(*arguments):
         (two / "done").touch()
-        return FileLock(path, timeout=0)
+        return contextlib.nullcontext()
 
-    monkeypatch.setattr("domainbed_sfp.sweep.jobs.FileLock", lambda path, timeout=0: finish(path))
+    monkeypatch.setattr("domainbed_sfp.core.locks.hold", finished_by_then)
     late = main("sweep", "delete_incomplete", spec_file, "--output_dir", "out", "--skip_confirmation").stdout
     assert "Deleted 0 jobs!" in late and "Kept 1" in late and two.is_dir()
 

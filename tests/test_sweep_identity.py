@@ -154,6 +154,15 @@ def test_hparams_that_cannot_be(main, text, parts):
         assert_one_line_error(refused, *parts)
 
 
+@pytest.mark.parametrize(
+    "flag, values", [("--hparams", ['{"lr": 0.1}', '{"batch_size": 8}']), ("--algorithms", ["ERM", "SFP"])]
+)
+def test_flags_that_would_replace_each_other_are_refused(main, flag, values):
+    repeated = [word for value in values for word in (flag, value)]
+    refused = main("sweep", "launch", "--datasets", "ColoredDigits", *repeated, "--output_dir", "out", check=False)
+    assert refused.returncode == 2 and f"argument {flag}: given twice" in refused.stderr
+
+
 def test_counts_may_be_whole_floats(tmp_path):
     text = "{datasets: [ColoredDigits], algorithms: [ERM], test_envs: [[0.0]], n_hparams: 1, n_trials: 1.0, steps: 2e0}"
     (tmp_path / "spec.yaml").write_text(text)

@@ -404,14 +404,14 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
         (("--hparams", '{"granularity": "block"}', "--algorithm", "Magnitude"), ("unknown granularity of Magnitude 'block'", "channel, weight")),
         (("--hparams", '{"lars": true}'), ("'lars' cannot be set",)),
         (("--hparams", '{"removal_layers": "frist"}', "--algorithm", "SFP"), ("unknown removal_layers of SFP", "did you mean 'first'")),
-        (("--hparams", '{"mask_end": 1.5}', "--algorithm", "MRM"), ("'mask_end' of MRM", "fraction of the run in [0, 1]", "1.5")),
+        (("--hparams", '{"mask_end": 1.5}', "--algorithm", "MRM"), ("'mask_end' of MRM", "fraction of the run in [0, 1)", "1.5")),
         (("--hparams", '{"rounds": 0}', "--algorithm", "LotteryTicket"), ("'rounds'", "at least 1", "0")),
     ],
 )  # fmt: skip
 def test_bad_input(main, tmp_path, arguments, parts):
     failed = main("train", "--dataset", "ColoredDigits", "--steps", 12, "--output_dir", "run", *arguments, check=False)
     assert_one_line_error(failed, *parts)
-    assert not (tmp_path / "run" / "done").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistyped_name_leaves_no_directory(main, tmp_path):

@@ -19,12 +19,11 @@ from .comparison import (
     TableComparison,
 )
 from .display import ABSENT, MISSING, RECONSTRUCTION_NOTE, Grid, Shown, daggered
-from .html_page import html_of
 from .latex import latex_of
 from .markdown import markdown_of
 from .protocol import MNIST_LIKE, is_dealt_by_seed
+from .rows import RECONSTRUCTION
 from .statistics import CONFIDENCE, RESAMPLES, Interval, PairedTest
-from .tables import RECONSTRUCTION
 
 _PERCENT = f"{100 * CONFIDENCE:g}%"
 
@@ -72,15 +71,11 @@ _COLUMNS = (
 
 
 def markdown_comparison(report: ComparisonReport) -> str:
-    return markdown_of(_grids(report), report.notes)
+    return markdown_of(comparison_grids(report), report.notes)
 
 
 def latex_comparison(report: ComparisonReport) -> str:
-    return latex_of(_grids(report), report.notes)
-
-
-def html_comparison(report: ComparisonReport) -> str:
-    return html_of(f"Comparison of {report.tables[0].row.label}", _grids(report), report.notes)
+    return latex_of(comparison_grids(report), report.notes)
 
 
 def csv_comparison(report: ComparisonReport) -> str:
@@ -146,11 +141,11 @@ COMPARISON_FORMATS = {
     "latex": latex_comparison,
     "csv": csv_comparison,
     "json": json_comparison,
-    "html": html_comparison,
 }
 
 
-def _grids(report: ComparisonReport) -> list[Grid]:
+def comparison_grids(report: ComparisonReport) -> list[Grid]:
+    """A table for each data set and rule, and one over data sets where there are several."""
     grids = []
     for rule in dict.fromkeys(table.table.rule for table in report.tables):
         grids += [_table_grid(table) for table in report.tables if table.table.rule is rule]

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from domainbed_sfp.core import crashes, locks
 from domainbed_sfp.data.archives import ArchiveError, unpack
 from domainbed_sfp.data.disk import disk_error
 from domainbed_sfp.data.transfer import (
@@ -427,15 +426,9 @@ def _write_plain(path: Path, target: Path) -> None:
 @contextlib.contextmanager
 def _alone(dataset: str, data_dir: Path) -> Iterator[None]:
     """Holds the lock of this data set in this folder: two commands would write the same partial files."""
-    lock = FileLock(data_dir / ".downloads" / f"{dataset}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another command is putting {dataset} into {data_dir}") from None
-    try:
+    lock = data_dir / ".downloads" / f"{dataset}.lock"
+    with locks.hold(lock, 0, f"putting {dataset} into {str(data_dir)!r}"):
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
@@ -470,14 +463,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m domainbed_sfp.data.download`: the command alone."""
     parser = argparse.ArgumentParser(prog="domainbed-sfp download", description="Fetch and verify a data set.")
     add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+    return crashes.guarded("domainbed-sfp download", lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

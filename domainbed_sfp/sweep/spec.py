@@ -16,7 +16,7 @@ from domainbed_sfp import hparams, registry
 from domainbed_sfp.data import dataset_names, get_dataset_class
 from domainbed_sfp.errors import LARGEST, UserError, check_range, did_you_mean, unknown_name
 from domainbed_sfp.seeds import seed_hash
-from domainbed_sfp.sweep.jobs import Job
+from domainbed_sfp.sweep.job import Job
 from domainbed_sfp.training import check_settings, check_test_envs
 
 
