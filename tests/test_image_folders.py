@@ -287,12 +287,21 @@ def test_the_published_images_in_their_layout_are_published(tiny):
     ("{domain}/train/{name}/{number}.jpg", "expected two or more class folders"),
     ("x/{domain}/{name}/{number}.jpg", "found 1: x; they are in 'x': move them a level up"),
     ("{name}/{domain}/{number}.jpg", "found 2: cat, dog; its levels are swapped"),
+    ("train/{domain}/{name}/{number}.jpg", "found 1: train; they are in 'train'"),
     ("{domain}s/extra/{name}/{number}.jpg", "expected two or more class folders"),
 ])  # fmt: skip
 def test_published_sets_in_other_layouts_are_refused(tiny, written, words):
     root = tiny(written)
     assert words in refused(root, "PACS")
     assert verify.verify_tree("PACS", root)
+
+
+def test_published_sets_below_splits_are_refused(tiny):
+    tiny("train/{domain}/{name}/{number}.jpg")
+    told = refused(tiny("val/{domain}/{name}/{number}.jpg"), "PACS")
+    assert told.endswith(
+        "found 2: train, val; they look like splits (train, val): merge them, <environment>/<class>/<image> is expected"
+    )
 
 
 def test_published_sets_with_another_folder_beside_the_domains_are_refused(tiny):

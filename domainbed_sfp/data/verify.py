@@ -116,7 +116,8 @@ OFFICE_CALTECH_10 = _counted(
 )
 
 # Locations and categories: domainbed/scripts/download.py at b93c22a1cfc3. Totals: DomainBed's paper, and what
-# users count in today's archive (khanrc/miro issue 9, after DomainBed issue 58).
+# users count in today's archive (khanrc/miro issue 9, after DomainBed issue 58); its four locations as papers that
+# used it state them.
 TERRA_INCOGNITA = ImageTree(
     "terra_incognita",
     ("bird", "bobcat", "cat", "coyote", "dog", "empty", "opossum", "rabbit", "raccoon", "squirrel"),
@@ -235,7 +236,7 @@ def folder_problems(dataset: str, folder: Path) -> list[str]:
             return list(_mnist_problems(folder))
         problems = list(tree_problems(tree, count_images(folder)))
         if problems and (hint := layout_hint(tree, folder)):
-            problems.insert(0, f"{folder.name}: the domains are not there{hint}")
+            problems.insert(0, f"{folder.name}: not laid out as published{hint}")
         return problems
     except OSError as error:
         raise disk_error(error, f"reading {folder}") from error

@@ -98,6 +98,8 @@ def unlike_published(tree: ImageTree, images: Mapping[str, Mapping[str, int]]) -
     images = tree.renamed(images)
     found = {domain: sum(classes.values()) for domain, classes in images.items()}
     differences = []
+    if set(images) != set(tree.domain_images):
+        differences.append(f"domains called {', '.join(images)}, not {', '.join(tree.domain_images)}")
     for (domain, classes), name in zip(sorted(images.items()), sorted(tree.domain_images)):
         expected, by_class = tree.images_in(name, sum(found.values())), tree.class_images.get(name)
         if expected is not None and found[domain] != expected:
@@ -107,11 +109,10 @@ def unlike_published(tree: ImageTree, images: Mapping[str, Mapping[str, int]]) -
     total = sum(found.values())
     if tree.totals and total < min(tree.totals):
         differences.append(f"{total:,} images of {min(tree.totals):,}")
-    differences += _unlike_names(tree, images)
-    return differences
+    return [*differences, *_unlike_classes(tree, images)]
 
 
-def _unlike_names(tree: ImageTree, images: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+def _unlike_classes(tree: ImageTree, images: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     by_classes: dict[frozenset[str], list[str]] = {}
     for domain, classes in images.items():
         if set(classes) != set(tree.classes):
@@ -123,13 +124,13 @@ def _unlike_names(tree: ImageTree, images: Mapping[str, Mapping[str, int]]) -> I
         else:
             other, missing = sorted(names - set(tree.classes))[0], sorted(set(tree.classes) - names)
             yield f"class {spelled(other, missing)} in {where}, and no {missing[0]!r}"
-    if set(images) != set(tree.domain_images):
-        yield f"domains called {', '.join(images)}, not {', '.join(tree.domain_images)}"
 
 
 def layout_hint(tree: ImageTree, root: Path) -> str:
     """What a folder seems to be that does not hold the domains of `tree`, and what to do; empty where unknown."""
     domains, found = set(tree.domain_images), subfolders(root)
+    if splits := split_folders(found):
+        return f"; they look like splits ({listed(splits)}): merge them, {LAYOUT} is expected"
     if set(found) & set(tree.classes) and any(domains & set(subfolders(root / name)) for name in found):
         return f"; its levels are swapped, {LAYOUT} is expected"
     if (inner := wrapped_in(root, domains)) is not None:

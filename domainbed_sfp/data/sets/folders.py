@@ -103,7 +103,7 @@ class ImageFolders(Dataset):
     def environment_folders(cls, root: Path) -> list[Path]:
         """Folders of the environments in DomainBed's order; a UserError if their number is not the data set's."""
         names = subfolders(root)
-        found = ", ".join(names) or "none"
+        found = layout.listed(names, 10) or "none"
         tree = image_tree(cls.__name__)
         if cls.ENVIRONMENTS is not None and len(names) != len(cls.ENVIRONMENTS):
             expected = tree.domain_images if tree else cls.ENVIRONMENTS
