@@ -1000,7 +1000,7 @@ def test_a_partial_vlcs_is_told_by_domain_and_class(whole_vlcs):
 
 def test_office_caltech_goes_by_its_own_names_and_by_those_of_office_31(tmp_path):
     files = tree_files(verify.OFFICE_CALTECH_10, "OfficeCaltech10/")
-    write_files(tmp_path, dict.fromkeys(files, b""))
+    write_files(tmp_path, dict.fromkeys(files, b"x"))
     assert verify.verify_tree("OfficeCaltech10", tmp_path) == []
     root = tmp_path / "OfficeCaltech10"
     (root / "caltech10").rename(root / "caltech")
