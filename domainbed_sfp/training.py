@@ -189,6 +189,51 @@ def _remove_refused(new: list[Path]) -> None:
                 folder.rmdir()
 
 
+def first_record(args: TrainArgs) -> dict[str, Any]:
+    """The record of step 0 as `train` makes it, computed anew; of its files only masks are written to
+    `args.output_dir`, which must exist. Raises UserError as `train` does."""
+    run = _Run(args, Path(args.output_dir), _StopRequest())
+    try:
+        run.started = time.monotonic()
+        run._update()
+        return _as_written(run._measure())
+    finally:
+        run.close()
+
+
+def measure_model(args: TrainArgs, step: int, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a checkpoint from its model's state, without what training measures (losses, times).
+
+    Args:
+        args: of the run; masks are written to `args.output_dir`, which must exist.
+        step: of the checkpoint.
+        state: of the model as it was evaluated then, as `model.pkl` holds it. Weights that its masks remove count as
+            removed, whatever they are.
+
+    Raises UserError where the state is not of the run's network.
+    """
+    with networks.without_weights():
+        run = _Run(args, Path(args.output_dir), _StopRequest())
+    try:
+        try:
+            run.algorithm.load_state_dict(state)
+        except Exception as error:  # a state from a stranger can be anything
+            raise UserError(f"not a state of {args.algorithm} with these hparams: {error}".splitlines()[0]) from None
+        with torch.no_grad():
+            masks, parameters = run.algorithm.masks(), dict(run.algorithm.named_parameters())
+            for name, mask in masks.items():
+                parameters[name].mul_(mask.to(parameters[name].dtype))
+        run.started, run.step = time.monotonic(), step
+        return _as_written(run._measure(prepare=False))
+    finally:
+        run.close()
+
+
+def _as_written(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as a file has it."""
+    return json.loads(json.dumps(record, default=float))
+
+
 def choose_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one. Raises UserError for a device that is not there."""
     if name == "auto":
@@ -326,14 +371,18 @@ class _Run:
             self._note_failure(str(error))
             raise
         finally:
-            self.loader.close()
-            if self.unlabeled_loader:
-                self.unlabeled_loader.close()
+            self.close()
         self._save_model("model.pkl")
         records.write_atomically(self.output_dir / records.DONE, "done")
         (self.output_dir / records.CHECKPOINT).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             (self.output_dir / records.FAILURE).unlink()
+
+    def close(self) -> None:
+        """Ends the threads that load images."""
+        self.loader.close()
+        if self.unlabeled_loader:
+            self.unlabeled_loader.close()
 
     def _steps(self) -> None:
         last_line = time.monotonic()
@@ -401,13 +450,14 @@ class _Run:
                         value.copy_(buffers[name])
             raise
 
-    def _measure(self) -> dict[str, Any]:
-        """The record of this step."""
+    def _measure(self, prepare: bool = True) -> dict[str, Any]:
+        """The record of this step. `prepare` is False for a model that was saved as it was evaluated."""
         algorithm, args = self.algorithm, self.args
         record: dict[str, Any] = {"step": self.step, "epoch": self.step / self._steps_per_epoch()}
         record.update({name: float(np.mean(values)) for name, values in self.metrics.items()})
         seed_everything(seed_hash(args.seed, "evaluation", self.step))
-        algorithm.prepare_evaluation(self._recalibration_batches())
+        if prepare:
+            algorithm.prepare_evaluation(self._recalibration_batches())
         record.update(evaluate(algorithm, self.dataset, self.splits, self.device))
         if self.hparams["degraded_evaluation"] and self.step == self.n_steps - 1:
             for env_i in args.test_envs:
@@ -648,13 +698,15 @@ def _predict(algorithm: Algorithm, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate_degraded(algorithm: Algorithm, dataset: Dataset, env_i: int, device: torch.device) -> list[dict[str, Any]]:
-    """How the model does on the same DEGRADED_SAMPLES images of an environment, drawn evenly from all of it, as they
+def evaluate_degraded(
+    algorithm: Algorithm, dataset: Dataset, env_i: int, device: torch.device, samples: int = DEGRADED_SAMPLES
+) -> list[dict[str, Any]]:
+    """How the model does on the same `samples` images of an environment, drawn evenly from all of it, as they
     are and degraded in every way and severity: for each `degradation`, `severity` (0: as they are), `samples`,
     `accuracy` (a fraction), and what the algorithm measures. A description of the finished model: nothing is chosen by
     it."""
     environment = dataset[env_i]
-    chosen = np.unique(np.linspace(0, len(environment) - 1, DEGRADED_SAMPLES).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(environment) - 1, samples).round().astype(int))
     images, y = environment.gather(chosen), environment.labels[torch.from_numpy(chosen)].to(device)
     is_photographic = images.dtype == torch.uint8
     clean = (normalize(images) if is_photographic else images).to(device)
