@@ -78,11 +78,16 @@ def usable_memory() -> int | None:
 
 
 def visible_gpus() -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES, one per GPU that this process may use."""
+    """Names for CUDA_VISIBLE_DEVICES, one per GPU that this process may use.
+
+    CUDA uses the devices of that list up to the first that is not there (-1, an empty name, a number too high), and
+    none where one is named twice: torch says how many that leaves.
+    """
+    count = torch.cuda.device_count()
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return [name for name in listed.split(",") if name]
-    return [str(index) for index in range(torch.cuda.device_count())]
+    if listed is None:
+        return [str(index) for index in range(count)]
+    return [name.strip() for name in listed.split(",")][:count]
 
 
 def _cpu_quota() -> tuple[int, int]:

@@ -71,7 +71,9 @@ def launch_multi_gpu(tasks: Sequence[Task], directory: SweepDirectory, slots: in
     """Runs the jobs on all GPUs, at least one at a time on each."""
     gpus = visible_gpus()
     if not gpus:
-        raise UserError("--command_launcher multi_gpu: no GPU is visible; use local")
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = "" if listed is None else f" (CUDA_VISIBLE_DEVICES is {listed!r})"
+        raise UserError(f"--command_launcher multi_gpu: no GPU is visible{why}; use local")
     return _LocalLaunch(tasks, directory, max(slots, len(gpus)), gpus).run()
 
 
