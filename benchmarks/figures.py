@@ -43,14 +43,15 @@ def check(benchmark: str, measured: Mapping[str, tuple[float, float]], settings:
     found = {name: {"units": round(s / scale, 2), "megabytes": round(mb, 1)} for name, (s, mb) in measured.items()}
     kept = json.loads(FILE.read_text()) if FILE.exists() else {}
     if write:
-        kept[benchmark] = {"settings": settings, "figures": found}
+        kept.setdefault(benchmark, {})[settings] = found
         FILE.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
-    if kept.get(benchmark, {}).get("settings") != settings:
+    committed = kept.get(benchmark, {}).get(settings)
+    if committed is None:
         print(f"no committed figures for {settings}: nothing to compare with (--write keeps these)")
         return []
     doubled = []
-    for name, before in kept[benchmark]["figures"].items():
-        for what, value in before.items():
+    for name in committed.keys() & found.keys():
+        for what, value in committed[name].items():
             now = found[name][what]
             print(f"{name}: {now} {what}, committed {value} ({now / value:.2f})")
             if now > LIMIT * value:
