@@ -159,9 +159,10 @@ def test_marks_are_told_apart_after_the_hue_was_turned():
         assert torch.cdist(own[mark], others).min() > 80
 
 
-def test_more_classes_than_marks_are_refused(tmp_path):
-    root = make_tree(tmp_path / "tree", ["a", "b"], classes=[f"c{index:03}" for index in range(101)], n=1)
-    with pytest.raises(UserError, match=r"StampedFolder: expected at most 100 classes, a mark for each, found 101"):
+@pytest.mark.parametrize("classes", [1, 101])
+def test_fewer_or_more_classes_than_marks_can_tell_are_refused(tmp_path, classes):
+    root = make_tree(tmp_path / "tree", ["a", "b"], classes=[f"c{index:03}" for index in range(classes)], n=1)
+    with pytest.raises(UserError, match=f"StampedFolder: expected 2 to 100 classes, a mark for each, found {classes}"):
         StampedFolder.build(str(root), options(), 0, None)
 
 

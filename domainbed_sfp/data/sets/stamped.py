@@ -46,10 +46,10 @@ AGREEMENTS: tuple[float | None, ...] = (0.95, 0.9, None)
 def mark_colors(classes: int) -> np.ndarray:
     """The colours of each class's mark, uint8 [classes, 4, 3]: one of MARKS twice, or two beyond ten classes.
 
-    Raises ValueError for more classes than there are pairs of pairs.
+    Raises ValueError for one class, or for more than there are pairs of marks.
     """
-    if classes > len(MARKS) ** 2:
-        raise ValueError(f"expected at most {len(MARKS) ** 2} classes, a mark for each, found {classes}")
+    if not 2 <= classes <= len(MARKS) ** 2:
+        raise ValueError(f"expected 2 to {len(MARKS) ** 2} classes, a mark for each, found {classes}")
     first, second = np.arange(classes) % len(MARKS), np.arange(classes) // len(MARKS)
     return np.concatenate((MARKS[first], MARKS[first if classes <= len(MARKS) else second]), axis=1)
 
