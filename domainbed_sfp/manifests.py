@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from .layout import SWEEP, SWEEPS
 
 FORMAT = 1
 
-_FIELDS = ("name", "dataset", "algorithm", "test_envs", "hparams_seed", "trial_seed")
+_FIELDS = {"name": str, "dataset": str, "algorithm": str, "test_envs": list, "hparams_seed": int, "trial_seed": int}
+# A folder right in the directory, and nowhere else.
+_FOLDER = re.compile(r"[^/\\\0]*[^/\\\0.][^/\\\0]*")
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,19 @@ def read_manifests(root: Path) -> list[Manifest]:
     Raises UserError for a file that is no manifest.
     """
     found: list[Manifest] = []
+    own_copy = None
     for path in (root / SWEEP, *sorted(root.glob(SWEEPS))):
-        manifest = _read(path)
-        if manifest and not any(_contains(other, manifest) for other in found):
+        if path.name == own_copy:
+            continue
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+        own_copy = own_copy or _name_of(data)
+        manifest = _parse(path, data)
+        if not any(_contains(other, manifest) for other in found):
             found = [*(other for other in found if not _contains(manifest, other)), manifest]
     return found
 
@@ -63,10 +76,9 @@ def read_manifests(root: Path) -> list[Manifest]:
 def write_manifest(root: Path, protocol: dict[str, Any], jobs: Iterable[dict[str, Any]]) -> None:
     """Replaces sweep.json, and keeps a copy under a name of its own. Raises OSError."""
     manifest = {"format": FORMAT, "protocol": protocol, "jobs": list(jobs)}
-    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
-    write_atomically(root / SWEEP, text)
-    write_atomically(root / f"sweep-{digest}.json", text)
+    data = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode("utf-8")
+    write_atomically(root / SWEEP, data)
+    write_atomically(root / _name_of(data), data)
 
 
 def jobs_of(manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
@@ -91,22 +103,29 @@ def several_sweeps(manifests: Sequence[Manifest]) -> str | None:
     )
 
 
-def _read(path: Path) -> Manifest | None:
+def _name_of(data: bytes) -> str:
+    """What the copy of a manifest is called."""
+    return f"sweep-{hashlib.sha256(data).hexdigest()[:12]}.json"
+
+
+def _parse(path: Path, data: bytes) -> Manifest:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(data)
         if value["format"] != FORMAT:
-            raise ValueError(f"format {value['format']!r}, expected {FORMAT}")
+            raise ValueError(f"format {value['format']!r:.80}, expected {FORMAT}")
         protocol, jobs = value.get("protocol", {}), list(value["jobs"])
         if not isinstance(protocol, dict):
             raise TypeError("protocol is not an object")
         for number, job in enumerate(jobs):
-            for field in _FIELDS:
+            for field, kind in _FIELDS.items():
                 if field not in job:
                     raise ValueError(f"job {number} has no {field!r}")
-            job["name"], job["test_envs"] = str(job["name"]), [int(env) for env in job["test_envs"]]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                if not isinstance(job[field], kind) or isinstance(job[field], bool):
+                    raise ValueError(f"{field} of job {number} is {job[field]!r:.80}")
+            if not _FOLDER.fullmatch(job["name"]):
+                raise ValueError(f"job {number} has the name {job['name']!r:.80}, no folder's")
+            job["test_envs"] = [int(env) for env in job["test_envs"]]
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
             f"{str(path)!r} is not a list of jobs ({what}); remove it, the next launch writes it anew"

@@ -21,6 +21,8 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     environments           the names of the data set's environments
     input_shape            (channels, height, width) of the network's input
     data_digest            of the images, for a data set that its name does not determine; else null
+    left_out               how many files and folders beside the data are no part of it, by reason (hidden, empty, ...:
+                           data.images.contents.REASONS); absent where there are none
     weights_digest         of the file that hparam `weights` names: a hash; else absent
     code                   of an algorithm of another package: a hash of that package's Python files; else absent
 """
@@ -285,6 +287,8 @@ class _Columns:
                 values += [np.nan] * (len(self.steps) - 1 - len(values))
                 value = self._cost(record, name)
                 values.append(np.nan if value is None else value)
+        if not isinstance(record.get("hparams") or {}, dict):
+            raise ValueError(f"'hparams' is {record['hparams']!r:.80}; expected an object")
         self.last = record
 
     def _cost(self, record: dict[str, Any], name: str) -> Any:
@@ -364,8 +368,10 @@ def _count_environments(record: dict[str, Any]) -> int:
 def _check_args(args: Any, environments: int) -> None:
     if not isinstance(args, dict):
         raise ValueError(f"'args' is {args!r}; expected an object")
-    for field in ("dataset", "algorithm", "hparams_seed", "trial_seed"):
-        args[field]
+    for field, kind in (("dataset", str), ("algorithm", str), ("hparams_seed", int), ("trial_seed", int)):
+        if not isinstance(args[field], kind):
+            expected = "a name" if kind is str else "a whole number"
+            raise ValueError(f"args.{field} is {args[field]!r:.80}; expected {expected}")
     test_envs = args["test_envs"]
     if not isinstance(test_envs, list) or not test_envs:
         raise ValueError(f"args.test_envs is {test_envs!r}; expected a list of environment numbers")

@@ -789,6 +789,9 @@ def test_published_files_that_are_none(tmp_path, collect):
     (tmp_path / "rows.csv").write_text(text.replace("80.8", "many"))
     status, _, err = collect(*given)
     assert status == 2 and "rows.csv, line 3: could not convert string to float: 'many'" in err
+    (tmp_path / "rows.csv").write_text(text + text.splitlines()[1] + "\n")
+    status, _, err = collect(*given)
+    assert status == 2 and "is given twice" in err and "rows.csv, line" in err
 
 
 def test_the_default_published_file_is_the_checkouts(tmp_path, table):
@@ -940,3 +943,16 @@ def test_as_a_program(tmp_path):
     missing = subprocess.run([*command, str(tmp_path / "no")], cwd=ROOT, capture_output=True, text=True)
     assert missing.returncode == 2 and missing.stdout == ""
     assert f"error: --input_dir {tmp_path / 'no'}: No such file or directory" in missing.stderr
+
+
+def test_a_table_that_mixes_weights_of_one_name_says_so(tmp_path, table):
+    for trial, digest in enumerate(("0123456789ab", "ba9876543210")):
+        hparams = {"weights": "w.pth"}
+        write_run(
+            tmp_path, digest, [record((0.5,) * 4, trial_seed=trial, hparams=hparams, weights_digest=digest)]
+        )  # fmt: skip
+    only = table(tmp_path)
+    assert (
+        "Warning: this table mixes protocols, weights hash: 0123456789ab in 1 runs, ba9876543210 in 1 runs."
+        in only["notes"]
+    )

@@ -87,6 +87,7 @@ def test_notes_say_what_is_so(tmp_path, collect):
     _sweep(tmp_path, SINGLE_SOURCE)
     assert "which needs runs with one test environment beside those with two; this sweep has none." in collect()
     assert "gives no table" in collect("--selection", "leave-one-out", status=2)
+    assert "- No published rows: they hold out one environment." in collect("--selection", "oracle", "--published")
     (tmp_path / "ERM01t1" / "done").unlink()
     text = collect("--selection", "oracle")
     assert "ERM: 1 job missing (incomplete): test env0+env1 with trial 1 x hparams seed 0." in text
@@ -115,22 +116,22 @@ def test_checkpoint_and_hparams_are_chosen_on_what_was_trained_on(tmp_path, coll
     assert tables[0]["environments"] == ["env0", "env1", "env2"]
 
 
-def test_every_format_has_the_numbers(tmp_path, collect):
+def test_every_format_has_the_numbers(main, tmp_path, collect):
     _sweep(tmp_path, SINGLE_SOURCE)
     _sweep(tmp_path, SINGLE_SOURCE, algorithm="Random", lower=0.05)
     rows = list(csv.DictReader(io.StringIO(collect("--format", "csv", "--selection", "oracle"))))
     of = {(row["label"], row["environment"]): float(row["accuracy"]) for row in rows}
     assert of["ERM", "env2 (trained on env0)"] == pytest.approx(29) and of["Random", "average"] == pytest.approx(29)
-    for form, text in (
-        ("latex", "ERM, trained on env0 & -- & \\textbf{49.0"),
-        ("html", '<th scope="row">ERM, trained on env0</th>'),
-    ):
-        assert text in collect("--format", form, "--selection", "oracle")
+    assert "ERM, trained on env0 & -- & \\textbf{49.0" in collect("--format", "latex", "--selection", "oracle")
+    main("report", "--input_dir", tmp_path, "--output", "page.html")
+    assert '<th scope="row">ERM, trained on env0</th>' in (tmp_path / "page.html").read_text()
     text = collect("--selection", "oracle")
     assert "**49.0 ± 1.0**" in text and "**44.0" not in text  # the best is marked among rows with the same source
     assert "env2 (trained on env0)" in collect("--chosen", "--selection", "oracle")
     compared = collect("--compare", "ERM", "Random", "--selection", "training-domain")
     assert "12/0/0" in compared and "5.0" in compared
+    assert "same training environments, test environment and trial seed" in compared
+    assert "each run is tested in several environments" in compared and "share training data" not in compared
     assert "ERM, trained on" not in collect("--compare", "ERM", "Random", "--selection", "training-domain")
 
 

@@ -49,7 +49,7 @@ def grid_of(table: Table) -> Grid:
         for row, environment, choice in _choices(table)
     ]
     return Grid(
-        f"{table.dataset}-{table.rule.key}-chosen",
+        f"{table.dataset}-{table.rule.key}{'-sources' if table.sources else ''}-chosen",
         f"{table.dataset}, chosen by: {table.rule.title}",
         _HEADER,
         tuple(tuple(map(Shown, row)) for row in rows),

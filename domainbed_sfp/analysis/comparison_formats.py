@@ -32,6 +32,10 @@ _FILE_PAIRS = (
     "environments share training data. Intervals and p-values speak of other seeds, less of other environments, "
     "for which they are optimistic."
 )
+_SOURCE_PAIRS = (
+    "The pairs are not independent: each run is tested in several environments. Intervals and p-values are optimistic, "
+    "and speak of other seeds, less of other environments."
+)
 _DEALT_PAIRS = (
     "Each run's seed, which depends on its algorithm, deals the {what} out to the environments and makes their "
     "attributes: rows of different algorithms were not trained and tested on the same images, so pairing them takes "
@@ -209,17 +213,18 @@ def _pairs_note(dataset: str) -> str:
 def _table_notes(table: TableComparison) -> list[str]:
     tests = [one.test for one in table.comparisons]
     count = sum(test.p_t is not None for test in tests)
+    shared = "training environments, test environment" if table.table.sources else "test environment"
     notes = [
         f"Average: over the test environments {', '.join(table.environments)}, percent ± standard error over trials "
         f"(sample standard deviation / sqrt(n)). {_PERCENT} bootstrap: percentile interval of {RESAMPLES:,} resamples "
         "of the trials within each environment; the environments are not resampled. With fewer than ten trials it is "
         "too narrow.",
         f"Difference: {table.row.label} minus the row, percentage points, mean over pairs; a pair is two runs with the "
-        f"same test environment and trial seed. {_PERCENT} interval: Student's t, not corrected for several rows.",
+        f"same {shared} and trial seed. {_PERCENT} interval: Student's t, not corrected for several rows.",
         "p (t): two-sided paired t-test, the primary test, because few trials leave a Wilcoxon test no p that is small "
         f"(at best 2/2^n of n pairs). p (Holm): the same, corrected for {count} test{'' if count == 1 else 's'}. "
         "p (Wilcoxon): two-sided signed-rank test, exact, equal pairs dropped, not corrected.",
-        _pairs_note(table.table.dataset),
+        _SOURCE_PAIRS if table.table.sources else _pairs_note(table.table.dataset),
     ]
     summaries = [table.row, *(one.other for one in table.comparisons)]
     if any(summary.average is None for summary in summaries):

@@ -132,7 +132,7 @@ def _tables(
         own, lacking = part(is_several)
         if own and is_several:
             if rule.choose_alike:
-                yield _table_of_sources(dataset, rule, labels, own, lacking)
+                yield _table_of_sources(dataset, rule, labels, own, lacking, published)
         elif own:
             yield _table(dataset, rule, labels, own, lacking, held_out, published)
         elif lacking:
@@ -201,7 +201,12 @@ def _table(
 
 
 def _table_of_sources(
-    dataset: str, rule: Rule, labels: dict[Method, str], runs: dict[Job, Run], missing: dict[Job, str]
+    dataset: str,
+    rule: Rule,
+    labels: dict[Method, str],
+    runs: dict[Job, Run],
+    missing: dict[Job, str],
+    published: Sequence[PublishedRow] | None,
 ) -> Table:
     """The table of runs that hold out several environments: a column for each set of them and each one in it."""
     names = environment_names(dataset, list(runs.values()))
@@ -217,6 +222,8 @@ def _table_of_sources(
         + _uneven_sparsity(rows)
         + _several_codes(runs, labels)
     )
+    if published is not None:
+        notes.append("No published rows: they hold out one environment.")
     planned = frozenset(range(len(columns)))
     return Table(
         dataset, rule, columns, tuple(rows), protocol, tuple(notes), planned, len(missing), tuple(sources), names
