@@ -417,13 +417,23 @@ def _new(args: argparse.Namespace) -> int:
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
     parser = _add(commands, "check", "put an algorithm through the contract suite; 1 where a check fails", _check)
-    parser.add_argument("algorithm")
+    parser.add_argument("algorithm", nargs="?")
     parser.add_argument("--json", action="store_true", help="the report for programs")
+    parser.add_argument(
+        "--backbone", metavar="NAME", help="say what can be pruned of this network, and by which methods"
+    )
+    parser.add_argument("--image_size", type=int, default=224, help="side of its images, pixels (default 224)")
 
 
 def _check(args: argparse.Namespace) -> int:
+    if (args.algorithm is None) == (args.backbone is None):
+        raise UserError("check: give an algorithm, or --backbone NAME, one of the two")
+    if args.backbone and args.json:
+        raise UserError("--json does not go with --backbone")
     from domainbed_sfp import checking
 
+    if args.backbone:
+        return checking.run_backbone(args.backbone, args.image_size)
     return checking.run(args.algorithm, args.json)
 
 
