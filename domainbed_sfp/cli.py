@@ -7,10 +7,11 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from domainbed_sfp import __version__
+from domainbed_sfp.core import crashes
 from domainbed_sfp.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -18,26 +19,26 @@ if TYPE_CHECKING:
 
 Command = Callable[[argparse.Namespace], int]
 
+BREAK_LOCK = "remove the locks that a dead machine has left, where the file system has no flock"
 _EVALUATE = "checkpoints to evaluate: all, or final: those of a compressed network that selection may choose"
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Runs a command and exits: 0 when done, 1 when some work failed, 2 for bad input, 128 + n after signal n."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        status = args.run(args)
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = getattr(error, "exit_status", 2)
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:
-        # The reader of our output went away, as `| head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.exit(status)
+    """Runs a command and exits: 0 when done, 1 when some work failed, 2 for bad input, 128 + n after signal n.
+
+    Nothing leaves it as a traceback: see `core.crashes`.
+    """
+
+    def command() -> int:
+        args = make_parser().parse_args(argv)
+        return args.run(args)
+
+    words = sys.argv[1:] if argv is None else argv
+    sys.exit(crashes.guarded(" ".join(["domainbed-sfp", *takewhile(_is_word, words[:2])]), command))
+
+
+def _is_word(argument: str) -> bool:
+    return not argument.startswith("-")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,6 +59,15 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+class _Once(argparse.Action):
+    """A flag whose second values would take the place of the first without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice; give it once, with all that belongs to it")
+        setattr(namespace, self.dest, values)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
@@ -71,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_sweep(commands)
     _add_collect(commands)
+    _add_report(commands)
     _add_export(commands)
     _add_latency(commands)
     _add_rankings(commands)
@@ -94,22 +105,16 @@ def _add(commands: argparse._SubParsersAction, name: str, text: str, run: Comman
 
 def _add_quickstart(commands: argparse._SubParsersAction) -> None:
     parser = _add(
-        commands, "quickstart", "run a real small sweep on the embedded data and print its table", _quickstart
+        commands, "quickstart", "see in two minutes what pruning does where colours stop agreeing", _quickstart
     )
     parser.add_argument("--output_dir", default="quickstart_output")
     _add_slots(parser)
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    from domainbed_sfp.sweep import commands
+    from domainbed_sfp.sweep import quickstart
 
-    status = commands.launch(
-        commands.read_spec("quickstart"), None, args.output_dir, slots=args.jobs, ask=False, cache_dir=None
-    )
-    if status:
-        return status
-    table = make_parser().parse_args(["collect", "--input_dir", args.output_dir, "--selection", "training-domain"])
-    return table.run(table)
+    return quickstart.run(args.output_dir, args.jobs)
 
 
 # list ---------------------------------------------------------------------------------------------------------------
@@ -158,7 +163,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--task", default="domain_generalization", choices=["domain_generalization", "domain_adaptation"]
     )
-    parser.add_argument("--hparams", help="JSON object of hparams that replace the drawn ones")
+    parser.add_argument("--hparams", action=_Once, help="JSON object of hparams that replace the drawn ones")
     parser.add_argument("--hparams_seed", type=int, default=0, help="0 takes the default hparams, others a random draw")
     parser.add_argument("--trial_seed", type=int, default=0, help="seeds the splits and, with hparams_seed, the draw")
     parser.add_argument("--seed", type=int, default=0, help="seeds everything else")
@@ -173,6 +178,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "auto"], help="featurizer's arithmetic")
     parser.add_argument("--evaluate", default="all", choices=["all", "final"], help=_EVALUATE)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--break_lock", action="store_true", help=BREAK_LOCK)
     _add_cache_dir(parser)
 
 
@@ -182,7 +188,7 @@ def _train(args: argparse.Namespace) -> int:
     runtime.prepare_for_training()
     values = {name: getattr(args, name) for name in training.TrainArgs.__dataclass_fields__}
     try:
-        training.train(training.TrainArgs(**values))
+        training.train(training.TrainArgs(**values), break_lock=args.break_lock)
     except training.Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal_number
@@ -196,8 +202,8 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     parser = _add(commands, "sweep", "run a grid of runs; DomainBed's flags, or a spec file with the same keys", _sweep)
     parser.add_argument("action", choices=["launch", "status", "delete_incomplete"])
     parser.add_argument("spec", nargs="?", help="YAML file, or the name of a shipped one (see: list sweeps)")
-    parser.add_argument("--datasets", nargs="+")
-    parser.add_argument("--algorithms", nargs="+")
+    parser.add_argument("--datasets", nargs="+", action=_Once)
+    parser.add_argument("--algorithms", nargs="+", action=_Once)
     parser.add_argument("--task", choices=["domain_generalization", "domain_adaptation"])
     parser.add_argument("--n_hparams_from", type=int)
     parser.add_argument("--n_hparams", type=int)
@@ -205,7 +211,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--n_trials", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--checkpoint_freq", type=int)
-    parser.add_argument("--hparams", help="JSON object of hparams for all runs")
+    parser.add_argument("--hparams", action=_Once, help="JSON object of hparams for all runs")
     parser.add_argument("--holdout_fraction", type=float)
     parser.add_argument("--single_test_envs", action="store_const", const=True)
     parser.add_argument("--precision", choices=["fp32", "bf16", "auto"])
@@ -217,6 +223,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         "--command_launcher", default="local", help="local, multi_gpu, slurm, or dummy to print the commands"
     )
     parser.add_argument("--skip_confirmation", action="store_true")
+    parser.add_argument("--break_lock", action="store_true", help=BREAK_LOCK)
     parser.add_argument(
         "--watch", type=float, nargs="?", const=10.0, metavar="SECONDS",
         help="for status: show a table anew every so many seconds (10) until nothing waits or runs",
@@ -237,6 +244,14 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         "and is requeued",
     )  # fmt: skip
     cluster.add_argument("--slurm_max_parallel", type=int, metavar="N", help="jobs of this launch at the same time")
+    cluster.add_argument(
+        "--slurm_extra", nargs="+", action="extend", metavar="OPTION=VALUE",
+        help="any other option of sbatch, such as qos=high constraint=a100 exclusive",
+    )  # fmt: skip
+    cluster.add_argument(
+        "--slurm_setup", nargs="+", action="extend", metavar="COMMAND",
+        help="shell commands to run before each job, such as 'module load cuda'",
+    )  # fmt: skip
     cluster.add_argument("--max_retries", type=int, metavar="N", help="how often a job that died is launched again (3)")
 
 
@@ -259,11 +274,13 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.watch is not None and args.action != "status":
         raise UserError(f"--watch goes with sweep status, not with {args.action}")
     if args.action == "status":
-        if is_open and (Path(args.output_dir) / "sweep.json").exists():
+        if is_open and commands.holds_a_sweep(args.output_dir):
             return commands.status(None, args.data_dir, args.output_dir, watch=args.watch)
         return commands.status(spec, args.data_dir, args.output_dir, watch=args.watch)
     if args.action == "delete_incomplete":
-        return commands.delete_incomplete(spec, args.data_dir, args.output_dir, ask=not args.skip_confirmation)
+        return commands.delete_incomplete(
+            spec, args.data_dir, args.output_dir, ask=not args.skip_confirmation, break_lock=args.break_lock
+        )
     return commands.launch(
         spec,
         args.data_dir,
@@ -273,6 +290,7 @@ def _sweep(args: argparse.Namespace) -> int:
         ask=not args.skip_confirmation,
         cache_dir=args.cache_dir,
         slurm_options=_slurm_options(args),
+        break_lock=args.break_lock,
     )
 
 
@@ -288,7 +306,10 @@ def _slurm_options(args: argparse.Namespace) -> SlurmOptions | None:
         return None
     if args.jobs != 1:
         raise UserError("--jobs counts runs on this machine; with --command_launcher slurm use --slurm_max_parallel")
-    return SlurmOptions(**{name.removeprefix("slurm_"): value for name, value in given.items()})
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        values[name.removeprefix("slurm_")] = tuple(value) if isinstance(value, list) else value
+    return SlurmOptions(**values)
 
 
 # collect ------------------------------------------------------------------------------------------------------------
@@ -299,6 +320,13 @@ def _add_collect(commands: argparse._SubParsersAction) -> None:
 
     parser = _add(commands, "collect", "make tables of the records of a sweep, ours or DomainBed's", collect.run)
     collect.add_arguments(parser)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    from domainbed_sfp.analysis.report import page
+
+    parser = _add(commands, "report", "make one page of a sweep: tables, figures, comparisons, failures", page.run)
+    page.add_arguments(parser)
 
 
 # export, latency ----------------------------------------------------------------------------------------------------

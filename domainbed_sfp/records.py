@@ -21,6 +21,7 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     environments           the names of the data set's environments
     input_shape            (channels, height, width) of the network's input
     data_digest            of the images, for a data set that its name does not determine; else null
+    weights_digest         of the file that hparam `weights` names: a hash; else absent
     code                   of an algorithm of another package: a hash of that package's Python files; else absent
 """
 
@@ -34,17 +35,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
 from .files import write_atomically
-
-RESULTS = "results.jsonl"
-DONE = "done"
-FAILURE = "failure.json"
-CHECKPOINT = "checkpoint.safetensors"
-SWEEP = "sweep.json"
+from .layout import CHECKPOINT, DONE, FAILURE, RESULTS, named, no_runs, runs_below
+from .record_lines import last_of, numbered_records
 
 # Fields that may differ between two runs which are bit-identical otherwise.
 VOLATILE_FIELDS = frozenset({"step_time", "wall_time", "images_per_second", "mem_gb"})
@@ -59,7 +55,10 @@ COST_FIELDS = (
 COSTS_OF_IMAGES = ("bitops", "mean_bits")
 
 # Said by the last record for the whole run.
-FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments", "input_shape", "data_digest", "code")
+FACT_FIELDS = (
+    "granularity", "precision", "commit", "standing", "environments", "input_shape", "data_digest", "code",
+    "weights_digest",
+)  # fmt: skip
 
 # What is further from the sparsity that its hparam asks for is not at its final compression; few channels round.
 SPARSITY_ASKED = 0.05
@@ -145,11 +144,10 @@ def write_records(path: str | os.PathLike[str], records: Iterable[dict[str, Any]
 def read_records(path: str | os.PathLike[str], warn: Warn) -> Iterator[dict[str, Any]]:
     """The records of one results.jsonl, in file order.
 
-    A last line that is not a whole record (the run was killed while writing it) is skipped and told to
-    `warn`. Raises UserError, naming file and line, for a broken line anywhere else; OSError if the file
-    cannot be read.
+    A last line that is not a whole record (the run was killed while writing it) is skipped and told to `warn`. Raises
+    UserError, naming file and line, for a broken line anywhere else; OSError if the file cannot be read.
     """
-    for _, record in _numbered_records(path, warn):
+    for _, record in numbered_records(path, warn):
         yield record
 
 
@@ -173,26 +171,49 @@ def load_records(input_dir: str | os.PathLike[str], *, warn: Warn, directory_ord
     if not directory_order:
         names.sort()
     runs: list[Run] = []
+    others = []
     for name in names:
         try:
             runs.extend(_read_runs(root / name, warn))
         except (FileNotFoundError, NotADirectoryError):
-            continue
+            others.append(name)
         except OSError as error:
             warn(f"{root / name / RESULTS} is skipped: {error.strerror}")
     if not runs:
-        raise UserError(f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}")
+        raise no_runs(root)
+    if below := runs_below(root, others):
+        warn(f"{root}: {named(below)}, which are left out: copy what such a folder holds into {root} to count them")
     return runs
+
+
+def last_record(directory: Path) -> dict[str, Any] | None:
+    """The last record of a run; None where it has none yet, or its last line is torn: the one definition of whole
+    records that everything goes by.
+
+    Raises OSError where there are records that cannot be read.
+    """
+    try:
+        return last_of(directory / RESULTS)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def is_done(directory: Path) -> bool:
     """Whether the run is finished and its records are whole: a copy that broke off may have `done` without them."""
     try:
-        with open(directory / RESULTS, "rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n" and (directory / DONE).exists()
+        return (directory / DONE).exists() and last_record(directory) is not None
     except OSError:
         return False
+
+
+def last_step(directory: Path) -> int:
+    """The step of the last whole record, of a run that may be writing the next one; -1 where there is none yet."""
+    try:
+        found = last_record(directory) or list(read_records(directory / RESULTS, lambda message: None))[-1]
+        step = found["step"]
+    except (OSError, UserError, IndexError, KeyError):
+        return -1
+    return step if isinstance(step, int) else -1
 
 
 def run_of(directory: str, parsed: Sequence[dict[str, Any]]) -> Run:
@@ -218,27 +239,6 @@ def saved_step(directory: str | os.PathLike[str]) -> int:
         return 0
 
 
-def load_sweep(input_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The launched sweep's sweep.json, or None where there is none (DomainBed writes none).
-
-    Raises UserError when the file is not a sweep description of format 1.
-    """
-    path = Path(input_dir) / SWEEP
-    try:
-        sweep = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(sweep, dict) or sweep.get("format") != 1 or not isinstance(sweep.get("jobs"), list):
-        raise UserError(f"{path}: expected an object with format 1 and a list of jobs")
-    for number, job in enumerate(sweep["jobs"]):
-        for field in ("name", "dataset", "algorithm", "test_envs", "hparams_seed", "trial_seed"):
-            if not isinstance(job, dict) or field not in job:
-                raise UserError(f"{path}: job {number} has no {field!r}")
-    return sweep
-
-
 def load_failure(directory: str | os.PathLike[str]) -> str | None:
     """Why the run in this directory stopped, from its failure.json; None when it has none that can be
     read."""
@@ -255,32 +255,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     raise TypeError(f"a record cannot hold a {type(value).__name__}: {value!r}")
-
-
-def _numbered_records(path: str | os.PathLike[str], warn: Warn) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, "rb") as file:
-        lines = file.read().split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = _parse(line)
-        except ValueError as error:
-            if number == len(lines):
-                warn(f"{path}: the last line ({number}) is torn and skipped")
-                return
-            raise UserError(f"{path}, line {number}: not a JSON record ({error})") from error
-        yield number, record
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        record = orjson.loads(line)
-    except ValueError:
-        record = json.loads(line)  # a diverged loss is written as NaN, which orjson refuses
-    if not isinstance(record, dict):
-        raise ValueError("expected an object")
-    return record
 
 
 class _Columns:
@@ -311,6 +285,8 @@ class _Columns:
                 values += [np.nan] * (len(self.steps) - 1 - len(values))
                 value = self._cost(record, name)
                 values.append(np.nan if value is None else value)
+        if not isinstance(record.get("hparams") or {}, dict):
+            raise ValueError(f"'hparams' is {record['hparams']!r:.80}; expected an object")
         self.last = record
 
     def _cost(self, record: dict[str, Any], name: str) -> Any:
@@ -353,7 +329,7 @@ def _read_runs(directory: Path, warn: Warn) -> list[Run]:
     stretches: list[_Columns] = []
     current: _Columns | None = None
     torn: list[str] = []
-    for number, record in _numbered_records(path, torn.append):
+    for number, record in numbered_records(path, torn.append):
         try:
             if current is None or record["args"] != current.args or current.next_field in record:
                 environments = _count_environments(record)
@@ -367,10 +343,10 @@ def _read_runs(directory: Path, warn: Warn) -> list[Run]:
             raise UserError(f"{path}, line {number}: {error}") from error
     for message in torn:
         warn(message)
-    is_done = (directory / DONE).exists()
-    complete = is_done and not torn
+    is_ended = (directory / DONE).exists()
+    complete = is_ended and not torn
     failure = None if complete else load_failure(directory)
-    if is_done and torn:
+    if is_ended and torn:
         failure = "its last record is torn although it is done: launch it again"
     try:
         return [columns.run(directory.name, complete, failure) for columns in stretches]
@@ -390,8 +366,10 @@ def _count_environments(record: dict[str, Any]) -> int:
 def _check_args(args: Any, environments: int) -> None:
     if not isinstance(args, dict):
         raise ValueError(f"'args' is {args!r}; expected an object")
-    for field in ("dataset", "algorithm", "hparams_seed", "trial_seed"):
-        args[field]
+    for field, kind in (("dataset", str), ("algorithm", str), ("hparams_seed", int), ("trial_seed", int)):
+        if not isinstance(args[field], kind):
+            expected = "a name" if kind is str else "a whole number"
+            raise ValueError(f"args.{field} is {args[field]!r:.80}; expected {expected}")
     test_envs = args["test_envs"]
     if not isinstance(test_envs, list) or not test_envs:
         raise ValueError(f"args.test_envs is {test_envs!r}; expected a list of environment numbers")

@@ -15,27 +15,29 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from domainbed_sfp import checkpoints, environment, hparams, networks, records, registry
 from domainbed_sfp.algorithms.base import Algorithm
-from domainbed_sfp.data import Dataset, degradations, get_dataset_class
+from domainbed_sfp.core import crashes, locks
+from domainbed_sfp.data import Dataset, dataset_names, degradations, get_dataset_class
 from domainbed_sfp.data.augmentation import normalize
 from domainbed_sfp.data.base import EVALUATION_BATCH
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import Split, split_environment
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.errors import UserError, check_range
 from domainbed_sfp.pruning import accounting, mask_files
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
 LOCK = "run.lock"
+OUT, ERR = "out.txt", "err.txt"
 PRECISIONS = ("fp32", "bf16", "auto")
 TASKS = ("domain_generalization", "domain_adaptation")
 # Which checkpoints are evaluated: all, as DomainBed does, or those that selection may choose.
@@ -62,10 +64,11 @@ SURROUNDINGS = ("data_dir", "output_dir", "cache_dir", "device", "skip_model_sav
 class TrainArgs:
     """What a run computes; names and defaults are DomainBed's, `precision`, `device` and `cache_dir` are ours.
 
-    hparams is the `--hparams` JSON text. precision: arithmetic of the featurizer, fp32, bf16, or auto (bf16 where
-    the hardware has it and the network gains by it). steps and checkpoint_freq: None takes the data set's. evaluate:
-    "final" leaves out, and writes no record of, the checkpoints at which the network is not yet compressed as far as it
-    will be: they are no candidates for selection. A dense network has none of them. The last step is always evaluated.
+    hparams is the `--hparams` JSON text; a mapping becomes one. precision: arithmetic of the featurizer, fp32, bf16, or
+    auto (bf16 where the hardware has it and the network gains by it). steps and checkpoint_freq: None takes the data
+    set's. evaluate: "final" leaves out, and writes no record of, the checkpoints at which the network is not yet
+    compressed as far as it will be: they are no candidates for selection. A dense network has none of them. The last
+    step is always evaluated.
     """
 
     data_dir: str | None = None
@@ -89,8 +92,12 @@ class TrainArgs:
     device: str = "auto"
     cache_dir: str | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.hparams, Mapping):
+            self.hparams = json.dumps(self.hparams)
 
-class AlreadyRunning(UserError):
+
+class AlreadyRunning(locks.Held):
     """Another process is computing this run."""
 
     exit_status = 75  # EX_TEMPFAIL: a launcher knows it by this
@@ -104,8 +111,10 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
-def train(args: TrainArgs) -> None:
+def train(args: TrainArgs, break_lock: bool = False) -> None:
     """Computes a run, or what is left of it, into `args.output_dir`.
+
+    break_lock: goes on where the lock of a dead machine is in the way, on file systems without flock.
 
     Writes DomainBed's files: results.jsonl, out.txt, err.txt, model.pkl (unless `skip_model_save`) and, last, done; and
     the final masks, where weights are removed, into masks/.
@@ -116,20 +125,15 @@ def train(args: TrainArgs) -> None:
         AlreadyRunning: if another process holds the run.
         Interrupted: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint saved.
     """
-    # A name mistyped must not leave an empty directory behind.
-    hparams.resolve_hparams(args.algorithm, args.dataset, overrides=hparams.parse_overrides(args.hparams))
+    overrides = hparams.parse_overrides(args.hparams)
+    hparams.resolve_hparams(args.algorithm, args.dataset, overrides=overrides)
     check_settings(args)
+    checked = hparams.checked_overrides(args.algorithm, args.dataset, overrides)
+    if json.dumps(checked) != json.dumps(overrides):
+        # Records say 8 samples where 8.0 were asked for: rows of tables are made of what they say.
+        args = replace(args, hparams=json.dumps(checked, sort_keys=True))
     output_dir = Path(args.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output_dir / LOCK)
-        # A moment's patience: whoever asks for the run's state holds the lock for an instant.
-        lock.acquire(timeout=2)
-    except Timeout:
-        raise AlreadyRunning(f"output_dir {args.output_dir!r}: another process is computing this run") from None
-    except OSError as error:
-        raise UserError(f"output_dir {args.output_dir!r} cannot be written: {error.strerror or error}") from error
-    try:
+    with _alone(output_dir, break_lock):
         _refuse_other_run(args, output_dir)
         if records.is_done(output_dir):
             print(f"already done: {args.output_dir}")
@@ -142,13 +146,47 @@ def train(args: TrainArgs) -> None:
                 _note(err, f"{type(error).__name__}: {error}")
                 raise
             except OSError as error:
-                message = f"output_dir {args.output_dir!r}: {error.strerror or error}; nothing written before is lost"
+                where = repr(str(error.filename)) if error.filename else f"output_dir {args.output_dir!r}"
+                message = f"{where}: {error.strerror or error}; nothing written before is lost"
                 raise UserError(message) from error
-            except Exception:
+            except Exception as error:
                 _note(err, traceback.format_exc())
+                crashes.keep(error, output_dir / ERR)
                 raise
-    finally:
-        lock.release()
+
+
+@contextmanager
+def _alone(output_dir: Path, break_lock: bool) -> Iterator[None]:
+    """Makes the folder, and holds the run's lock for the block."""
+    new = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    lock = output_dir / LOCK
+    with ExitStack() as held:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            if break_lock and (broken := locks.break_lock(lock)):
+                print(f"warning: removed the lock {broken.describe()}", file=sys.stderr)
+            # A moment's patience: whoever asks for the run's state holds the lock for an instant.
+            held.enter_context(locks.hold(lock, 2, "computing this run", "go on with --break_lock"))
+        except locks.Held as error:
+            raise AlreadyRunning(str(error)) from None
+        except OSError as error:
+            raise UserError(f"output_dir {str(output_dir)!r} cannot be written: {error.strerror or error}") from error
+        try:
+            yield
+        except UserError:
+            held.close()
+            _remove_refused(new)
+            raise
+
+
+def _remove_refused(new: list[Path]) -> None:
+    """Removes the folders that a run made which was refused before its first step: nothing of it is in them."""
+    if new and not any((new[0] / name).exists() for name in (records.CHECKPOINT, records.RESULTS, records.FAILURE)):
+        with suppress(OSError):  # something else has been put there
+            for name in (OUT, ERR, LOCK):
+                (new[0] / name).unlink(missing_ok=True)
+            for folder in new:
+                folder.rmdir()
 
 
 def choose_device(name: str) -> torch.device:
@@ -182,9 +220,10 @@ def choose_precision(name: str, device: torch.device, network: torch.nn.Module) 
 def check_settings(settings: Any) -> None:
     """Raises UserError where a run's or a sweep's settings cannot be (TrainArgs, SweepSpec and Job have them all)."""
     for name in ("steps", "checkpoint_freq"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: expected a number of steps of at least 1, got {value}")
+        check_range(f"--{name}", getattr(settings, name), 1)
+    for name in ("seed", "hparams_seed", "trial_seed"):
+        # What torch takes as a seed; a sweep has counts of seeds instead.
+        check_range(f"--{name}", getattr(settings, name, None), -(2**63), 2**64 - 1)
     if not 0 < settings.holdout_fraction < 1:
         raise UserError(f"--holdout_fraction: expected a fraction in (0, 1), got {settings.holdout_fraction}")
     if not 0 <= settings.uda_holdout_fraction < 1:
@@ -227,6 +266,7 @@ class _Run:
         )
         self.info = registry.get(args.algorithm)
         self.code = environment.code_of(self.info.cls)
+        self.weights_digest = environment.weights_digest(self.hparams["weights"])
         dataset_class = get_dataset_class(args.dataset)
         self.n_steps = args.steps or dataset_class.N_STEPS
         self.checkpoint_freq = args.checkpoint_freq or dataset_class.CHECKPOINT_FREQ
@@ -392,6 +432,8 @@ class _Run:
         )
         if self.code is not None:
             record["code"] = self.code
+        if self.weights_digest is not None:
+            record["weights_digest"] = self.weights_digest
         if "granularity" in self.hparams:
             record["granularity"] = self.hparams["granularity"]
         if masks and record["final_compression"]:
@@ -436,6 +478,7 @@ class _Run:
             "args": asdict(self.args),
             "data_digest": self.data_digest,
             "code": self.code,
+            "weights_digest": self.weights_digest,
             "step": self.step,
             "update_is_done": self.update_is_done,
             "records": self.records,
@@ -600,13 +643,15 @@ def _predict(algorithm: Algorithm, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate_degraded(algorithm: Algorithm, dataset: Dataset, env_i: int, device: torch.device) -> list[dict[str, Any]]:
-    """How the model does on the same DEGRADED_SAMPLES images of an environment, drawn evenly from all of it, as they
+def evaluate_degraded(
+    algorithm: Algorithm, dataset: Dataset, env_i: int, device: torch.device, samples: int = DEGRADED_SAMPLES
+) -> list[dict[str, Any]]:
+    """How the model does on the same `samples` images of an environment, drawn evenly from all of it, as they
     are and degraded in every way and severity: for each `degradation`, `severity` (0: as they are), `samples`,
     `accuracy` (a fraction), and what the algorithm measures. A description of the finished model: nothing is chosen by
     it."""
     environment = dataset[env_i]
-    chosen = np.unique(np.linspace(0, len(environment) - 1, DEGRADED_SAMPLES).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(environment) - 1, samples).round().astype(int))
     images, y = environment.gather(chosen), environment.labels[torch.from_numpy(chosen)].to(device)
     is_photographic = images.dtype == torch.uint8
     clean = (normalize(images) if is_photographic else images).to(device)
@@ -631,16 +676,24 @@ def _is_correct(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def identity_of(args: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run computes: a record's `args` without SURROUNDINGS, hparams as values."""
+    """What a run computes: a record's `args` without SURROUNDINGS; hparams as values, the data set's numbers of steps
+    where none are given, test environments in order."""
     # DomainBed, and earlier versions, evaluate all checkpoints and have no such argument.
     identity: dict[str, Any] = {"evaluate": EVALUATIONS[0]}
     identity.update((name, value) for name, value in args.items() if name not in SURROUNDINGS)
-    identity["hparams"] = hparams.parse_overrides(identity.get("hparams"))
+    identity["hparams"] = hparams.recorded_overrides(identity.get("hparams"))
+    if isinstance(identity.get("test_envs"), list):
+        identity["test_envs"] = sorted(identity["test_envs"], key=str)
+    if identity.get("dataset") in dataset_names():  # a record of DomainBed's own may have another
+        dataset = get_dataset_class(identity["dataset"])
+        for name, usual in (("steps", dataset.N_STEPS), ("checkpoint_freq", dataset.CHECKPOINT_FREQ)):
+            if name in identity and identity[name] is None:
+                identity[name] = usual
     return identity
 
 
 def _checkpoint_of(output_dir: Path) -> Mapping[str, Any] | None:
-    """`args`, `data_digest` and `code` of the run whose checkpoint is in the directory."""
+    """`args`, `data_digest`, `code` and `weights_digest` of the run whose checkpoint is in the directory."""
     if not (output_dir / records.CHECKPOINT).exists():
         return None
     state = checkpoints.read_state(output_dir / records.CHECKPOINT)
@@ -664,11 +717,18 @@ def _refuse_other_run(args: TrainArgs, output_dir: Path) -> None:
                 f"output_dir {args.output_dir!r} holds another run ({name} {theirs[name]!r} there, "
                 f"{ours[name]!r} here); choose another --output_dir, or remove that one"
             )
+    weights = ours["hparams"].get("weights")
+    here, there = environment.weights_digest(weights), earlier.get("weights_digest")
+    if here and there and here != there:
+        raise UserError(
+            f"output_dir {args.output_dir!r} holds a run that began from other weights (the file {weights!r} had hash "
+            f"{there} then, {here} now); choose another --output_dir, or remove that one"
+        )
 
 
 def _cpu_flags() -> set[str]:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("flags"):
                 return set(line.split())
     except OSError:
@@ -735,13 +795,16 @@ class _Tee:
     def __init__(self, stream: TextIO, file: TextIO) -> None:
         self.stream = stream
         self.file = file
+        self.stream_is_gone = False
 
     def write(self, text: str) -> int:
-        self.stream.write(text)
+        with self._stream() as stream:
+            stream.write(text)
         return self.file.write(text)
 
     def flush(self) -> None:
-        self.stream.flush()
+        with self._stream() as stream:
+            stream.flush()
         with suppress(OSError):  # a full disk must not hide the error that is being told
             self.file.flush()
 
@@ -750,8 +813,18 @@ class _Tee:
 
     def show(self, line: str) -> None:
         """Puts `line` in place of the terminal's current one; the file does not get it."""
-        self.stream.write(f"\r\x1b[K{line}")
-        self.stream.flush()
+        with self._stream() as stream:
+            stream.write(f"\r\x1b[K{line}")
+            stream.flush()
+
+    @contextmanager
+    def _stream(self) -> Iterator[TextIO]:
+        """The stream, or none of it: whoever reads it can go away, as a terminal or `| head` does, and the run goes on
+        with its files."""
+        try:
+            yield StringIO() if self.stream_is_gone else self.stream
+        except (OSError, ValueError):
+            self.stream_is_gone = True
 
 
 def _note(err: TextIO, text: str) -> None:
@@ -768,7 +841,7 @@ def _tee(output_dir: Path) -> Iterator[TextIO]:
     try:
         out, err = (
             open(output_dir / name, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-            for name in ("out.txt", "err.txt")
+            for name in (OUT, ERR)
         )
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r} cannot be written: {error.strerror}") from error

@@ -751,7 +751,7 @@ def test_a_network_with_batchnorm_and_depthwise_convolutions(name, overrides):
         ("SparseIRM", {"objective": "ERM"}, "known: IRM, VREx"),
         ("SparseIRM", {"ramp_end": 0.95}, "ramp_end"),
         ("DCWP", {"mask_upweight": 0.0}, "mask_upweight"),
-        ("EVIL", {"granularity": "channel"}, "must be 'weight'"),
+        ("EVIL", {"granularity": "channel"}, "'weight'"),
         ("EVIL", {"objective": "Mixup"}, "Mixup"),
         ("EVIL", {"update_end": 0.1}, "ends before it begins"),
         ("EVIL", {"update_fraction": 1.5}, "update_fraction"),

@@ -411,7 +411,7 @@ def test_slimming_refuses_what_has_no_scales(monkeypatch):
         def features(self, x):
             return torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean((2, 3))
 
-    with pytest.raises(UserError, match=r"'granularity' must be 'channel', got 'weight'"):
+    with pytest.raises(UserError, match=r"'granularity'.*'channel'.*got 'weight'"):
         _make("NetworkSlimming", granularity="weight")
     monkeypatch.setattr(networks, "make_featurizer", lambda shape, values: Plain())
     with pytest.raises(UserError, match="Plain has none on a removable channel"):
@@ -519,7 +519,7 @@ def test_rigl_moves_by_the_dense_gradient():
 
 
 def test_rigl_refuses_channels():
-    with pytest.raises(UserError, match=r"'granularity' must be 'weight', got 'channel'"):
+    with pytest.raises(UserError, match=r"'granularity'.*'weight'.*got 'channel'"):
         _make("RigL", granularity="channel")
     for name in ("drop_fraction", "update_interval", "update_end"):
         with pytest.raises(UserError, match=f"{name}.*1.5"):
@@ -640,5 +640,5 @@ def test_impossible_values_are_refused(name, hparam, value):
 
 @pytest.mark.parametrize("name, hparam", [("MRM", "mask_end"), ("DCWP", "mask_end"), ("LotteryTicket", "prune_end")])
 def test_an_end_that_leaves_no_retraining_is_refused(name, hparam):
-    with pytest.raises(UserError, match=f"'{hparam}': 1.0 leaves no step to train"):
+    with pytest.raises(UserError, match=f"'{hparam}'.*steps to train what is kept"):
         _make(name, **{hparam: 1.0})

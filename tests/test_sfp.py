@@ -367,7 +367,7 @@ def test_regularised_layers():
     [
         ({"flag_policy": "lose"}, "did you mean 'loss'"),
         ({"removal": "strict"}, "removal of SFP"),
-        ({"granularity": "weight"}, "must be 'channel'"),
+        ({"granularity": "weight"}, "'channel'"),
         ({"objective": "Mixup"}, "mixes them"),
         ({"risk_weight": 5.0, "objective": "VREx"}, "'VREx' has none"),
         ({"statistics_every": 0}, "at least 1"),

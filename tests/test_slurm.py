@@ -611,7 +611,7 @@ def test_two_launches_do_not_submit_at_once(sweep, tmp_path, monkeypatch):
     (tmp_path / "out" / "slurm").mkdir(parents=True)
     monkeypatch.setattr(slurm, "LOCK_SECONDS", 0.1)
     with FileLock(tmp_path / "out" / "slurm" / "launch.lock"):
-        assert_one_line_error(sweep("launch", check=False), "another launch is submitting")
+        assert_one_line_error(sweep("launch", check=False), "another process is submitting")
 
 
 def test_a_damaged_list_of_tasks_is_named(sweep, tmp_path):

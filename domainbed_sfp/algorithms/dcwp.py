@@ -15,6 +15,7 @@ from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LearnedMaskPruning
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, RUN_FRACTION, Hparam
+from domainbed_sfp.pruning.schedules import RETRAINED_END
 from domainbed_sfp.registry import register
 
 # Of the generalized cross-entropy that trains the biased model.
@@ -32,7 +33,7 @@ CONTRASTIVE_TEMPERATURE = 0.07
             0.44, doc="fraction of the run at which weights freeze and masks are learned", valid=RUN_FRACTION
         ),
         "mask_end": Hparam(
-            0.89, doc="fraction of the run at which the mask is final and retraining begins", valid=RUN_FRACTION
+            0.89, doc="fraction of the run at which the mask is final and retraining begins", valid=RETRAINED_END
         ),
         "mask_upweight": Hparam(80.0, doc="weight of a bias-conflicting sample in the mask stage", valid=POSITIVE),
         "retrain_upweight": Hparam(

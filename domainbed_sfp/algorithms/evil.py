@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import AT_LEAST_ONE, RUN_FRACTION, SHARE, Hparam, one_of
+from domainbed_sfp.hparams import AT_LEAST_ONE, RUN_FRACTION, SHARE, Hparam, but, one_of, only
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.named_tensors import NamedTensors
 from domainbed_sfp.pruning.schedules import EXCHANGE_INTERVAL, check_fraction, check_sparsity, exchange_period
@@ -90,9 +90,15 @@ class ExchangeSchedule:
     reference="Huang et al. 2023, arXiv 2310.16391",
     hparams={
         "sparsity": UNIT_HPARAMS["sparsity"],
-        "granularity": Hparam("weight", doc="weight (unstructured)"),
+        "granularity": Hparam(
+            "weight", doc="weight (unstructured)", valid=only("weight", "it exchanges single weights")
+        ),
         "pruning_scope": UNIT_HPARAMS["pruning_scope"],
-        "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO or CORAL"),
+        "objective": Hparam(
+            "ERM",
+            doc="training objective: ERM, IRM, VREx, GroupDRO or CORAL",
+            valid=but("Mixup", "it tells domains apart, and that mixes them"),
+        ),
         "prune_start": Hparam(0.2, doc="fraction of the run at which the magnitude mask is made", valid=RUN_FRACTION),
         "update_end": Hparam(0.75, doc="fraction of the run after which the mask is final", valid=RUN_FRACTION),
         "update_interval": EXCHANGE_INTERVAL,

@@ -15,7 +15,7 @@ from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.hparams import AT_LEAST_ONE, RUN_FRACTION, Hparam
 from domainbed_sfp.pruning.named_tensors import NamedTensors
-from domainbed_sfp.pruning.schedules import RoundSchedule, check_retraining
+from domainbed_sfp.pruning.schedules import RETRAINED_END, RoundSchedule, check_retraining
 from domainbed_sfp.registry import register
 
 
@@ -26,7 +26,7 @@ from domainbed_sfp.registry import register
     hparams={
         **UNIT_HPARAMS,
         "rounds": Hparam(3, lambda r: r.choice([2, 3, 5]), "prunings, each followed by rewinding", valid=AT_LEAST_ONE),
-        "prune_end": Hparam(0.6, doc="fraction of the run at which the last round begins", valid=RUN_FRACTION),
+        "prune_end": Hparam(0.6, doc="fraction of the run at which the last round begins", valid=RETRAINED_END),
         "rewind": Hparam(
             0.01,
             lambda r: r.choice([0.0, 0.01, 0.03]),

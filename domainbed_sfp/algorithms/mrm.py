@@ -11,6 +11,7 @@ from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, Learned
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS
 from domainbed_sfp.hparams import RUN_FRACTION, Hparam
 from domainbed_sfp.pruning.named_tensors import NamedTensors
+from domainbed_sfp.pruning.schedules import RETRAINED_END
 from domainbed_sfp.registry import register
 
 REFERENCE = "Zhang et al. 2021 (ICML), arXiv 2106.02890"
@@ -20,7 +21,7 @@ HPARAMS = {
         0.4, doc="fraction of the run at which weights freeze and masks are learned", valid=RUN_FRACTION
     ),
     "mask_end": Hparam(
-        0.6, doc="fraction of the run at which the mask is final and retraining begins", valid=RUN_FRACTION
+        0.6, doc="fraction of the run at which the mask is final and retraining begins", valid=RETRAINED_END
     ),
 }
 

@@ -12,7 +12,7 @@ from torch import nn
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import NOT_NEGATIVE, RUN_FRACTION, Hparam, one_of
+from domainbed_sfp.hparams import NOT_NEGATIVE, RUN_FRACTION, Hparam, one_of, only
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.schedules import OneShotSchedule
 from domainbed_sfp.pruning.structure import ChannelGroup
@@ -27,7 +27,9 @@ NORMALIZATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
     reference="Liu et al. 2017, arXiv 1708.06519",
     hparams={
         **UNIT_HPARAMS,
-        "granularity": Hparam("channel", doc="channel: scales belong to channels"),
+        "granularity": Hparam(
+            "channel", doc="channel: scales belong to channels", valid=only("channel", "scales belong to channels")
+        ),
         "pruning_scope": Hparam(
             "global",
             doc="global: one percentile of all scales, as published; layer: one for each",

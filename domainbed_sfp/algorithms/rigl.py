@@ -13,7 +13,7 @@ from torch import Tensor
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import RUN_FRACTION, SHARE, Hparam, one_of
+from domainbed_sfp.hparams import RUN_FRACTION, SHARE, Hparam, one_of, only
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.masks import keep_highest
 from domainbed_sfp.pruning.schedules import EXCHANGE_INTERVAL, check_fraction, check_sparsity, exchange_period
@@ -78,7 +78,9 @@ class RigLSchedule:
     reference="Evci et al. 2020, arXiv 1911.11134",
     hparams={
         "sparsity": UNIT_HPARAMS["sparsity"],
-        "granularity": Hparam("weight", doc="weight (unstructured)"),
+        "granularity": Hparam(
+            "weight", doc="weight (unstructured)", valid=only("weight", "it drops and grows single weights")
+        ),
         "objective": UNIT_HPARAMS["objective"],
         "sparsity_distribution": Hparam(
             "erk",

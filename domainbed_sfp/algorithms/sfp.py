@@ -27,7 +27,18 @@ from domainbed_sfp import networks
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, SHARE, Hparam, Range, one_of
+from domainbed_sfp.hparams import (
+    AT_LEAST_ONE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Hparam,
+    Range,
+    but,
+    one_of,
+    only,
+)
 from domainbed_sfp.introspection import uses_weight_as_is
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.spurious import ConditionalMoments, remove_directions, spurious_directions
@@ -54,7 +65,12 @@ LAST_PART = 0.25
 
 HPARAMS = {
     **PRUNING_HPARAMS,
-    "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO or CORAL; with risk weights ERM"),
+    "granularity": Hparam("channel", doc="channel (structured)", valid=only("channel", "it prunes channels")),
+    "objective": Hparam(
+        "ERM",
+        doc="training objective: ERM, IRM, VREx, GroupDRO or CORAL; with risk weights ERM",
+        valid=but("Mixup", "it compares samples, and that mixes them"),
+    ),
     "flag_policy": Hparam(
         "loss",
         doc="loss: below the threshold; random: as many at random; oracle: the truth",

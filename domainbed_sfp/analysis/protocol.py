@@ -46,8 +46,10 @@ class Conditions:
     data_augmentation: bool
     class_balanced: bool
     nonlinear_classifier: bool
-    # PUBLISHED, or what tells images from others under the data set's name.
+    # PUBLISHED, or what tells images from others under the data set's name, and what is stamped on them.
     data: str
+    # Of a file of weights, where records have it.
+    weights_hash: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,12 @@ class Protocol:
             name: "/".join(dict.fromkeys(shown_value(getattr(one, name)) for one in self.conditions))
             for name in Conditions.__slots__
         }
+        hashes = shown["weights_hash"]
         parts = [
             f"{self.selection} selection",
             f"{shown['steps']} steps",
             f"backbone {shown['backbone']}",
-            f"weights {shown['weights']}",
+            f"weights {shown['weights']}" + (f" (hash {hashes})" if hashes != "unknown" else ""),
             *([f"{shown['image_size']} px images"] if shown["image_size"] != "unknown" else []),
             self.effort(),
             f"held-out fraction {shown['holdout_fraction']}",
@@ -161,8 +164,19 @@ def conditions_of(run: Run) -> Conditions:
         run.args.get("task", "domain_generalization"),
         run.evaluate,
         **{name: bool(run.hparams.get(name, usual)) for name, usual in _USUAL.items()},
-        data=run.facts.get("data_digest") or PUBLISHED,
+        data=_data(run),
+        weights_hash=run.facts.get("weights_digest"),
     )
+
+
+def _data(run: Run) -> str:
+    data = str(run.facts.get("data_digest") or PUBLISHED)
+    return f"{data}, stamp {run.hparams['stamp']}" if "stamp" in run.hparams else data
+
+
+def is_dealt_by_seed(dataset: str) -> bool:
+    """Whether a run's seed deals the samples out to the environments and draws what they look like."""
+    return dataset in MNIST_LIKE or dataset.startswith("Stamped")
 
 
 def _image_size(run: Run) -> int | None:

@@ -14,16 +14,15 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
+from domainbed_sfp.core import locks, surroundings
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.files import write_atomically
 from domainbed_sfp.progress import progress
@@ -33,10 +32,16 @@ FORMAT = "1"
 
 
 def default_cache_dir() -> Path:
-    """`DOMAINBED_SFP_CACHE`, or `domainbed_sfp` in the user's cache folder."""
-    given = os.environ.get("DOMAINBED_SFP_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(given) if given else base / "domainbed_sfp"
+    """`DOMAINBED_SFP_CACHE`, or `domainbed_sfp` in the user's cache folder. Raises UserError for a user without one."""
+    if given := os.environ.get("DOMAINBED_SFP_CACHE"):
+        return Path(given)
+    base = surroundings.cache_home()
+    if base is None:
+        raise UserError(
+            "there is no folder for decoded images: this user has no home; choose one with --cache_dir, "
+            "DOMAINBED_SFP_CACHE or XDG_CACHE_HOME"
+        )
+    return base / "domainbed_sfp"
 
 
 def cached_images(
@@ -59,7 +64,7 @@ def cached_images(
         entry = cache / key
         arrays = _load(entry, len(paths), size)
         if arrays is None:
-            with _lock(cache / f"{key}.lock"):
+            with locks.hold(cache / f"{key}.lock", None, f"decoding {str(root)!r}"):
                 # Another job may have built it while this one waited.
                 arrays = _load(entry, len(paths), size)
                 if arrays is None:
@@ -93,7 +98,7 @@ def _content_key(paths: Sequence[Path], stats: Sequence[os.stat_result], root: P
         # Forgetting only costs time: a cache that this user may read but not write still serves its entries.
         with suppress(OSError):
             memo.parent.mkdir(exist_ok=True)
-            with _lock(memo.parent / "write.lock"):
+            with locks.hold(memo.parent / "write.lock", None, "writing to the image cache"):
                 write_atomically(memo, content)
     return hashlib.sha256(json.dumps([FORMAT, content, size]).encode()).hexdigest()[:32]
 
@@ -126,13 +131,6 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     return UserError(
         f"image {str(path)!r}{target} cannot be read ({error.strerror or error}); make it readable or remove it"
     )
-
-
-def _lock(path: Path) -> FileLock:
-    """A lock whose file has the mode the umask gives: older filelocks make it 0644, which shuts out a group."""
-    with open(path, "ab") as file:
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-    return FileLock(path, mode=mode)
 
 
 def _load(entry: Path, count: int, size: int) -> tuple[np.ndarray, np.ndarray] | None:

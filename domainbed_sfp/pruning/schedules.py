@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import FRACTION, RUN_FRACTION, Hparam
+from domainbed_sfp.hparams import FRACTION, RUN_FRACTION, Hparam, Range
 
 SCHEDULE_HPARAMS = {
     "sparsity": Hparam(
@@ -16,6 +16,11 @@ SCHEDULE_HPARAMS = {
     "prune_start": Hparam(0.15, doc="fraction of the run at which pruning begins", valid=RUN_FRACTION),
     "prune_end": Hparam(0.8, doc="fraction of the run at which the mask is final", valid=RUN_FRACTION),
 }
+
+# Where pruning ends, for methods that rewind or freeze weights: their outcome has to be trained.
+RETRAINED_END = Range(
+    "a fraction of the run in [0, 1), for steps to train what is kept have to follow", lambda value: 0 <= value < 1
+)
 
 # Of the methods that drop weights and grow others (RigL, EVIL): 100 steps in the papers, here of DomainBed's 5,001.
 EXCHANGE_FRACTION = 100 / 5001

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from domainbed_sfp import registry
+from domainbed_sfp.core import locks
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.errors import UserError, check_range
+from domainbed_sfp.layout import named, runs_below
+from domainbed_sfp.manifests import read_manifests, several_sweeps
 from domainbed_sfp.sweep import slurm, slurm_batches
-from domainbed_sfp.sweep.jobs import State, SweepDirectory, command_line, failure_reason
+from domainbed_sfp.sweep.job import Job, command_line
+from domainbed_sfp.sweep.jobs import State, SweepDirectory, amount, failure_reason
 from domainbed_sfp.sweep.launchers import Task, get_launcher
 from domainbed_sfp.sweep.slurm import SlurmOptions
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
 from domainbed_sfp.sweep.spec import SweepSpec, check_rows, default_datasets, drawn_compression, make_jobs, read_spec
 from domainbed_sfp.sweep.watch import Watch, summary
-from domainbed_sfp.training import not_as_published
+from domainbed_sfp.training import LOCK, not_as_published
 
-__all__ = ["check_rows", "default_spec", "delete_incomplete", "launch", "read_spec", "status"]
+__all__ = ["check_rows", "default_spec", "delete_incomplete", "holds_a_sweep", "launch", "read_spec", "status"]
 
 
 def default_spec() -> SweepSpec:
@@ -35,13 +41,13 @@ def launch(
     ask: bool = True,
     cache_dir: str | None = None,
     slurm_options: SlurmOptions | None = None,
+    break_lock: bool = False,
 ) -> int:
     """Runs every job that is not done, or hands it to SLURM. Jobs in SLURM's queue are left to it by every launcher.
 
     Returns 0 when all are done or submitted, 1 where some failed, 130 after an interruption.
     """
-    if slots < 1:
-        raise UserError(f"--jobs: expected at least 1, got {slots}")
+    check_range("--jobs", slots, 1)
     start = get_launcher(launcher)
     if launcher == "slurm":
         slurm_options = slurm_options or SlurmOptions()
@@ -60,6 +66,8 @@ def launch(
             file=sys.stderr,
         )
     directory = SweepDirectory(output_dir, data_dir)
+    if break_lock:
+        _break_locks(directory, jobs)
     directory.register(jobs)
     standings = _standings(directory, must_answer=launcher == "slurm")
     states = directory.states(jobs, standings)
@@ -86,6 +94,12 @@ def launch(
     return 1 if outcome.failures else 0
 
 
+def holds_a_sweep(output_dir: str) -> bool:
+    """Whether something was launched into the directory, or into folders in it."""
+    root = Path(output_dir)
+    return root.is_dir() and bool(read_manifests(root) or runs_below(root))
+
+
 def status(spec: SweepSpec | None, data_dir: str | None, output_dir: str, *, watch: float | None = None) -> int:
     """Prints every job's state, and their numbers; with `watch`, shows a table anew every so many seconds. Without a
     spec the jobs are those launched so far.
@@ -94,6 +108,10 @@ def status(spec: SweepSpec | None, data_dir: str | None, output_dir: str, *, wat
     """
     directory = SweepDirectory(output_dir, data_dir)
     jobs = make_jobs(spec, data_dir) if spec else directory.listed()
+    if not spec and not jobs:
+        raise UserError(
+            f"--output_dir {output_dir} holds no sweep; {named(runs_below(directory.path))}: give one of them"
+        )
     if watch is not None:
         return Watch(directory, jobs, watch).run()
     if not directory.path.is_dir():
@@ -103,27 +121,45 @@ def status(spec: SweepSpec | None, data_dir: str | None, output_dir: str, *, wat
     folders = directory.job_dirs(jobs)
     for job, state in states.items():
         reason = failure_reason(folders[job], standings) if state is State.FAILED else None
+        if state is State.RUNNING and (found := locks.holder(folders[job] / LOCK)) and found.host:
+            reason = f"by its lock {found.describe()}"
         print(f"{state.value}: {folders[job]} {job.describe()}" + (f": {reason}" if reason else ""))
+    if copied := several_sweeps(read_manifests(directory.path)):
+        print(copied)
     print(summary(states.values()))
     return 0
 
 
-def delete_incomplete(spec: SweepSpec, data_dir: str | None, output_dir: str, *, ask: bool = True) -> int:
+def delete_incomplete(
+    spec: SweepSpec, data_dir: str | None, output_dir: str, *, ask: bool = True, break_lock: bool = False
+) -> int:
     """Removes the folders of jobs that have begun and are neither done nor running nor in SLURM's queue."""
     directory = SweepDirectory(output_dir, data_dir)
     jobs = make_jobs(spec, data_dir)
+    if break_lock:
+        _break_locks(directory, jobs)
     states = directory.states(jobs, _standings(directory, must_answer=True))
     unfinished = [job for job in jobs if states[job] in (State.INCOMPLETE, State.FAILED)]
     print(summary(states.values()))
-    print(f"About to delete {len(unfinished)} jobs.", flush=True)
+    leftovers = directory.leftovers(unfinished)
+    for one in leftovers:
+        print(f"{states[one.job].value}: {one.folder} {one.job.describe()}: {amount([one])}")
+    print(f"About to delete {len(unfinished)} jobs: {amount(leftovers)}.", flush=True)
     if ask and unfinished:
         if not sys.stdin.isatty():
             raise UserError("deleting without a terminal to ask on needs --skip_confirmation")
         if not _confirmed():
             return 0
-    directory.delete(unfinished)
-    print(f"Deleted {len(unfinished)} jobs!")
+    deleted = directory.delete(leftovers)
+    print(f"Deleted {len(deleted)} jobs!" + (f" ({amount(deleted)})" if deleted else ""))
+    if kept := len(leftovers) - len(deleted):
+        print(f"Kept {kept} that run, are done by now or cannot be removed.")
     return 0
+
+
+def _break_locks(directory: SweepDirectory, jobs: Sequence[Job]) -> None:
+    for broken in directory.break_locks(jobs):
+        print(f"warning: removed the lock {broken.describe()}", file=sys.stderr)
 
 
 def _standings(directory: SweepDirectory, *, must_answer: bool = False) -> dict[str, Standing]:

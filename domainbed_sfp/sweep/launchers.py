@@ -17,10 +17,12 @@ import torch
 from rich.console import Console
 
 from domainbed_sfp import records
+from domainbed_sfp.core import surroundings
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.progress import LOG_INTERVAL, bar
-from domainbed_sfp.sweep.jobs import PROGRAM, Job, State, SweepDirectory
+from domainbed_sfp.sweep.job import PROGRAM, Job
+from domainbed_sfp.sweep.jobs import State, SweepDirectory
 from domainbed_sfp.sweep.processes import JobProcess
 from domainbed_sfp.training import AlreadyRunning
 
@@ -97,8 +99,7 @@ def get_launcher(name: str) -> Callable[..., Outcome]:
 
 def job_environment(slot: int, slots: int, gpus: Sequence[str]) -> dict[str, str]:
     """The environment of the job in `slot`: its share of the threads, unless the user has set a number, and its GPU."""
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // slots)))
-    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **os.environ}
+    environment = surroundings.with_threads(os.environ, max(1, usable_cores() // slots))
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     return environment
@@ -133,7 +134,8 @@ class _LocalLaunch:
         self.waiting = list(tasks)
         self.total = len(tasks)
         self.directory = directory
-        self.slots = slots
+        # More would only divide the cores into smaller shares.
+        self.slots = max(1, min(slots, len(self.waiting)))
         self.gpus = gpus
         self.running: list[_Running] = []
         # Jobs that another launch is computing; taken over if that one dies.
@@ -209,9 +211,9 @@ class _LocalLaunch:
         status = ended.process.poll() or 0
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         folder = self.directory.job_dir(ended.task.job)
-        told = ended.errors.read_text(errors="replace")
+        told = ended.errors.read_text(encoding="utf-8", errors="replace")
         if not told.strip() and (folder / "err.txt").exists():
-            told = (folder / "err.txt").read_text(errors="replace")
+            told = (folder / "err.txt").read_text(encoding="utf-8", errors="replace")
         tail = "\n".join(f"    {line}" for line in told.strip().splitlines()[-TAIL_LINES:])
         return f"  {how}; {folder / 'err.txt'} ends with:\n{tail}" if tail else f"  {how}; it said nothing"
 

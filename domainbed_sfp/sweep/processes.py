@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from domainbed_sfp.core import crashes, surroundings
+
 PRELOAD = "domainbed_sfp.sweep.preload"
 
 
@@ -31,14 +33,15 @@ class JobProcess:
         # A child begins in the folder in which this program was started, wherever that has gone since.
         given = (list(arguments), dict(environment), Path.cwd(), errors)
         self._process: BaseProcess
-        if sys.platform == "linux":
-            server = multiprocessing.get_context("forkserver")
-            server.set_forkserver_preload([PRELOAD])
-            self._process = server.Process(target=_run, args=given)
-        else:
-            self._process = multiprocessing.get_context("spawn").Process(target=_run, args=given)
-        # The fork server reads some of them, the number of threads among them, while it imports.
-        with _environment(environment):
+        # The fork server reads some of the variables, the number of threads among them, while it imports, and listens
+        # on a socket.
+        with _environment(environment), surroundings.sockets_folder() as has_sockets:
+            if sys.platform == "linux" and has_sockets:
+                server = multiprocessing.get_context("forkserver")
+                server.set_forkserver_preload([PRELOAD])
+                self._process = server.Process(target=_run, args=given)
+            else:
+                self._process = multiprocessing.get_context("spawn").Process(target=_run, args=given)
             self._process.start()
 
     def poll(self) -> int | None:
@@ -60,6 +63,20 @@ class JobProcess:
 
 def _run(arguments: list[str], environment: dict[str, str], folder: Path, errors: Path) -> None:
     """The job's process."""
+
+    def prepared() -> int:
+        _prepare(arguments, environment, folder, errors)
+        return 0
+
+    if status := crashes.guarded("starting a job", prepared):
+        sys.exit(status)
+    from domainbed_sfp import cli
+
+    cli.main(arguments)
+
+
+def _prepare(arguments: list[str], environment: dict[str, str], folder: Path, errors: Path) -> None:
+    """Gives the process the job's folder, variables, streams and threads."""
     import setproctitle
 
     os.chdir(folder)
@@ -77,11 +94,8 @@ def _run(arguments: list[str], environment: dict[str, str], folder: Path, errors
 
     import torch
 
-    from domainbed_sfp import cli
-
-    if "OMP_NUM_THREADS" in environment:
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    cli.main(arguments)
+    if count := surroundings.threads(environment):
+        torch.set_num_threads(count)
 
 
 @contextmanager

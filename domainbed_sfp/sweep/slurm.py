@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core import locks
+from domainbed_sfp.errors import UserError, check_range
 from domainbed_sfp.sweep import slurm_batches
-from domainbed_sfp.sweep.jobs import State, SweepDirectory
+from domainbed_sfp.sweep.jobs import WAY_ON, State, SweepDirectory
 from domainbed_sfp.sweep.launchers import Outcome, Task
 
 # Seconds before the time limit at which SLURM sends SIGUSR1: to end a step, evaluate nothing, and save.
@@ -36,6 +35,17 @@ MAX_ARRAY_SIZE = 1001
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
+# With a backslash in a log's name SLURM expands no pattern in it, and a script's line cannot hold a control character.
+_UNWRITABLE = re.compile(r"[\\\x00-\x1f\x7f]")
+_EXTRA = re.compile(r"(?:--)?(?P<name>[a-z][a-z0-9_-]*)(?:=(?P<value>[^\x00-\x1f]+))?")
+
+# Options of sbatch that this launcher sets itself, and the flag for them where there is one.
+_OURS = {
+    "array": "--slurm_max_parallel", "account": "--slurm_account", "cpus-per-task": "--slurm_cpus", "dependency": "",
+    "error": "", "gpus-per-node": "--slurm_gpus", "job-name": "", "mem": "--slurm_mem", "nodes": "", "ntasks": "",
+    "ntasks-per-node": "", "open-mode": "", "output": "", "partition": "--slurm_partition", "requeue": "",
+    "no-requeue": "", "signal": "", "time": "--slurm_time", "wait": "", "wrap": "",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,8 @@ class SlurmOptions:
 
     partition, account: sbatch's. gpus, cpus: per job. mem: per node, as sbatch writes it (`16G`). time: the limit of
     one turn, as sbatch writes it; a run that needs longer is requeued. max_parallel: jobs of a launch that run at the
-    same time. max_retries: how often a job that died is launched again.
+    same time. max_retries: how often a job that died is launched again. extra: any other option of sbatch, as
+    `qos=high` or, without a value, `exclusive`. setup: shell commands that run before a job.
     """
 
     partition: str | None = None
@@ -55,17 +66,35 @@ class SlurmOptions:
     time: str | None = None
     max_parallel: int | None = None
     max_retries: int = 3
+    extra: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises UserError for values that cannot be."""
         for flag, least in (("slurm_gpus", 0), ("slurm_cpus", 1), ("slurm_max_parallel", 1), ("max_retries", 0)):
-            value = getattr(self, flag.removeprefix("slurm_"))
-            if value is not None and value < least:
-                raise UserError(f"--{flag}: expected at least {least}, got {value}")
+            # sbatch counts in 32 bits.
+            check_range(f"--{flag}", getattr(self, flag.removeprefix("slurm_")), least, 2**31 - 1)
         if self.mem is not None and not _MEMORY.fullmatch(self.mem):
             raise UserError(f"--slurm_mem: expected a size such as 16G or 4000M, got {self.mem!r}")
         if self.time is not None:
             minutes(self.time)
+        self.sbatch_options()
+
+    def sbatch_options(self) -> dict[str, str | bool]:
+        """What `extra` asks of sbatch, by option; raises UserError for what is no option, or is set otherwise."""
+        options: dict[str, str | bool] = {}
+        for text in self.extra:
+            match = _EXTRA.fullmatch(text)
+            if not match:
+                raise UserError(f"--slurm_extra: expected OPTION=VALUE as in qos=high, or OPTION, got {text!r}")
+            name = match["name"].replace("_", "-")
+            if name in _OURS:
+                way = f"; give {_OURS[name]}" if _OURS[name] else ""
+                raise UserError(f"--slurm_extra {text}: this launcher sets {name} itself{way}")
+            if name in options:
+                raise UserError(f"--slurm_extra: {name} is given twice")
+            options[name] = True if match["value"] is None else match["value"]
+        return options
 
 
 def minutes(text: str) -> int:
@@ -158,13 +187,18 @@ def submit_array(
 ) -> str:
     """Submits one array and returns its id."""
     submitit = _submitit()
+    if unwritable := _UNWRITABLE.search(str(root.absolute())):
+        raise UserError(
+            f"output_dir {str(root)!r}: SLURM cannot write logs into a folder with {unwritable[0]!r} in its name; "
+            "choose another --output_dir"
+        )
     name = f"sfp-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}"
     try:
         batch = slurm_batches.write_batch(root, name, tasks).absolute()
         executor = submitit.SlurmExecutor(batch)
-        executor.update_parameters(**_parameters(name, len(tasks), options, after))
+        executor.update_parameters(**_parameters(batch, len(tasks), options, after))
         executor.parameters["map_count"] = len(tasks)
-        command = shlex.join([sys.executable, "-u", "-m", "domainbed_sfp.sweep.slurm_task", str(batch)])
+        command = _command(batch, options)
         # submitit prints what sbatch says; it belongs into our one line.
         with contextlib.redirect_stderr(io.StringIO()):
             return executor._submit_command(command).job_id
@@ -178,12 +212,28 @@ def submit_array(
         raise UserError(f"sbatch: {slurm_batches.one_line(str(error)) or 'it fails without a word'}") from None
 
 
-def _parameters(name: str, count: int, options: SlurmOptions, after: str | None) -> dict[str, Any]:
+def _command(batch: Path, options: SlurmOptions) -> str:
+    """What the batch script runs for each task."""
+    logs = _log_name(batch, "%A_%a_%t")
+    srun = ["srun", "--unbuffered", "--output", f"{logs}.out", "--error", f"{logs}.err"]
+    if options.cpus:
+        # srun does not take over sbatch's cores per task since SLURM 22.05.
+        srun.append(f"--cpus-per-task={options.cpus}")
+    return shlex.join([*srun, sys.executable, "-u", "-m", "domainbed_sfp.sweep.slurm_task", str(batch)])
+
+
+def _log_name(batch: Path, pattern: str) -> str:
+    """The name of a log as SLURM wants it, less its suffix: a percent sign of the folder is none of a pattern."""
+    return f"{str(batch).replace('%', '%%')}/{pattern}_log"
+
+
+def _parameters(batch: Path, count: int, options: SlurmOptions, after: str | None) -> dict[str, Any]:
     """What submitit is told; it turns None into no flag."""
+    logs = _log_name(batch, "%A_%a_0")
     limit = minutes(options.time) if options.time else None
     warning = SIGNAL_SECONDS if limit is None else min(SIGNAL_SECONDS, limit * 60 // 4)
     return {
-        "job_name": name,
+        "job_name": batch.name,
         "partition": options.partition,
         "account": options.account,
         "gpus_per_node": options.gpus or None,
@@ -192,28 +242,30 @@ def _parameters(name: str, count: int, options: SlurmOptions, after: str | None)
         "time": limit,
         "dependency": after and f"afterany:{after}",
         "array_parallelism": options.max_parallel or count,
-        # srun does not take over sbatch's cores per task since SLURM 22.05.
-        "srun_args": [f"--cpus-per-task={options.cpus}"] if options.cpus else None,
-        "additional_parameters": {"signal": f"USR1@{warning}", "requeue": True},
+        "setup": list(options.setup) or None,
+        # Its own call of srun would name the logs without heed of percent signs.
+        "use_srun": False,
+        "additional_parameters": {
+            "output": f"{logs}.out",
+            "error": f"{logs}.err",
+            "signal": f"USR1@{warning}",
+            "requeue": True,
+            **options.sbatch_options(),
+        },
     }
 
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Between a look at the queue and sbatch no other launch may do the same."""
-    folder = root / slurm_batches.FOLDER
-    lock = FileLock(folder / slurm_batches.LAUNCH_LOCK, timeout=LOCK_SECONDS)
-    try:
-        folder.mkdir(exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"output_dir {str(root)!r}: another launch is submitting its jobs") from None
-    except OSError as error:
-        raise _unwritable(root, slurm_batches.FOLDER, error) from error
-    try:
+    lock = slurm_batches.launch_lock(root)
+    with contextlib.ExitStack() as held:
+        try:
+            lock.parent.mkdir(exist_ok=True)
+            held.enter_context(locks.hold(lock, LOCK_SECONDS, "submitting the jobs of this sweep", WAY_ON))
+        except OSError as error:
+            raise _unwritable(root, slurm_batches.FOLDER, error) from error
         yield
-    finally:
-        lock.release()
 
 
 def _unwritable(root: Path, folder: str, error: OSError) -> UserError:
@@ -225,7 +277,7 @@ def _unwritable(root: Path, folder: str, error: OSError) -> UserError:
 def _max_array_size() -> int:
     """How many tasks an array of this cluster may have."""
     try:
-        told = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60).stdout
+        told = slurm_batches.ask(["scontrol", "show", "config"], 60).stdout
     except (OSError, subprocess.TimeoutExpired):
         told = ""
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", told, re.MULTILINE)

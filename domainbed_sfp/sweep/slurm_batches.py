@@ -106,6 +106,11 @@ class Standing:
     death: Death | None = None
 
 
+def launch_lock(root: Path) -> Path:
+    """The lock of who looks at the queue and submits."""
+    return root / FOLDER / LAUNCH_LOCK
+
+
 def write_batch(root: Path, name: str, tasks: Sequence[tuple[Path, Sequence[str]]]) -> Path:
     """Makes the folder of a batch of (the job's folder, its command). Raises OSError where it cannot be written."""
     batch = root / FOLDER / name
@@ -182,7 +187,7 @@ def read_queue(names: Sequence[str]) -> dict[tuple[str, int], Queued]:
         "--format=%F|%K|%j|%T|%r",
     ]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        asked = ask(command, 120)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise QueueUnreachable(f"squeue does not answer: {error}") from None
     if asked.returncode:
@@ -196,6 +201,11 @@ def read_queue(names: Sequence[str]) -> dict[tuple[str, int], Queued]:
         if known is None or known.state in ENDED:
             queue[name, int(index)] = Queued(f"{array}_{index}", state, reason)
     return queue
+
+
+def ask(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """What a command of SLURM answers, whatever the locale. Raises OSError or TimeoutExpired."""
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds)
 
 
 def forget(root: Path, names: Collection[str]) -> None:

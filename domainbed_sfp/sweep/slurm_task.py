@@ -14,9 +14,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core import crashes, surroundings
 from domainbed_sfp.records import saved_step
-from domainbed_sfp.sweep.slurm_batches import TIME_IS_UP, Note, one_line, read_note, read_tasks, write_note
+from domainbed_sfp.sweep.slurm_batches import TIME_IS_UP, Note, ask, one_line, read_note, read_tasks, write_note
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,9 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def thread_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of the run: as many threads as SLURM has given cores, unless the user has set a number."""
-    cores = environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE") or "1"
-    threads = environment.get("OMP_NUM_THREADS", cores)
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **environment}
+    names = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE")
+    cores = next(filter(None, (surroundings.whole_number(environment.get(name)) for name in names)), 1)
+    return surroundings.with_threads(environment, cores)
 
 
 def _run(command: list[str]) -> int:
@@ -65,15 +65,11 @@ def _requeue() -> str:
     """Asks SLURM to start this task again; what it answers where it does not want to."""
     job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
-        asked = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=120)
+        asked = ask(["scontrol", "requeue", job], 120)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return "" if asked.returncode == 0 else one_line(asked.stderr) or f"scontrol ends with status {asked.returncode}"
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(crashes.guarded("a task of SLURM", main))

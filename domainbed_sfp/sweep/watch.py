@@ -18,13 +18,17 @@ from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.progress import LOG_INTERVAL
 from domainbed_sfp.sweep import slurm_batches
-from domainbed_sfp.sweep.jobs import Job, State, SweepDirectory, failure_reason
+from domainbed_sfp.sweep.job import Job
+from domainbed_sfp.sweep.jobs import State, SweepDirectory, failure_reason
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
 
 # Running and failed jobs that are shown one by one.
 SHOWN_JOBS = 8
 # Without a queue, a pause between two jobs of a local launch looks like its end; it is shorter than this.
 QUIET_SECONDS = 30.0
+
+# Seconds between two looks.
+LONGEST_PAUSE = 86400.0
 
 ACTIVE = (State.RUNNING, State.PENDING)
 
@@ -66,8 +70,8 @@ class Watch:
     """
 
     def __init__(self, directory: SweepDirectory, jobs: Sequence[Job], seconds: float) -> None:
-        if not seconds > 0:
-            raise UserError(f"--watch: expected a number of seconds above 0, got {seconds:g}")
+        if not 0 < seconds <= LONGEST_PAUSE:
+            raise UserError(f"--watch: expected a number of seconds above 0 and at most a day, got {seconds:g}")
         self.directory = directory
         self.jobs = list(jobs)
         self.seconds = seconds

@@ -32,6 +32,10 @@ def check_accuracies(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
     if (digest := first["data_digest"]) is not None:
         words = f"null, because {run.run.dataset} stands for the published images"
         yield Problem(file, "line 1.data_digest", words, shown(digest))
+    for name, value in facts.hparams.items():
+        if (given := run.run.hparams.get(name)) != value:
+            words = f"{shown(value)}, with which {run.run.dataset} is compared"
+            yield Problem(file, f"line 1.hparams.{name}", words, shown(given))
     side = run.run.hparams.get("image_size")
     expected = [facts.channels, side, side]
     if first["input_shape"] != expected:
