@@ -99,7 +99,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def _input_gradient(x: Tensor, weight: Tensor, gradient: Tensor, stride: Any, padding: Any) -> Tensor:
-    """The gradient [N, C, H, W]. Without a stride it is a convolution with the filter turned round, in a faster kernel."""
+    """The gradient [N, C, H, W]. Without a stride it is a convolution with the filter turned round: a faster kernel."""
     around = [kernel - 1 - pad for kernel, pad in zip(weight.shape[2:], padding)]
     if tuple(stride) == (1, 1) and min(around) >= 0:
         return F.conv2d(gradient, weight.flip(2, 3), None, 1, around, 1, len(weight))
