@@ -18,8 +18,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     On a CPU oneDNN's weight gradient of a depthwise convolution is fast for filters of up to three columns on images
     that are at least as large as they are, and takes five to twenty times as long for wider ones, or for smaller
-    images: a seventh of EfficientNet-Lite0's training step at 128 px, two fifths of it at 64 px
-    (`benchmarks/layers.py`). There, and in single precision alone, it is computed three columns at a time on the
+    images (`benchmarks/layers.py`). There, and in single precision alone, it is computed three columns at a time on the
     padded image.
     """
 
@@ -113,8 +112,10 @@ def _weight_gradient(x: Tensor, gradient: Tensor, shape: torch.Size, stride: Any
     where the outputs' gradients lie `start / stride` columns further right, between zeros.
     """
     rows, columns = shape[2:]
-    if any(padding):
-        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    # The narrow filters have no padding of columns; that of rows is slow on images of fewer rows than the filter.
+    written = padding[0] if x.shape[2] < rows else 0
+    if written or padding[1]:
+        x = F.pad(x, (padding[1], padding[1], written, written))
     parts: list[Tensor] = []
     taken = 0
     while taken < columns:
@@ -123,7 +124,8 @@ def _weight_gradient(x: Tensor, gradient: Tensor, shape: torch.Size, stride: Any
         outputs = (x.shape[3] - width) // stride[1] + 1
         before = start // stride[1]
         moved = F.pad(gradient, (before, outputs - before - gradient.shape[3]))
-        narrow = conv2d_weight(x, (shape[0], 1, rows, width), moved, stride, 0, groups=shape[0])
+        unwritten = (padding[0] - written, 0)
+        narrow = conv2d_weight(x, (shape[0], 1, rows, width), moved, stride, unwritten, groups=shape[0])
         parts.append(narrow[..., taken - start :])
         taken = start + width
     return torch.cat(parts, 3)
