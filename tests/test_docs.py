@@ -52,6 +52,17 @@ def test_the_python_in_the_documents_runs(tmp_path, monkeypatch):
     assert names["algorithm"].sparsity() > 0.4 and len(names["half"]) > 0
 
 
+@pytest.mark.parametrize("notebook", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_notebooks_run(monkeypatch, notebook):
+    """Their code, in one process and with few steps of training."""
+    monkeypatch.chdir(notebook.parent)
+    names: dict[str, object] = {}
+    for cell in json.loads(notebook.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]).replace("steps=60", "steps=4"), names)
+    assert "axes" in names or len(names["right"]) > 100
+
+
 def test_the_data_set_in_contributing_is_enough():
     from domainbed_sfp.data import base
     from domainbed_sfp.data.sets.folders import ImageFolders

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from processes import Command
 from test_training import assert_one_line_error, make_tree
 
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.sweep import launchers
+from domainbed_sfp.sweep import capacity, launchers
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs, read_spec, shipped_specs
 
@@ -104,11 +106,8 @@ def test_same_seeds_and_results_as_single_runs(main, tmp_path, spec_file):
         assert one["env2_in_acc"] == two["env2_in_acc"] and one["args"]["seed"] == two["args"]["seed"]
 
 
-def _start(tmp_path: Path, spec_file: Path, *options: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "domainbed_sfp", "sweep", "launch", str(spec_file), "--output_dir", "out", *options],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def _start(tmp_path: Path, spec_file: Path) -> Command:
+    return Command("sweep", "launch", spec_file, "--output_dir", "out", "--jobs", 1, folder=tmp_path)
 
 
 def _wait_for(condition, seconds: float = 90) -> None:
@@ -130,7 +129,7 @@ def test_interrupted_sweep_continues_in_the_middle_of_a_run(main, tmp_path, spec
     assert "2 jobs: 0 done, 1 incomplete, 1 not launched." in status
     process = _start(tmp_path, spec_file)
     _wait_for(lambda: "Continuing at step" in (checkpoint.parent / "out.txt").read_text())
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     deleted = main("sweep", "delete_incomplete", spec_file, "--output_dir", "out", "--skip_confirmation")
     assert "Deleted 1 jobs!" in deleted.stdout and not job_dirs(tmp_path / "out")
@@ -359,12 +358,34 @@ def test_jobs_share_threads_and_gpus(monkeypatch):
     assert "CUDA_VISIBLE_DEVICES" not in launchers.job_environment(0, 1, [])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert {launchers.job_environment(0, 4, [])[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {"1"}
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
-    assert launchers.visible_gpus() == ["5", "6"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert launchers.visible_gpus() == []
-    with pytest.raises(UserError, match="no GPU is visible"):
-        launchers.launch_multi_gpu([], SweepDirectory("nowhere"), 1)
+
+
+@pytest.mark.parametrize(
+    "listed, there, names",
+    [
+        (None, 2, ["0", "1"]),
+        ("5,6", 2, ["5", "6"]),
+        ("5, 6 ", 2, ["5", "6"]),
+        # CUDA stops at the first that is not there; torch counts those before it.
+        ("0,,1", 1, ["0"]),
+        ("1,-1,0", 1, ["1"]),
+        ("0,99", 1, ["0"]),
+        ("GPU-4d1c8f3a,GPU-77", 2, ["GPU-4d1c8f3a", "GPU-77"]),
+        # One part of a divided GPU is all that a process sees.
+        ("MIG-4d1c8f3a,MIG-77", 1, ["MIG-4d1c8f3a"]),
+        *((none, 0, []) for none in (None, "", "-1", "NoDevFiles", "0,0", "0")),
+    ],
+)
+def test_gpus_are_those_that_torch_sees(monkeypatch, listed, there, names):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    monkeypatch.setattr(capacity.torch.cuda, "device_count", lambda: there)
+    assert capacity.visible_gpus() == names
+    if not names:
+        why = "" if listed is None else re.escape(f" (CUDA_VISIBLE_DEVICES is {listed!r})")
+        with pytest.raises(UserError, match=f"multi_gpu: no GPU is visible{why}; use local"):
+            launchers.launch_multi_gpu([], SweepDirectory("nowhere"), 1)
 
 
 def test_a_compression_that_is_drawn_is_told_at_the_launch(main, spec_file):
