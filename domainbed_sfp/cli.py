@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Command = Callable[[argparse.Namespace], int]
 
+_EVALUATE = "checkpoints to evaluate: all, or final: those of a compressed network that selection may choose"
+
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Runs a command and exits: 0 when done, 1 when some work failed, 2 for bad input, 128 + n after signal n."""
@@ -169,6 +171,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--skip_model_save", action="store_true")
     parser.add_argument("--save_model_every_checkpoint", action="store_true")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "auto"], help="featurizer's arithmetic")
+    parser.add_argument("--evaluate", default="all", choices=["all", "final"], help=_EVALUATE)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     _add_cache_dir(parser)
 
@@ -206,6 +209,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--holdout_fraction", type=float)
     parser.add_argument("--single_test_envs", action="store_const", const=True)
     parser.add_argument("--precision", choices=["fp32", "bf16", "auto"])
+    parser.add_argument("--evaluate", choices=["all", "final"], help=_EVALUATE)
     parser.add_argument("--skip_model_save", action="store_const", const=True, help="keep no model.pkl of each run")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--data_dir")
@@ -248,7 +252,8 @@ def _sweep(args: argparse.Namespace) -> int:
     is_open = not args.spec and args.datasets is None and args.algorithms is None
     names = (
         "datasets", "algorithms", "task", "n_hparams_from", "n_hparams", "n_trials_from", "n_trials", "steps",
-        "checkpoint_freq", "holdout_fraction", "single_test_envs", "precision", "skip_model_save",
+        "checkpoint_freq", "holdout_fraction", "single_test_envs", "precision", "evaluate",
+        "skip_model_save",
     )  # fmt: skip
     spec = spec.updated(**{name: getattr(args, name) for name in names}, hparams=overrides)
     if args.watch is not None and args.action != "status":

@@ -35,7 +35,7 @@ INPUT_SHAPE, CLASSES, DOMAINS, BATCH = (3, 8, 8), 4, 3, 8
 STEPS = 16
 
 # Of a whole run through the training loop: samples of the data set, and those a batch takes from each environment.
-RUN_SAMPLES, RUN_BATCH = 600, 16
+RUN_SAMPLES, RUN_BATCH = 240, 16
 
 
 def make(name: str, total_steps: int = STEPS, overrides: Mapping[str, Any] | None = None) -> Algorithm:
@@ -74,10 +74,12 @@ def run(algorithm: Algorithm, first: int, last: int) -> list[dict[str, float]]:
 
 @dataclass(frozen=True)
 class WholeRun:
-    """An algorithm after all its updates, for reading only; what they logged, and its tensors right after them."""
+    """An algorithm after all its updates, to be left as it is; what they logged, (final, sparsity) behind each of them,
+    and its tensors right after them."""
 
     algorithm: Algorithm
     logged: list[dict[str, float]]
+    compression: list[tuple[bool, float]]
     tensors: dict[str, Tensor]
 
 
@@ -89,8 +91,11 @@ def whole_run(name: str) -> WholeRun:
 @functools.lru_cache(maxsize=1)
 def _whole_run(cls: type[Algorithm], name: str, make: Callable[[str], Algorithm]) -> WholeRun:
     algorithm = make(name)
-    logged = run(algorithm, 0, STEPS)
-    return WholeRun(algorithm, logged, {key: value.clone() for key, value in _tensors(algorithm).items()})
+    logged, compression = [], []
+    for step in range(STEPS):
+        logged += run(algorithm, step, step + 1)
+        compression.append((algorithm.at_final_compression(), algorithm.sparsity()))
+    return WholeRun(algorithm, logged, compression, {key: value.clone() for key, value in _tensors(algorithm).items()})
 
 
 def check_updates_lower_the_loss(name: str) -> None:
@@ -186,12 +191,10 @@ def check_masks(name: str) -> None:
     """Masks are bool, shaped as their parameters; dead weights are zero; the sparsity claimed is what they remove; the
     run ends at its final compression and, for an algorithm that has the hparam, at the sparsity asked for. Once it says
     that its compression is final, the sparsity stays."""
-    algorithm = make(name)
+    whole = whole_run(name)
     final: float | None = None
-    for step in range(STEPS):
-        run(algorithm, step, step + 1)
-        if algorithm.at_final_compression():
-            now = algorithm.sparsity()
+    for step, (is_final, now) in enumerate(whole.compression):
+        if is_final:
             final = now if final is None else final
             assert abs(now - final) < 1e-6, (
                 f"at_final_compression() was true at sparsity {final:.3f}, which is {now:.3f} at step {step}: "
@@ -199,7 +202,7 @@ def check_masks(name: str) -> None:
             )
         else:
             assert final is None, f"at_final_compression() was true, and is false at step {step}"
-    algorithm = whole_run(name).algorithm
+    algorithm = whole.algorithm
     parameters = dict(algorithm.named_parameters())
     for key, mask in algorithm.masks().items():
         assert key in parameters, f"mask of unknown parameter {key!r}"
@@ -225,8 +228,18 @@ def check_export(name: str) -> None:
     """The exported network has the logits of predict, which are those of the masked weights, and shares nothing with
     the algorithm. Where channels are masked and torch-pruning is installed: so has the network without them, and it
     costs what the accounting says."""
-    algorithm = make(name)
-    run(algorithm, 0, STEPS)
+    whole = whole_run(name)
+    try:
+        _check_export(whole.algorithm)
+    finally:
+        # Others look at it, too.
+        with torch.no_grad():
+            for key, value in _tensors(whole.algorithm).items():
+                value.copy_(whole.tensors[key])
+        whole.algorithm.train()
+
+
+def _check_export(algorithm: Algorithm) -> None:
     algorithm.eval()
     exported = algorithm.export()
     x = torch.cat([x for x, _ in minibatches(99)])

@@ -74,6 +74,20 @@ def code_of(algorithm: type) -> str | None:
     return digest.hexdigest()[:12]
 
 
+def weights_digest(weights: object) -> str | None:
+    """Twelve digits of a hash of the file that hparam `weights` names; None for a word, and where there is no file."""
+    if not isinstance(weights, str) or weights in ("imagenet", "none"):
+        return None
+    digest = hashlib.sha256()
+    try:
+        with open(weights, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except (OSError, ValueError):  # whoever loads it says so
+        return None
+    return digest.hexdigest()[:12]
+
+
 @functools.cache
 def _cpu_name() -> str:
     try:

@@ -10,6 +10,17 @@ class UserError(Exception):
     """Bad input. The command line prints the message as one line and exits with status 2."""
 
 
+# Larger whole numbers do not fit into 64 bits, nor into what torch and numpy count with.
+LARGEST = 2**63 - 1
+
+
+def check_range(name: str, value: int | None, least: int, most: int = LARGEST) -> None:
+    """Raises UserError unless `value` is None or from `least` to `most`; `name` is the flag's or the key's."""
+    if value is not None and not least <= value <= most:
+        words = f"at least {least}" if value < least else f"at most {most}"
+        raise UserError(f"{name}: expected a whole number of {words}, got {value}")
+
+
 def did_you_mean(given: object, valid: Iterable[object]) -> str:
     """ "; did you mean 'NAME'?" for the name nearest to `given`; empty where none is near."""
     by_lower = {str(name).lower(): str(name) for name in valid}

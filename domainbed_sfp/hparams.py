@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from domainbed_sfp.errors import UserError, unknown_name
+from domainbed_sfp.errors import LARGEST, UserError, unknown_name
 from domainbed_sfp.seeds import seed_hash
+from domainbed_sfp.strict_json import unique_names
 
 Sampler = Callable[[np.random.RandomState], Any]
 
@@ -122,14 +123,6 @@ def common_hparams(small_images: bool, image_size: int) -> dict[str, Hparam]:
     return table
 
 
-# DomainBed narrows the batch size of its largest set.
-DATASET_HPARAMS: dict[str, dict[str, Hparam]] = {
-    "DomainNet": {
-        "batch_size": Hparam(32, lambda r: int(2 ** r.uniform(3, 5)), "samples per environment", valid=AT_LEAST_ONE)
-    },
-}
-
-
 def hparam_table(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Hparam]:
     """Every hparam of `algorithm` on `dataset`, by name.
 
@@ -141,7 +134,7 @@ def hparam_table(algorithm: str, dataset: str, overrides: Mapping[str, Any] | No
     info = registry.get(algorithm)
     data = get_dataset_class(dataset)
     table = common_hparams(data.SMALL_IMAGES, data.IMAGE_SIZE)
-    table.update(DATASET_HPARAMS.get(dataset, {}))
+    table.update(data.HPARAMS)
     table.update({name: hparam.on(data.SMALL_IMAGES) for name, hparam in info.hparams.items()})
     if "objective" in info.hparams:
         chosen = (overrides or {}).get("objective", info.hparams["objective"].default)
@@ -152,19 +145,43 @@ def hparam_table(algorithm: str, dataset: str, overrides: Mapping[str, Any] | No
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
-    """The `--hparams` JSON object; a UserError says where it is malformed."""
+    """The `--hparams` JSON object; a UserError says where it is malformed, or what it says twice."""
     if not text:
         return {}
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique_names)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"--hparams is not valid JSON: {error.msg} at character {error.pos} of {text!r}; "
+            f"--hparams is not valid JSON: {error.msg} at character {error.pos} of {text!r:.200}; "
             "expected an object such as '{\"lr\": 0.001}'"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--hparams: {error}; expected an object that names each hparam once") from None
     if not isinstance(value, dict):
-        raise UserError(f"--hparams must be a JSON object such as '{{\"lr\": 0.001}}', got {text!r}")
+        raise UserError(f"--hparams must be a JSON object such as '{{\"lr\": 0.001}}', got {text!r:.200}")
     return value
+
+
+def recorded_overrides(text: str | None) -> dict[str, Any]:
+    """The `hparams` of a record's `args`. Whatever wrote them has taken the last of a name that is there twice."""
+    try:
+        value = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"a record has args.hparams {text!r:.200}; expected a JSON object")
+    return value
+
+
+def checked_overrides(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`overrides` as a run takes them, each of its hparam's kind: 8 for 8.0 samples, a rate of 0.0 for 0. Two that say
+    the same are then the same. Raises UserError for an unknown name or a value of another kind."""
+    overrides = dict(overrides or {})
+    table = hparam_table(algorithm, dataset, overrides)
+    for name in overrides:
+        if name not in table:
+            raise unknown_name(f"hparam of {algorithm}", name, sorted(table))
+    return {name: _checked(algorithm, name, value, table[name]) for name, value in overrides.items()}
 
 
 def resolve_hparams(
@@ -179,7 +196,7 @@ def resolve_hparams(
     hparams_seed 0 takes the defaults; any other is a random draw seeded by (hparams_seed, trial_seed).
     `overrides` (the `--hparams` object) come last; an unknown name or a value of another kind is a UserError.
     """
-    overrides = dict(overrides or {})
+    overrides = checked_overrides(algorithm, dataset, overrides)
     table = hparam_table(algorithm, dataset, overrides)
     if hparams_seed == 0:
         values = {name: hparam.default for name, hparam in table.items()}
@@ -187,16 +204,14 @@ def resolve_hparams(
         random_seed = seed_hash(hparams_seed, trial_seed)
         values = {name: hparam.draw(name, random_seed) for name, hparam in table.items()}
     for name, value in overrides.items():
-        if name not in table:
-            raise unknown_name(f"hparam of {algorithm}", name, sorted(table))
         if table[name].foreign and value != values[name]:
             raise UserError(f"hparam {name!r} cannot be set: {table[name].doc}")
-        values[name] = _checked(algorithm, name, value, table[name])
+        values[name] = value
     return values
 
 
 def _checked(algorithm: str, name: str, value: Any, hparam: Hparam) -> Any:
-    """`value` if it is of the default's kind and in range; whole floats pass as integers, integers as floats."""
+    """`value` if it is in range, of the default's kind: whole floats become integers, integers floats."""
     default = hparam.default
     if isinstance(default, bool):
         matches, expected = isinstance(value, bool), "true or false"
@@ -204,15 +219,26 @@ def _checked(algorithm: str, name: str, value: Any, hparam: Hparam) -> Any:
         whole = isinstance(value, float) and value.is_integer()
         matches, expected = (isinstance(value, int) or whole) and not isinstance(value, bool), "a whole number"
         value = int(value) if matches else value
+        if matches and abs(value) > LARGEST:
+            matches, expected = False, f"a whole number of at most {LARGEST}"
     elif isinstance(default, float):
-        matches = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        expected = "a number"
+        matches, expected = _is_finite_number(value), "a number"
+        value = float(value) + 0.0 if matches else value  # which turns -0.0 into 0.0
     else:
         matches, expected = isinstance(value, type(default)), f"a {type(default).__name__}"
     if not matches:
-        raise UserError(f"hparam {name!r} of {algorithm}: expected {expected}, got {value!r}")
+        raise UserError(f"hparam {name!r} of {algorithm}: expected {expected}, got {value!r:.80}")
     if hparam.valid is not None and not hparam.valid.holds(value):
         if hparam.valid.choices:
             raise unknown_name(f"{name} of {algorithm}", value, hparam.valid.choices)
         raise UserError(f"hparam {name!r} of {algorithm}: expected {hparam.valid.words}, got {value!r}")
     return value
+
+
+def _is_finite_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float reaches
+        return False

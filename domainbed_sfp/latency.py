@@ -26,6 +26,9 @@ from domainbed_sfp.training import choose_device
 # Rounds before those that count: caches fill, kernels are chosen.
 WARMUP = 3
 
+# Beyond these a measurement does not end, or torch and the system give up.
+MOST = {"repeats": 10**6, "threads": 4096, "batch_sizes": 10**6}
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -109,8 +112,9 @@ def measure(
     Raises UserError for settings that cannot be, a run that cannot be exported, or a file that cannot be written.
     """
     for name, value in (("repeats", repeats), ("threads", threads), *(("batch_sizes", size) for size in batch_sizes)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: expected whole numbers of at least 1, got {value}")
+        if value is not None and not 1 <= value <= MOST[name]:
+            words = "at least 1" if value < 1 else f"at most {MOST[name]}"
+            raise UserError(f"--{name}: expected whole numbers of {words}, got {value}")
     if output is not None and (Path(output).is_dir() or not Path(output).parent.is_dir()):
         raise UserError(f"--output {output!r}: expected the name of a file in a folder that is there")
     device = choose_device(device_name)

@@ -21,6 +21,7 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     environments           the names of the data set's environments
     input_shape            (channels, height, width) of the network's input
     data_digest            of the images, for a data set that its name does not determine; else null
+    weights_digest         of the file that hparam `weights` names: a hash; else absent
     code                   of an algorithm of another package: a hash of that package's Python files; else absent
 """
 
@@ -34,14 +35,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
+from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
 from .files import write_atomically
+from .record_lines import last_of, numbered_records
 
 RESULTS = "results.jsonl"
 DONE = "done"
 FAILURE = "failure.json"
+CHECKPOINT = "checkpoint.safetensors"
 SWEEP = "sweep.json"
 
 # Fields that may differ between two runs which are bit-identical otherwise.
@@ -57,7 +60,10 @@ COST_FIELDS = (
 COSTS_OF_IMAGES = ("bitops", "mean_bits")
 
 # Said by the last record for the whole run.
-FACT_FIELDS = ("granularity", "precision", "commit", "standing", "environments", "input_shape", "data_digest", "code")
+FACT_FIELDS = (
+    "granularity", "precision", "commit", "standing", "environments", "input_shape", "data_digest", "code",
+    "weights_digest",
+)  # fmt: skip
 
 # What is further from the sparsity that its hparam asks for is not at its final compression; few channels round.
 SPARSITY_ASKED = 0.05
@@ -107,6 +113,11 @@ class Run:
         return self.args["hparams_seed"]
 
     @property
+    def evaluate(self) -> str:
+        """Which checkpoints have records: "all", as in DomainBed, or "final", those that selection may choose."""
+        return self.args.get("evaluate", "all")
+
+    @property
     def trial_seed(self) -> int:
         return self.args["trial_seed"]
 
@@ -138,11 +149,10 @@ def write_records(path: str | os.PathLike[str], records: Iterable[dict[str, Any]
 def read_records(path: str | os.PathLike[str], warn: Warn) -> Iterator[dict[str, Any]]:
     """The records of one results.jsonl, in file order.
 
-    A last line that is not a whole record (the run was killed while writing it) is skipped and told to
-    `warn`. Raises UserError, naming file and line, for a broken line anywhere else; OSError if the file
-    cannot be read.
+    A last line that is not a whole record (the run was killed while writing it) is skipped and told to `warn`. Raises
+    UserError, naming file and line, for a broken line anywhere else; OSError if the file cannot be read.
     """
-    for _, record in _numbered_records(path, warn):
+    for _, record in numbered_records(path, warn):
         yield record
 
 
@@ -178,14 +188,34 @@ def load_records(input_dir: str | os.PathLike[str], *, warn: Warn, directory_ord
     return runs
 
 
+def last_record(directory: Path) -> dict[str, Any] | None:
+    """The last record of a run; None where it has none yet, or its last line is torn: the one definition of whole
+    records that everything goes by.
+
+    Raises OSError where there are records that cannot be read.
+    """
+    try:
+        return last_of(directory / RESULTS)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def is_done(directory: Path) -> bool:
     """Whether the run is finished and its records are whole: a copy that broke off may have `done` without them."""
     try:
-        with open(directory / RESULTS, "rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n" and (directory / DONE).exists()
+        return (directory / DONE).exists() and last_record(directory) is not None
     except OSError:
         return False
+
+
+def last_step(directory: Path) -> int:
+    """The step of the last whole record, of a run that may be writing the next one; -1 where there is none yet."""
+    try:
+        found = last_record(directory) or list(read_records(directory / RESULTS, lambda message: None))[-1]
+        step = found["step"]
+    except (OSError, UserError, IndexError, KeyError):
+        return -1
+    return step if isinstance(step, int) else -1
 
 
 def run_of(directory: str, parsed: Sequence[dict[str, Any]]) -> Run:
@@ -199,6 +229,16 @@ def run_of(directory: str, parsed: Sequence[dict[str, Any]]) -> Run:
     for record in parsed:
         columns.add(record)
     return columns.run(directory, complete=True, failure=None)
+
+
+def saved_step(directory: str | os.PathLike[str]) -> int:
+    """The step that the checkpoint of an unfinished run continues at; 0 where there is none that can be read."""
+    try:
+        # As checkpoints.read_state does, but without torch.
+        with safe_open(Path(directory) / CHECKPOINT, framework="numpy") as file:
+            return json.loads(file.metadata()["domainbed_sfp"])["state"]["step"]
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
+        return 0
 
 
 def load_sweep(input_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -238,32 +278,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     raise TypeError(f"a record cannot hold a {type(value).__name__}: {value!r}")
-
-
-def _numbered_records(path: str | os.PathLike[str], warn: Warn) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, "rb") as file:
-        lines = file.read().split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = _parse(line)
-        except ValueError as error:
-            if number == len(lines):
-                warn(f"{path}: the last line ({number}) is torn and skipped")
-                return
-            raise UserError(f"{path}, line {number}: not a JSON record ({error})") from error
-        yield number, record
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        record = orjson.loads(line)
-    except ValueError:
-        record = json.loads(line)  # a diverged loss is written as NaN, which orjson refuses
-    if not isinstance(record, dict):
-        raise ValueError("expected an object")
-    return record
 
 
 class _Columns:
@@ -336,7 +350,7 @@ def _read_runs(directory: Path, warn: Warn) -> list[Run]:
     stretches: list[_Columns] = []
     current: _Columns | None = None
     torn: list[str] = []
-    for number, record in _numbered_records(path, torn.append):
+    for number, record in numbered_records(path, torn.append):
         try:
             if current is None or record["args"] != current.args or current.next_field in record:
                 environments = _count_environments(record)
@@ -350,10 +364,10 @@ def _read_runs(directory: Path, warn: Warn) -> list[Run]:
             raise UserError(f"{path}, line {number}: {error}") from error
     for message in torn:
         warn(message)
-    is_done = (directory / DONE).exists()
-    complete = is_done and not torn
+    is_ended = (directory / DONE).exists()
+    complete = is_ended and not torn
     failure = None if complete else load_failure(directory)
-    if is_done and torn:
+    if is_ended and torn:
         failure = "its last record is torn although it is done: launch it again"
     try:
         return [columns.run(directory.name, complete, failure) for columns in stretches]

@@ -83,21 +83,45 @@ def load_run(folder: str | os.PathLike[str]) -> TrainedRun:
     return TrainedRun(folder, algorithm.eval(), args, hparams, record)
 
 
+def load_algorithm(folder: str | os.PathLike[str]) -> Algorithm:
+    """The trained algorithm of a finished run.
+
+    Parameters
+    ----------
+    folder : path
+        The `output_dir` of the run, trained without `skip_model_save`.
+
+    Returns
+    -------
+    Algorithm
+        In evaluation mode, on the CPU: `predict(x)` gives logits, `export()` a plain network, `masks()` what lives.
+
+    Raises
+    ------
+    UserError
+        As `load_run` does.
+    """
+    return load_run(folder).algorithm
+
+
 def _last_record(folder: Path) -> dict[str, Any]:
     """The last record of a run that is finished. Raises UserError where it is not."""
     results = folder / records.RESULTS
     if not results.is_file():
         raise UserError(f"{str(folder)!r} is no run: {_what_is_there(folder)}")
     try:
-        found = list(records.read_records(results, lambda message: None))
+        last = records.last_record(folder)
     except OSError as error:
         raise UserError(f"{str(results)!r} cannot be read: {error.strerror or error}") from error
     if not (folder / records.DONE).exists():
-        step = f"its last record is of step {found[-1]['step']}" if found else "it has no record yet"
+        reached = records.last_step(folder)
+        step = f"its last record is of step {reached}" if reached >= 0 else "it has no record yet"
         raise UserError(f"run {str(folder)!r} is not finished ({step}); the command that began it continues it")
-    if not found:
-        raise UserError(f"{str(results)!r} holds no record")
-    return found[-1]
+    if last is None:
+        is_torn = records.last_step(folder) >= 0
+        what = "has a last record that is torn; train the run again" if is_torn else "holds no record"
+        raise UserError(f"{str(results)!r} {what}")
+    return last
 
 
 def _what_is_there(folder: Path) -> str:

@@ -16,7 +16,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,19 +26,20 @@ from filelock import FileLock, Timeout
 
 from domainbed_sfp import checkpoints, environment, hparams, networks, records, registry
 from domainbed_sfp.algorithms.base import Algorithm
-from domainbed_sfp.data import Dataset, degradations, get_dataset_class
+from domainbed_sfp.data import Dataset, dataset_names, degradations, get_dataset_class
 from domainbed_sfp.data.augmentation import normalize
 from domainbed_sfp.data.base import EVALUATION_BATCH
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import Split, split_environment
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.errors import UserError, check_range
 from domainbed_sfp.pruning import accounting, mask_files
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
-CHECKPOINT = "checkpoint.safetensors"
 LOCK = "run.lock"
 PRECISIONS = ("fp32", "bf16", "auto")
 TASKS = ("domain_generalization", "domain_adaptation")
+# Which checkpoints are evaluated: all, as DomainBed does, or those that selection may choose.
+EVALUATIONS = ("all", "final")
 
 # What asks a run to save and stop. SLURM sends SIGUSR1 before a time limit; Windows does not have it.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
@@ -61,8 +62,11 @@ SURROUNDINGS = ("data_dir", "output_dir", "cache_dir", "device", "skip_model_sav
 class TrainArgs:
     """What a run computes; names and defaults are DomainBed's, `precision`, `device` and `cache_dir` are ours.
 
-    hparams is the `--hparams` JSON text. precision: arithmetic of the featurizer, fp32, bf16, or auto (bf16 where
-    the hardware has it and the network gains by it). steps and checkpoint_freq: None takes the data set's.
+    hparams is the `--hparams` JSON text; a mapping becomes one. precision: arithmetic of the featurizer, fp32, bf16, or
+    auto (bf16 where the hardware has it and the network gains by it). steps and checkpoint_freq: None takes the data
+    set's. evaluate: "final" leaves out, and writes no record of, the checkpoints at which the network is not yet
+    compressed as far as it will be: they are no candidates for selection. A dense network has none of them. The last
+    step is always evaluated.
     """
 
     data_dir: str | None = None
@@ -82,8 +86,13 @@ class TrainArgs:
     skip_model_save: bool = False
     save_model_every_checkpoint: bool = False
     precision: str = "fp32"
+    evaluate: str = "all"
     device: str = "auto"
     cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.hparams, Mapping):
+            self.hparams = json.dumps(self.hparams)
 
 
 class AlreadyRunning(UserError):
@@ -113,8 +122,13 @@ def train(args: TrainArgs) -> None:
         Interrupted: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint saved.
     """
     # A name mistyped must not leave an empty directory behind.
-    hparams.resolve_hparams(args.algorithm, args.dataset, overrides=hparams.parse_overrides(args.hparams))
+    overrides = hparams.parse_overrides(args.hparams)
+    hparams.resolve_hparams(args.algorithm, args.dataset, overrides=overrides)
     check_settings(args)
+    checked = hparams.checked_overrides(args.algorithm, args.dataset, overrides)
+    if json.dumps(checked) != json.dumps(overrides):
+        # Records say 8 samples where 8.0 were asked for: rows of tables are made of what they say.
+        args = replace(args, hparams=json.dumps(checked, sort_keys=True))
     output_dir = Path(args.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -178,14 +192,15 @@ def choose_precision(name: str, device: torch.device, network: torch.nn.Module) 
 def check_settings(settings: Any) -> None:
     """Raises UserError where a run's or a sweep's settings cannot be (TrainArgs, SweepSpec and Job have them all)."""
     for name in ("steps", "checkpoint_freq"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: expected a number of steps of at least 1, got {value}")
+        check_range(f"--{name}", getattr(settings, name), 1)
+    for name in ("seed", "hparams_seed", "trial_seed"):
+        # What torch takes as a seed; a sweep has counts of seeds instead.
+        check_range(f"--{name}", getattr(settings, name, None), -(2**63), 2**64 - 1)
     if not 0 < settings.holdout_fraction < 1:
         raise UserError(f"--holdout_fraction: expected a fraction in (0, 1), got {settings.holdout_fraction}")
     if not 0 <= settings.uda_holdout_fraction < 1:
         raise UserError(f"--uda_holdout_fraction: expected a fraction in [0, 1), got {settings.uda_holdout_fraction}")
-    for name, valid in (("task", TASKS), ("precision", PRECISIONS)):
+    for name, valid in (("task", TASKS), ("precision", PRECISIONS), ("evaluate", EVALUATIONS)):
         if getattr(settings, name) not in valid:
             raise UserError(f"--{name}: expected one of {', '.join(valid)}, got {getattr(settings, name)!r}")
 
@@ -223,6 +238,7 @@ class _Run:
         )
         self.info = registry.get(args.algorithm)
         self.code = environment.code_of(self.info.cls)
+        self.weights_digest = environment.weights_digest(self.hparams["weights"])
         dataset_class = get_dataset_class(args.dataset)
         self.n_steps = args.steps or dataset_class.N_STEPS
         self.checkpoint_freq = args.checkpoint_freq or dataset_class.CHECKPOINT_FREQ
@@ -284,7 +300,7 @@ class _Run:
                 self.unlabeled_loader.close()
         self._save_model("model.pkl")
         records.write_atomically(self.output_dir / records.DONE, "done")
-        (self.output_dir / CHECKPOINT).unlink(missing_ok=True)
+        (self.output_dir / records.CHECKPOINT).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             (self.output_dir / records.FAILURE).unlink()
 
@@ -295,7 +311,7 @@ class _Run:
                 with self.stop.postponed():
                     self._update()
                     self.update_is_done = True
-            if self._is_checkpoint(self.step) and not self._is_recorded():
+            if self._record_is_due() and not self._is_recorded():
                 self._record()
                 last_line = time.monotonic()
             elif time.monotonic() - last_line > (TERMINAL_INTERVAL if sys.stderr.isatty() else LOG_INTERVAL):
@@ -388,11 +404,19 @@ class _Run:
         )
         if self.code is not None:
             record["code"] = self.code
+        if self.weights_digest is not None:
+            record["weights_digest"] = self.weights_digest
         if "granularity" in self.hparams:
             record["granularity"] = self.hparams["granularity"]
         if masks and record["final_compression"]:
             record["masks"] = mask_files.keep(self.output_dir / mask_files.FOLDER, masks)
         return record
+
+    def _record_is_due(self) -> bool:
+        if not self._is_checkpoint(self.step):
+            return False
+        is_last = self.step == self.n_steps - 1
+        return self.args.evaluate == "all" or is_last or self.algorithm.at_final_compression()
 
     def _is_recorded(self) -> bool:
         return bool(self.records) and self.records[-1]["step"] == self.step
@@ -426,17 +450,18 @@ class _Run:
             "args": asdict(self.args),
             "data_digest": self.data_digest,
             "code": self.code,
+            "weights_digest": self.weights_digest,
             "step": self.step,
             "update_is_done": self.update_is_done,
             "records": self.records,
             "metrics": self.metrics,
             "seconds": self.earlier_seconds + time.monotonic() - self.started,
         }
-        checkpoints.save_checkpoint(self.output_dir / CHECKPOINT, self.algorithm, state)
+        checkpoints.save_checkpoint(self.output_dir / records.CHECKPOINT, self.algorithm, state)
         records.write_records(self.output_dir / records.RESULTS, self.records)
 
     def _resume(self) -> None:
-        checkpoint = self.output_dir / CHECKPOINT
+        checkpoint = self.output_dir / records.CHECKPOINT
         if not checkpoint.exists():
             return
         state = checkpoints.load_checkpoint(checkpoint, self.algorithm)
@@ -621,17 +646,27 @@ def _is_correct(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def identity_of(args: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run computes: a record's `args` without SURROUNDINGS, hparams as values."""
-    identity = {name: value for name, value in args.items() if name not in SURROUNDINGS}
-    identity["hparams"] = hparams.parse_overrides(identity.get("hparams"))
+    """What a run computes: a record's `args` without SURROUNDINGS; hparams as values, the data set's numbers of steps
+    where none are given, test environments in order."""
+    # DomainBed, and earlier versions, evaluate all checkpoints and have no such argument.
+    identity: dict[str, Any] = {"evaluate": EVALUATIONS[0]}
+    identity.update((name, value) for name, value in args.items() if name not in SURROUNDINGS)
+    identity["hparams"] = hparams.recorded_overrides(identity.get("hparams"))
+    if isinstance(identity.get("test_envs"), list):
+        identity["test_envs"] = sorted(identity["test_envs"], key=str)
+    if identity.get("dataset") in dataset_names():  # a record of DomainBed's own may have another
+        dataset = get_dataset_class(identity["dataset"])
+        for name, usual in (("steps", dataset.N_STEPS), ("checkpoint_freq", dataset.CHECKPOINT_FREQ)):
+            if name in identity and identity[name] is None:
+                identity[name] = usual
     return identity
 
 
 def _checkpoint_of(output_dir: Path) -> Mapping[str, Any] | None:
-    """`args`, `data_digest` and `code` of the run whose checkpoint is in the directory."""
-    if not (output_dir / CHECKPOINT).exists():
+    """`args`, `data_digest`, `code` and `weights_digest` of the run whose checkpoint is in the directory."""
+    if not (output_dir / records.CHECKPOINT).exists():
         return None
-    state = checkpoints.read_state(output_dir / CHECKPOINT)
+    state = checkpoints.read_state(output_dir / records.CHECKPOINT)
     if "args" in state:
         return state
     return state["records"][-1] if state["records"] else None  # where earlier versions kept them
@@ -652,6 +687,13 @@ def _refuse_other_run(args: TrainArgs, output_dir: Path) -> None:
                 f"output_dir {args.output_dir!r} holds another run ({name} {theirs[name]!r} there, "
                 f"{ours[name]!r} here); choose another --output_dir, or remove that one"
             )
+    weights = ours["hparams"].get("weights")
+    here, there = environment.weights_digest(weights), earlier.get("weights_digest")
+    if here and there and here != there:
+        raise UserError(
+            f"output_dir {args.output_dir!r} holds a run that began from other weights (the file {weights!r} had hash "
+            f"{there} then, {here} now); choose another --output_dir, or remove that one"
+        )
 
 
 def _cpu_flags() -> set[str]:

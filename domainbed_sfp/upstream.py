@@ -27,8 +27,10 @@ from typing import IO, Any, NoReturn
 from domainbed_sfp import hparams, registry
 from domainbed_sfp.data import dataset_names
 from domainbed_sfp.domainbed_facts import SMALL_IMAGES
-from domainbed_sfp.errors import UserError, unknown_name
+from domainbed_sfp.errors import UserError, check_range, unknown_name
 from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.record_lines import end_last_line
+from domainbed_sfp.records import RESULTS
 from domainbed_sfp.sweep.launchers import POLL_SECONDS, TAIL_LINES, job_environment, visible_gpus
 
 Launcher = Callable[[list[str]], None]
@@ -87,8 +89,7 @@ def run(domainbed_root: str | None, script: str, arguments: Sequence[str], slots
             hparam, or requirements of DomainBed that are not installed.
         SystemExit: where the script exits by itself.
     """
-    if slots < 1:
-        raise UserError(f"--jobs: expected at least 1, got {slots}")
+    check_range("--jobs", slots, 1)
     root = find_checkout(domainbed_root)
     check_script(root, script)
     arguments = list(arguments[1:] if list(arguments[:1]) == ["--"] else arguments)
@@ -99,6 +100,9 @@ def run(domainbed_root: str | None, script: str, arguments: Sequence[str], slots
         check_flags(checkout, flags, ours)
         register_algorithms(checkout, ours, total_steps(checkout, flags))
         register_hparams(checkout, ours, flags.overrides)
+        if flags.output_dir:
+            # DomainBed appends to what is there.
+            end_last_line(Path(flags.output_dir) / RESULTS)
         try:
             runpy.run_module(f"domainbed.scripts.{script}", run_name="__main__", alter_sys=True)
         except ModuleNotFoundError as error:
@@ -213,6 +217,7 @@ class Flags:
     steps: int | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     command_launcher: str | None = None
+    output_dir: str | None = None
 
 
 class _QuietParser(argparse.ArgumentParser):
@@ -230,11 +235,13 @@ def read_flags(script: str, arguments: Sequence[str]) -> Flags:
     if script in TRAINING_SCRIPTS:
         parser.add_argument("--dataset", dest="datasets", type=lambda name: [name], default=["RotatedMNIST"])
         parser.add_argument("--algorithm", dest="algorithms", type=lambda name: [name], default=["ERM"])
+        parser.add_argument("--output_dir", default="train_output")
         parser.set_defaults(command_launcher=None)
     elif script == "sweep":
         parser.add_argument("--datasets", nargs="+", default=[])
         parser.add_argument("--algorithms", nargs="+", default=[])
         parser.add_argument("--command_launcher")
+        parser.set_defaults(output_dir=None)
     else:
         return Flags()
     try:
@@ -247,6 +254,7 @@ def read_flags(script: str, arguments: Sequence[str]) -> Flags:
         steps=values.steps,
         overrides=hparams.parse_overrides(values.hparams),
         command_launcher=values.command_launcher,
+        output_dir=values.output_dir,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,42 +59,65 @@ def test_an_installed_package_adds_an_algorithm(tmp_path):
     found = _python(site, "from domainbed_sfp import contract, registry; assert 'MyMethod' in registry.names();"
                           "[check('MyMethod') for check in contract.CHECKS.values()]; print('passed')")  # fmt: skip
     assert found.stdout.strip() == "passed", found.stderr
-    listed = _python(site, "from domainbed_sfp.cli import main; main(['list', 'algorithms'])")
-    assert "MyMethod" in listed.stdout
     _install(site, "other", "ERM")
-    clash = _python(site, "from domainbed_sfp.cli import main; main(['list', 'algorithms'])")
-    assert clash.returncode == 0 and len(clash.stderr.splitlines()) == 1 and "MyMethod" in clash.stdout
-    assert "'ERM'" in clash.stderr and "other.method" in clash.stderr and "algorithms.erm" in clash.stderr
-    (site / "other" / "method.py").write_text("import a_module_that_is_missing\n")
-    broken = _python(site, "from domainbed_sfp.cli import main; main(['list', 'algorithms'])")
-    assert broken.returncode == 0 and "MyMethod" in broken.stdout
-    assert "entry point 'other' of other" in broken.stderr and "a_module_that_is_missing" in broken.stderr
+    _install(site, "third", "Third")
+    (site / "third" / "method.py").write_text("import a_module_that_is_missing\n")
+    listed = _python(site, "from domainbed_sfp.cli import main; main(['list', 'algorithms'])")
+    assert listed.returncode == 0 and "MyMethod" in listed.stdout
+    clash, broken = sorted(listed.stderr.splitlines())
+    assert "'ERM'" in clash and "other.method" in clash and "algorithms.erm" in clash
+    assert "entry point 'third' of third" in broken and "a_module_that_is_missing" in broken
 
 
 def test_a_run_knows_the_code_of_a_package(tmp_path):
     """One that has changed since neither goes on with a run nor with a sweep."""
     site = tmp_path / "site"
     _install(site, "mypkg", "MyMethod")
-    train = (
-        "from domainbed_sfp import training; training.train(training.TrainArgs(dataset='ColoredDigits', steps=3, "
-        f"checkpoint_freq=1, algorithm='MyMethod', skip_model_save=True, output_dir={str(tmp_path / 'run')!r}))"
+    program = f"""
+import contextlib, os, signal
+from domainbed_sfp import cli, training
+from domainbed_sfp.errors import UserError
+
+def train():
+    training.train(training.TrainArgs(dataset="ColoredDigits", steps=3, checkpoint_freq=1, algorithm="MyMethod",
+                                      skip_model_save=True, output_dir={str(tmp_path / "run")!r}))
+
+def sweep():
+    with contextlib.suppress(SystemExit):
+        cli.main("sweep launch --datasets ColoredDigits --algorithms MyMethod --n_trials 1 --n_hparams 1 "
+                 "--command_launcher dummy --output_dir {tmp_path / "out"}".split())
+"""
+    before = (
+        program
+        + """
+plain = training._Run._print_row
+training._Run._print_row = lambda *a: (plain(*a), os.kill(os.getpid(), signal.SIGTERM))
+with contextlib.suppress(training.Interrupted):
+    train()
+sweep()
+"""
     )
-    stop = "import os, signal; from domainbed_sfp import training; plain = training._Run._print_row; " + (
-        "training._Run._print_row = lambda *a: (plain(*a), os.kill(os.getpid(), signal.SIGTERM)); " + train
-    )
-    assert "stopped at step" in _python(site, stop).stderr
-    sweep = (
-        "from domainbed_sfp.cli import main; main(['sweep', 'launch', '--datasets', 'ColoredDigits', '--algorithms', "
-        f"'MyMethod', '--n_trials', '1', '--n_hparams', '1', '--output_dir', {str(tmp_path / 'out')!r}, "
-        "'--command_launcher', 'dummy'])"
-    )
-    assert _python(site, sweep).returncode == 0
+    found = _python(site, before)
+    assert found.returncode == 0 and "saving and stopping" in found.stderr and "error" not in found.stderr, found.stderr
     with open(site / "mypkg" / "method.py", "a") as file:
         file.write("    changed = True\n")
-    assert "holds a run of MyMethod by other code" in _python(site, train).stderr
-    assert "holds another sweep (code of MyMethod" in _python(site, sweep).stderr
-    shutil.rmtree(tmp_path / "run")
-    assert _python(site, train).returncode == 0
+    after = (
+        program
+        + f"""
+import shutil, sys
+sweep()
+try:
+    train()
+except UserError as error:
+    print(error, file=sys.stderr)
+shutil.rmtree({str(tmp_path / "run")!r})
+train()
+"""
+    )
+    found = _python(site, after)
+    assert found.returncode == 0, found.stderr
+    assert "holds a run of MyMethod by other code" in found.stderr
+    assert "holds another sweep (code of MyMethod" in found.stderr
     last = json.loads((tmp_path / "run" / "results.jsonl").read_text().splitlines()[-1])
     assert len(last["code"]) == 12
 
@@ -117,6 +139,6 @@ def _install(site: Path, package: str, name: str) -> None:
 
 def _python(site: Path, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r}); {code}"],
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r})\n{code}"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

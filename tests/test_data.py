@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import signal
 import struct
@@ -26,6 +27,7 @@ from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.sets import digits
 from domainbed_sfp.data.sets.folders import IMG_EXTENSIONS, _crop_side
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.sweep.spec import default_datasets
 
 FOLDER_HPARAMS = {"image_size": 16, "data_augmentation": True}
 CPU = torch.device("cpu")
@@ -443,3 +445,51 @@ def test_real_pacs(pacs_dir, tmp_path):
     assert [len(env) for env in dataset.environments] == [2048, 2344, 1670, 3929]
     assert [env.name for env in dataset.environments] == ["art_painting", "cartoon", "photo", "sketch"]
     assert dataset.num_classes == 7
+
+
+def test_an_environment_of_eight_images_a_class(main, tmp_path):
+    """As dslr's mugs: splits, a batch of all of the environment, classes drawn alike, and a whole run."""
+    names = ("amazon", "caltech10", "dslr", "webcam")
+    for name, n in zip(names, (20, 20, 8, 12)):
+        make_tree(tmp_path / "OfficeCaltech10", [name], n=n)
+    values = {"image_size": 16, "backbone": "mnist_cnn", "batch_size": 13, "class_balanced": True}
+    main(
+        *(
+            "train",
+            "--dataset",
+            "OfficeCaltech10",
+            "--data_dir",
+            ".",
+            "--test_envs",
+            3,
+            "--steps",
+            2,
+            "--output_dir",
+            "run",
+        ),
+        *("--skip_model_save", "--hparams", json.dumps(values)),
+    )
+    record = json.loads((tmp_path / "run/results.jsonl").read_text().splitlines()[-1])
+    assert record["environments"] == list(names) and len(record["data_digest"]) == 16
+    assert all(f"env{index}_{part}_acc" in record for index in range(4) for part in ("in", "out"))
+
+
+def test_real_office_caltech(pacs_dir, tmp_path):
+    if not (pacs_dir / "OfficeCaltech10").is_dir():
+        pytest.skip("real OfficeCaltech10 is not here: it belongs into the same folder as PACS/")
+    ours = get_dataset_class("OfficeCaltech10")
+    assert ours.differences(str(pacs_dir)) == [] and ours.data_digest(str(pacs_dir)) is None
+    built = ours.build(str(pacs_dir), {"image_size": 16, "data_augmentation": False}, 0, tmp_path / "cache")
+    assert [len(env) for env in built.environments] == [958, 1123, 157, 295] and built.num_classes == 10
+    assert torch.bincount(built[2].labels).tolist() == [12, 21, 12, 13, 10, 24, 22, 12, 8, 23]
+
+
+def test_a_part_of_vlcs_is_called_one(tmp_path):
+    make_tree(tmp_path / "VLCS_partial", ("Caltech101", "VOC2007"))
+    ours = get_dataset_class("VLCSPartial")
+    assert ours.environment_names(str(tmp_path)) == ["Caltech101", "VOC2007"]
+    assert len(ours.data_digest(str(tmp_path))) == 16  # so that tables tell it from all of VLCS
+    with pytest.raises(UserError, match="VLCSPartial: there is no folder") as error:
+        ours.check_files(str(tmp_path / "none"))
+    assert "download" not in str(error.value)
+    assert not {"VLCSPartial", "Folder"} & set(default_datasets())

@@ -876,7 +876,8 @@ def test_mnist_tries_mirrors_until_the_checksum_is_right(digits, site, tmp_path,
         urls = tuple(f"{site.url}/{mirror}/{archive.name}" for mirror in ("gone", "bad", "good"))
         public.append(command.Archive(archive.name, urls, archive.md5))
     monkeypatch.setitem(command.ARCHIVES, "MNIST", tuple(public))
-    # RotatedMNIST is made of MNIST's files.
+    # RotatedMNIST is made of MNIST's files, StampedPACS of PACS's.
+    assert verify.dataset_name("StampedPACS") == "PACS"
     assert command.main(["RotatedMNIST", "--data_dir", str(tmp_path)]) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "MNIST/raw").iterdir()} == digits
     told = capsys.readouterr().err
@@ -933,12 +934,20 @@ def test_mnist_verification_names_each_file(digits, tmp_path):
 # Facts and messages ---------------------------------------------------------------------------------------
 
 
+COUNTED = ("VLCS", "PACS", "OfficeHome", "OfficeCaltech10")
+
+
 def test_published_totals():
-    sums = {name: sum(verify.image_tree(name).domain_images.values()) for name in ("VLCS", "PACS", "OfficeHome")}
-    assert sums == {"VLCS": 10_729, "PACS": 9_991, "OfficeHome": 15_588}
+    sums = {name: sum(verify.image_tree(name).domain_images.values()) for name in COUNTED}
+    assert sums == {"VLCS": 10_729, "PACS": 9_991, "OfficeHome": 15_588, "OfficeCaltech10": 2_533}
+    assert verify.image_tree("OfficeCaltech10").domain_images == {
+        **{"amazon": 958, "caltech10": 1_123, "dslr": 157, "webcam": 295}
+    }
     assert sum(verify.DOMAIN_NET_IMAGES.values()) == 586_575
     sizes = {name: len(set(verify.image_tree(name).classes)) for name in verify.DATASETS if name != "MNIST"}
-    assert sizes == {"VLCS": 5, "PACS": 7, "OfficeHome": 65, "TerraIncognita": 10, "DomainNet": 345}
+    assert sizes == {
+        **{"VLCS": 5, "PACS": 7, "OfficeHome": 65, "OfficeCaltech10": 10, "TerraIncognita": 10, "DomainNet": 345}
+    }
     names, duplicates = verify.domain_net_facts()
     assert len(duplicates) == len(set(duplicates)) == 9_431
     assert {each.split("/")[1] for each in duplicates} <= set(names)
@@ -979,6 +988,42 @@ def test_a_partial_vlcs_is_told_by_domain_and_class(whole_vlcs):
         verify.verify("VLCS", whole_vlcs)
     assert f"domainbed-sfp download VLCS --data_dir {whole_vlcs}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_office_caltech_goes_by_its_own_names_and_by_those_of_office_31(tmp_path):
+    files = tree_files(verify.OFFICE_CALTECH_10, "OfficeCaltech10/")
+    write_files(tmp_path, dict.fromkeys(files, b""))
+    assert verify.verify_tree("OfficeCaltech10", tmp_path) == []
+    root = tmp_path / "OfficeCaltech10"
+    (root / "caltech10").rename(root / "caltech")
+    for domain in root.iterdir():
+        (domain / "backpack").rename(domain / "back_pack")
+        (domain / "laptop").rename(domain / "laptop_computer")
+    assert verify.verify_tree("OfficeCaltech10", tmp_path) == []
+    # Labels are positions in the sorted names, so other names must sort to the same place.
+    for other, own in verify.OFFICE_CALTECH_10.synonyms.items():
+        for names in (verify.OFFICE_CALTECH_10.classes, tuple(verify.OFFICE_CALTECH_10.domain_images)):
+            renamed = [other if name == own else name for name in names]
+            assert sorted(renamed) == renamed
+    (root / "dslr/mug/0000.jpg").unlink()
+    (root / "dslr/laptop").mkdir()
+    assert verify.verify_tree("OfficeCaltech10", tmp_path) == [
+        "dslr/laptop: expected 24 images, found 0",
+        "dslr/mug: expected 8 images, found 7",
+        "dslr/laptop_computer: unexpected folder",
+    ]
+
+
+def test_a_data_set_without_an_archive_says_where_it_comes_from(tmp_path):
+    answer = r"Office-31.*Caltech-256.*no public archive.*amazon.*--verify_only"
+    for sources in ([], [str(tmp_path)]):
+        with pytest.raises(UserError, match=answer) as error:
+            command.download("OfficeCaltech10", tmp_path / "data", sources)
+        assert "\n" not in str(error.value)
+    archive = make_zip(tmp_path / "copy.zip", tree_files(verify.OFFICE_CALTECH_10, "some/folder/"))
+    folder = command.download("OfficeCaltech10", tmp_path / "data", [str(archive)])
+    assert folder == tmp_path / "data" / "OfficeCaltech10"
+    assert verify.verify_tree("OfficeCaltech10", tmp_path / "data") == []
 
 
 def test_many_problems_are_ten_and_a_number(tmp_path, capsys):

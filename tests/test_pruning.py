@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from domainbed_sfp import hparams, networks, registry
+from domainbed_sfp.convolutions import SameConv2d
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.pruning.accounting import count_positions, measure_cost, sparsities_of
 from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels
@@ -262,8 +263,8 @@ def test_a_transformed_weight_is_not_prunable():
     assert _removable(chain, a=_conv(), b=_conv(8), c=_conv(8)) == ["a", "b", "c"]
     assert _removable(chain, a=_conv(), b=_conv(8, kind=_Standardised), c=_conv(8)) == ["c"]
     assert _removable(chain, a=_conv(), b=nn.utils.parametrizations.weight_norm(_conv(8)), c=_conv(8)) == ["c"]
-    assert _removable(chain, a=_conv(), b=networks.SameConv2d(8, 8, 3), c=_conv(8)) == ["a", "b", "c"]
-    net = _Net(chain, a=_conv(), b=_conv(8, kind=_Standardised), c=networks.SameConv2d(8, 8, 3))
+    assert _removable(chain, a=_conv(), b=SameConv2d(8, 8, 3), c=_conv(8)) == ["a", "b", "c"]
+    net = _Net(chain, a=_conv(), b=_conv(8, kind=_Standardised), c=SameConv2d(8, 8, 3))
     assert list(prunable_weights(net)) == ["a.weight", "c.weight"]
     with pytest.raises(UserError, match=r"^Sequential has no weights"):
         prunable_weights(nn.Sequential(_conv(kind=_Standardised), nn.ReLU()))

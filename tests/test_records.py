@@ -16,7 +16,16 @@ from runs_on_disk import record, write_run
 from domainbed_sfp import domainbed_facts
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.files import write_atomically
-from domainbed_sfp.records import load_records, load_sweep, read_records, write_records
+from domainbed_sfp.record_lines import end_last_line
+from domainbed_sfp.records import (
+    is_done,
+    last_record,
+    last_step,
+    load_records,
+    load_sweep,
+    read_records,
+    write_records,
+)  # fmt: skip
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -194,3 +203,64 @@ def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
         assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").read_text() == text
     write_atomically(os.devnull, "nothing")
     assert not os.path.isfile(os.devnull)
+
+
+# How users' scripts, editors and other systems leave a file of whole records.
+WHOLE = {
+    "as written": lambda text: text,
+    "no final newline": lambda text: text.removesuffix("\n"),
+    "CRLF": lambda text: text.replace("\n", "\r\n"),
+    "CRLF without the last": lambda text: text.removesuffix("\n").replace("\n", "\r\n"),
+    "blank lines at the end": lambda text: text + "\n \n\r\n",
+    "blank lines between": lambda text: text.replace("\n", "\n\n"),
+    "a byte order mark": lambda text: "\ufeff" + text,
+    "longer than what is read first": lambda text: text + " " * 200_000 + "\n",
+}
+
+
+@pytest.mark.parametrize("how", WHOLE)
+def test_whole_records_are_whole_for_everyone(tmp_path, how):
+    run = write_run(tmp_path, "run", [record((0.1, 0.2, 0.3, 0.4), step=step) for step in (0, 1, 2)])
+    (run / "results.jsonl").write_bytes(WHOLE[how]((run / "results.jsonl").read_text()).encode())
+    (loaded,) = load_records(tmp_path, warn=fail)
+    assert loaded.complete and loaded.steps == [0, 1, 2]
+    assert is_done(run) and last_step(run) == 2
+    (run / "done").unlink()
+    assert not is_done(run) and not load_records(tmp_path, warn=fail)[0].complete
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 3),
+    st.binary(max_size=40) | st.sampled_from([b"{", b"[]\n", b"3", b"{}{}\n", b"\0\0", b'{"a": NaN}']),
+)
+def test_a_run_is_done_where_collect_counts_it(tmp_path_factory, lines, end):
+    root = tmp_path_factory.mktemp("sweep")
+    run = write_run(root, "run", [record((0.1, 0.2, 0.3, 0.4), step=step) for step in range(lines)])
+    with open(run / "results.jsonl", "ab") as file:
+        file.write(end)
+    try:
+        counted = any(loaded.complete for loaded in load_records(root, warn=lambda message: None))
+    except UserError:  # a line that is no record, or none at all: collect says so
+        return
+    assert is_done(run) == counted
+
+
+def test_done_without_records_and_records_without_done(tmp_path):
+    run = write_run(tmp_path, "run", [])
+    assert not is_done(run) and last_step(run) == -1 and last_record(run) is None
+    (run / "results.jsonl").unlink()
+    assert not is_done(run) and last_record(run) is None
+    assert not is_done(tmp_path / "nowhere") and last_step(tmp_path / "nowhere") == -1
+
+
+@pytest.mark.parametrize("end, kept", [("", 2), ("\n", 2), ('\n{"step": 2, "en', 2), ('{"step": 1}', 1), ("\n\n", 2)])
+def test_what_is_appended_is_never_glued_to_what_is_there(tmp_path, end, kept):
+    path = tmp_path / "results.jsonl"
+    end_last_line(path)
+    assert not path.exists()
+    path.write_text('{"step": 0}\n{"step": 1}' + end)
+    end_last_line(path)
+    with open(path, "a") as file:
+        file.write('{"step": 9}\n')
+    assert [one["step"] for one in read_records(path, fail)] == [*range(kept), 9]

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from rich.console import Console
+from safetensors.numpy import save_file
 from test_training import assert_one_line_error
 
+from domainbed_sfp import records
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.sweep import slurm, slurm_batches, slurm_task
 from domainbed_sfp.sweep.jobs import SweepDirectory
@@ -466,7 +468,7 @@ def test_a_run_saves_at_sigusr1_and_continues(main, tmp_path):
     process.send_signal(signal.SIGTERM)  # as SLURM may when it preempts: the save goes on
     _, errors = process.communicate(timeout=60)
     assert process.returncode in (138, 143) and b"continues there" in errors and b"Traceback" not in errors
-    assert 0 < slurm_task.saved_step(tmp_path / "run") <= 200
+    assert 0 < records.saved_step(tmp_path / "run") <= 200
     main(*flags)
     assert "Continuing at step" in (tmp_path / "run" / "out.txt").read_text()
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
@@ -496,7 +498,7 @@ def test_the_table_of_a_watch(sweep, fake, tmp_path, monkeypatch):
     fake.set_state(0, "NODE_FAIL", array="100")
     running = folder_of(batch_of(tmp_path, "101"), 0)
     running.mkdir()
-    (running / "results.jsonl").write_text('{"step": 5, "loss": NaN}\n{"step": 6, "lo')
+    save_file({}, running / records.CHECKPOINT, {"domainbed_sfp": json.dumps({"state": {"step": 6}})})
     jobs = make_jobs(read_spec_of(tmp_path), None)
     watch = Watch(SweepDirectory(tmp_path / "out"), jobs, 1)
     text = io.StringIO()

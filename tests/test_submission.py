@@ -26,7 +26,7 @@ from domainbed_sfp.leaderboard import bundle, entries, mask_headers, rerun, summ
 from domainbed_sfp.leaderboard.commands import entries_of
 from domainbed_sfp.leaderboard.facts import facts_of
 from domainbed_sfp.leaderboard.submit import submit
-from domainbed_sfp.pruning import mask_files
+from domainbed_sfp.pruning import accounting, mask_files
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
 
@@ -1022,7 +1022,7 @@ def test_masks_that_no_network_has_are_not_unpacked(copy, monkeypatch):
 
 def test_a_network_that_is_too_large_is_not_built(made, monkeypatch):
     monkeypatch.setattr(bundle, "MOST_PARAMETERS", 300_000)
-    monkeypatch.setattr(validation.accounting, "count_positions", lambda *args: pytest.fail("the network was built"))
+    monkeypatch.setattr(accounting, "count_positions", lambda *args: pytest.fail("the network was built"))
     words = "line 1.hparams.backbone: expected a network of at most 300,000 parameters, found 371,712"
     assert any(line.startswith("records/") and line.endswith(words) for line in problems(made))
 

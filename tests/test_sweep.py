@@ -407,3 +407,42 @@ def test_an_incomplete_copy_of_a_known_data_set_is_told_and_kept_apart(main, tmp
     assert len(digest) == 16
     assert "is not the published data set" in (run.parent / "err.txt").read_text()
     assert f"data {digest}" in main("collect", "--input_dir", "out", "--selection", "training-domain").stdout
+
+
+def test_delete_incomplete_says_what_it_deletes_and_leaves_what_collect_counts(main, tmp_path, spec_file, monkeypatch):
+    main("sweep", "launch", spec_file, "--output_dir", "out")
+    one, two = job_dirs(tmp_path / "out")
+    for folder in (one, two):
+        text = (folder / "results.jsonl").read_text()
+        (folder / "results.jsonl").write_bytes(text.removesuffix("\n").replace("\n", "\r\n").encode())
+    assert "2 jobs: 2 done" in main("sweep", "status", spec_file, "--output_dir", "out").stdout
+    assert "launch 0 jobs" in main("sweep", "launch", spec_file, "--output_dir", "out").stdout
+    kept = main("sweep", "delete_incomplete", spec_file, "--output_dir", "out", "--skip_confirmation").stdout
+    assert "About to delete 0 jobs: 0 runs, 0 steps, 0.0 MB." in kept and job_dirs(tmp_path / "out") == [one, two]
+    (two / "done").unlink()
+    (two / "model.pkl").write_bytes(bytes(2_500_000))
+    asked = main("sweep", "delete_incomplete", spec_file, "--output_dir", "out", check=False)
+    assert "1 run, 11 steps, 2.5 MB" in asked.stdout and two.name in asked.stdout
+    assert_one_line_error(asked, "--skip_confirmation")
+
+    # Another machine finishes the run while the user thinks.
+    def finish(path):
+        (two / "done").touch()
+        return FileLock(path, timeout=0)
+
+    monkeypatch.setattr("domainbed_sfp.sweep.jobs.FileLock", lambda path, timeout=0: finish(path))
+    late = main("sweep", "delete_incomplete", spec_file, "--output_dir", "out", "--skip_confirmation").stdout
+    assert "Deleted 0 jobs!" in late and "Kept 1" in late and two.is_dir()
+
+
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        (("--n_trials", 10**12), ("jobs", "at most 1,000,000", "n_trials")),
+        (("--n_trials", 10**30), ("--n_trials", "at most")),
+        (("--steps", 2**64), ("--steps", "at most")),
+        (("--jobs", 2**64), ("--jobs", "at most")),
+    ],
+)
+def test_numbers_beyond_all_bounds(main, spec_file, options, parts):
+    assert_one_line_error(main("sweep", "launch", spec_file, "--output_dir", "out", *options, check=False), *parts)

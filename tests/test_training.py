@@ -382,6 +382,10 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
         (("--hparams", '{"sparsity": 0.001}', "--algorithm", "Magnitude"), ("removes nothing", "sparsity")),
         (("--test_envs", "7"), ("--test_envs", "no environment 7", "0 +90%")),
         (("--test_envs", "0", "1", "2"), ("leaves no environment",)),
+        (("--seed", str(2**64)), ("--seed", "at most", str(2**64))),
+        (("--trial_seed", str(2**64)), ("--trial_seed", "at most")),
+        (("--hparams_seed", str(-(2**64))), ("--hparams_seed", "at least")),
+        (("--checkpoint_freq", str(2**64)), ("--checkpoint_freq", "at most")),
         (("--steps", "0"), ("--steps", "at least 1", "0")),
         (("--holdout_fraction", "0"), ("--holdout_fraction", "(0, 1)")),
         (("--dataset", "PACS"), ("--data_dir",)),
@@ -451,7 +455,7 @@ def make_tree(root: Path, environments=("a", "b", "c"), classes=("cat", "dog"), 
             folder.mkdir(parents=True)
             for index in range(n):
                 pixels = rng.integers(0, 90, (size[1], size[0], 3))
-                pixels[..., class_i] += 120 + 10 * env_i
+                pixels[..., class_i % 3] += 120 + 10 * env_i
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
     return root
 

@@ -28,9 +28,9 @@ from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS, ScheduledPruning
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.hparams import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, SHARE, Hparam, Range, one_of
+from domainbed_sfp.introspection import uses_weight_as_is
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.spurious import ConditionalMoments, remove_directions, spurious_directions
-from domainbed_sfp.pruning.structure import uses_weight_as_is
 from domainbed_sfp.registry import register
 
 FLAG_POLICIES = ("loss", "random", "oracle")

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 def _text(args: argparse.Namespace) -> str:
     chosen = _format(args)
     if args.top_hparams:
-        runs = load_records(args.input_dir, warn=_warn, directory_order=True)
+        runs = _runs_for_domainbed(args.input_dir)
         return top_hparams_text(runs, args.dataset, args.algorithm, args.test_env)
     if chosen == _DOMAINBED:
         return _compatible_text(args)
@@ -146,7 +146,7 @@ def _compatible_text(args: argparse.Namespace) -> str:
     for option in ("selection", "published"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option} does not go with --format {_DOMAINBED}, which prints what DomainBed prints")
-    runs = load_records(args.input_dir, warn=_warn, directory_order=True)
+    runs = _runs_for_domainbed(args.input_dir)
     text = domainbed_text(runs, latex=args.latex)
     _warn_of_conventions(runs)
     beside = Path(args.input_dir) / ("results.tex" if args.latex else "results.txt")
@@ -155,6 +155,18 @@ def _compatible_text(args: argparse.Namespace) -> str:
     except OSError as error:
         _warn(f"{beside} is not written: {error.strerror}")
     return text
+
+
+def _runs_for_domainbed(input_dir: str) -> list[Run]:
+    """All runs, for the formats in which every checkpoint is a candidate: it must have been evaluated then."""
+    runs = load_records(input_dir, warn=_warn, directory_order=True)
+    for run in runs:
+        if run.evaluate != "all" and run.steps[0] != 0:
+            raise UserError(
+                f"{Path(input_dir) / run.directory}: DomainBed's rules choose among all checkpoints, and this run has "
+                "records only of those at final compression (--evaluate final); use another format, or train without it"
+            )
+    return runs
 
 
 def _warn_of_conventions(runs: list[Run]) -> None:

@@ -1,8 +1,8 @@
 """One row of the tables against others: pairs over environments and trials, and ranks over data sets.
 
 A pair is two runs of one data set with the same test environment and trial seed, so with the same splits, where the
-images are files; digits (protocol.MNIST_LIKE) are made anew by a run's seed, which depends on its algorithm. What is
-compared is what the selection rule chose, as in the tables.
+images are files; some sets (protocol.is_dealt_by_seed) are made anew by a run's seed, which depends on its algorithm.
+What is compared is what the selection rule chose, as in the tables.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from .display import ABSENT, MISSING, RECONSTRUCTION_NOTE, Grid, Shown, daggered
 from .html_page import html_of
 from .latex import latex_of
 from .markdown import markdown_of
-from .protocol import MNIST_LIKE
+from .protocol import MNIST_LIKE, is_dealt_by_seed
 from .statistics import CONFIDENCE, RESAMPLES, Interval, PairedTest
 from .tables import RECONSTRUCTION
 
@@ -33,10 +33,10 @@ _FILE_PAIRS = (
     "environments share training data. Intervals and p-values speak of other seeds, less of other environments, "
     "for which they are optimistic."
 )
-_DIGIT_PAIRS = (
-    "Each run's seed, which depends on its algorithm, deals the digits out to the environments and makes their "
+_DEALT_PAIRS = (
+    "Each run's seed, which depends on its algorithm, deals the {what} out to the environments and makes their "
     "attributes: rows of different algorithms were not trained and tested on the same images, so pairing them takes "
-    "out no variance. Pairs are independent but for the digits all are drawn from."
+    "out no variance. Pairs are independent but for the {what} all are drawn from."
 )
 
 _COLUMNS = (
@@ -205,6 +205,12 @@ def _table_grid(table: TableComparison) -> Grid:
     )
 
 
+def _pairs_note(dataset: str) -> str:
+    if not is_dealt_by_seed(dataset):
+        return _FILE_PAIRS
+    return _DEALT_PAIRS.format(what="digits" if dataset in MNIST_LIKE else "images")
+
+
 def _table_notes(table: TableComparison) -> list[str]:
     tests = [one.test for one in table.comparisons]
     count = sum(test.p_t is not None for test in tests)
@@ -218,7 +224,7 @@ def _table_notes(table: TableComparison) -> list[str]:
         "p (t): two-sided paired t-test, the primary test, because few trials leave a Wilcoxon test no p that is small "
         f"(at best 2/2^n of n pairs). p (Holm): the same, corrected for {count} test{'' if count == 1 else 's'}. "
         "p (Wilcoxon): two-sided signed-rank test, exact, equal pairs dropped, not corrected.",
-        _DIGIT_PAIRS if table.table.dataset in MNIST_LIKE else _FILE_PAIRS,
+        _pairs_note(table.table.dataset),
     ]
     summaries = [table.row, *(one.other for one in table.comparisons)]
     if any(summary.average is None for summary in summaries):

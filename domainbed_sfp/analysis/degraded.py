@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, unknown_name
 from ..files import write_output
-from ..records import DONE, RESULTS, Warn, read_records
+from ..records import RESULTS, Warn, is_done, last_record
 from .display import ABSENT, RECONSTRUCTION_NOTE, daggered
-from .jobs import Method, label_methods, method_of
+from .methods import Method, alike, label_methods, method_of
 from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
 from .statistics import paired_test
 from .tables import RECONSTRUCTION
@@ -103,28 +103,14 @@ def cases_of(input_dir: str | Path, warn: Warn) -> list[Case]:
     files = sorted(root.glob(f"*/{RESULTS}")) or sorted(root.glob(RESULTS))
     if not files:
         raise UserError(f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}")
+    runs = list(_degraded_runs(files, warn))
+    same = alike(method for method, _, _ in runs)
     found: list[tuple[Method, str, Mapping[str, Any]]] = []
     known: dict[tuple[Any, ...], Path] = {}
     seeds: dict[tuple[Method, str], set[int]] = defaultdict(set)
-    for file in files:
-        if not (file.parent / DONE).exists():
-            warn(f"{file.parent}: not finished, left out")
-            continue
-        try:
-            last: dict[str, Any] = next(iter(reversed(list(read_records(file, warn)))), {})
-            if not any(_FIELD.fullmatch(name) for name in last):
-                continue
-            args = last["args"]
-            method = method_of(args["algorithm"], args.get("hparams"), args.get("steps"), args["dataset"])
-            key = (method, args["dataset"], *(str(args[name]) for name in SEEDS))
-            list(_cases("", "", last))
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{file} holds a record that is not one of DomainBed's or ours ({type(error).__name__}: {error}); move "
-                "it out of --input_dir"
-            ) from error
+    for spelled, file, last in runs:
+        args, method = last["args"], same[spelled]
+        key = (method, args["dataset"], *(str(args[name]) for name in SEEDS))
         if key in known:
             warn(f"{file.parent} is the same run as {known[key]}, left out")
             continue
@@ -148,6 +134,30 @@ def cases_of(input_dir: str | Path, warn: Warn) -> list[Case]:
     return [
         case for method, run, record in found for case in _cases(labels[record["args"]["dataset"]][method], run, record)
     ]
+
+
+def _degraded_runs(files: Iterable[Path], warn: Warn) -> Iterator[tuple[Method, Path, dict[str, Any]]]:
+    """Method, file and last record of each finished run that was evaluated on degraded copies."""
+    for file in files:
+        try:
+            last = last_record(file.parent)
+            if last is None or not is_done(file.parent):
+                warn(f"{file.parent}: not finished, left out")
+                continue
+            if not any(_FIELD.fullmatch(name) for name in last):
+                continue
+            args = last["args"]
+            method = method_of(args["algorithm"], args.get("hparams"), args.get("steps"), args["dataset"])
+            [str(args[name]) for name in SEEDS]
+            list(_cases("", "", last))
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{file} holds a record that is not one of DomainBed's or ours ({type(error).__name__}: {error}); move "
+                "it out of --input_dir"
+            ) from error
+        yield method, file, last
 
 
 def _cases(row: str, run: str, record: Mapping[str, Any]) -> Iterator[Case]:

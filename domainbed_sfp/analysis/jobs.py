@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..domainbed_facts import ALGORITHMS, DEFAULT_STEPS, ENVIRONMENTS
+from ..domainbed_facts import DEFAULT_STEPS
 from ..errors import UserError
 from ..records import SWEEP, Run, load_failure, load_sweep
+from .methods import Method, alike, label_methods, method_of
 
 # Arguments that two runs of one job must share, beside those which make the job and its method.
 _SHARED_ARGS = ("holdout_fraction", "uda_holdout_fraction", "task")
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A row of a table: an algorithm with the settings it was given (`--hparams` and `--steps`), as JSON
-    texts."""
-
-    algorithm: str
-    settings: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +40,21 @@ class Account:
     notes: list[str] = field(default_factory=list)
 
 
-def take_account(runs: Sequence[Run], input_dir: str | Path, *, include_incomplete: bool) -> Account:
+def take_account(runs: Sequence[Run], input_dir: str | Path | None, *, include_incomplete: bool) -> Account:
     """Sorts out the runs of a directory: repeated records, incomplete runs, checkpoints before final
     compression.
 
-    The jobs expected are those of sweep.json, else every combination of the methods, test environments, trial
-    seeds and hparams seeds seen on a data set. Raises UserError when two directories hold the same job under
-    different protocols.
+    The jobs expected are those of the sweep.json in `input_dir`, else every combination of the methods, test
+    environments, trial seeds and hparams seeds seen on a data set. Raises UserError when two directories hold the same
+    job under different protocols.
     """
     account = Account()
-    found = _merge_repeats(runs, account.notes)
-    sweep = load_sweep(input_dir)
-    expected = _grid(found) if sweep is None else _listed(found, sweep, Path(input_dir), account.notes)
+    root = None if input_dir is None else Path(input_dir)
+    sweep = None if root is None else load_sweep(root)
+    entries = [] if root is None or sweep is None else _entries(sweep, root)
+    same = alike([*map(_method_of, runs), *(method for _, method in entries)])
+    found = _merge_repeats(runs, same, account.notes)
+    expected = _grid(found) if root is None or sweep is None else _listed(found, entries, same, root, account.notes)
     left_out = dropped = shortened = 0
     for job, run in found.items():
         if not run.complete and not include_incomplete:
@@ -90,46 +84,26 @@ def take_account(runs: Sequence[Run], input_dir: str | Path, *, include_incomple
     return account
 
 
-def label_methods(methods: Iterable[tuple[str, Method]]) -> dict[str, dict[Method, str]]:
-    """Names for the rows of each data set, in the order of its table, from (data set, method) pairs.
-
-    An algorithm seen with one set of settings goes by its name; otherwise the settings that differ within some data set
-    are added, as in `Magnitude (sparsity=0.3)`, where they were given: by its bare name goes the row that has the
-    defaults of all of them. What differs between data sets alone, as steps may, names no row. DomainBed's algorithms
-    come first, in its order.
-    """
-    found: dict[str, dict[str, dict[Method, dict[str, str]]]] = {}
-    for dataset, method in methods:
-        found.setdefault(method.algorithm, {}).setdefault(dataset, {})[method] = dict(method.settings)
-    labels: dict[str, dict[Method, str]] = {}
-    for algorithm in sorted(found, key=algorithm_order):
-        differing = sorted({name for settings in found[algorithm].values() for name in _differing(settings.values())})
-        for dataset, settings in found[algorithm].items():
-            for method in sorted(settings, key=lambda method: _sort_key(settings[method], differing)):
-                own = settings[method]
-                shown = [name + "=" + own[name].strip('"') for name in differing if name in own]
-                labels.setdefault(dataset, {})[method] = f"{algorithm} ({', '.join(shown)})" if shown else algorithm
-    return labels
-
-
-def _differing(settings: Collection[Mapping[str, str]]) -> list[str]:
-    names = {name for values in settings for name in values}
-    return [name for name in names if len({values.get(name) for values in settings}) > 1]
+def row_labels(runs: Sequence[Run]) -> list[str]:
+    """The name that each run's row has in the tables."""
+    jobs, labels = _labelled(runs)
+    return [labels[job.dataset][job.method] for job in jobs]
 
 
 def rows_of_algorithms(runs: Iterable[Run]) -> dict[tuple[str, str], list[str]]:
     """By data set and algorithm, the names of the rows that its runs have in the tables."""
-    jobs = [_job_of(run) for run in runs]
     rows: dict[tuple[str, str], list[str]] = {}
-    for dataset, of_dataset in label_methods((job.dataset, job.method) for job in jobs).items():
+    for dataset, of_dataset in _labelled(list(runs))[1].items():
         for method, label in of_dataset.items():
             rows.setdefault((dataset, method.algorithm), []).append(label)
     return rows
 
 
-def algorithm_order(name: str) -> tuple[int, str]:
-    """Sorts algorithms as DomainBed does, and those it does not know behind them by name."""
-    return (ALGORITHMS.index(name), "") if name in ALGORITHMS else (len(ALGORITHMS), name)
+def _labelled(runs: Sequence[Run]) -> tuple[list[Job], dict[str, dict[Method, str]]]:
+    """What each run computes, and the names of the rows of each data set."""
+    same = alike(map(_method_of, runs))
+    jobs = [_job_of(run, same) for run in runs]
+    return jobs, label_methods((job.dataset, job.method) for job in jobs)
 
 
 def explain_missing(
@@ -181,10 +155,10 @@ def number_ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
-def _merge_repeats(runs: Sequence[Run], notes: list[str]) -> dict[Job, Run]:
+def _merge_repeats(runs: Sequence[Run], same: Mapping[Method, Method], notes: list[str]) -> dict[Job, Run]:
     in_directory: dict[tuple[Job, str], list[Run]] = {}
     for run in runs:
-        in_directory.setdefault((_job_of(run), run.directory), []).append(run)
+        in_directory.setdefault((_job_of(run, same), run.directory), []).append(run)
     found: dict[Job, Run] = {}
     repeated: Counter[str] = Counter()
     superseded: list[str] = []
@@ -246,12 +220,12 @@ def _concatenate(rows: list[Run], last: Run) -> Run:
 
 def _compare(one: Run, two: Run) -> tuple[Run, Run]:
     """Two directories with the same job: the better is complete, or trained longer, or has the later name."""
-    for name in _SHARED_ARGS:
-        if one.args.get(name) != two.args.get(name):
+    shared = {f"args.{name}": (one.args.get(name), two.args.get(name)) for name in _SHARED_ARGS}
+    for name, (first, second) in {**shared, "args.evaluate": (one.evaluate, two.evaluate)}.items():
+        if first != second:
             raise UserError(
                 f"two different sweeps in one directory: {one.directory} and {two.directory} are the same "
-                f"job but for args.{name} ({one.args.get(name)!r} and {two.args.get(name)!r}); "
-                "collect them apart"
+                f"job but for {name} ({first!r} and {second!r}); collect them apart"
             )
     if one.in_acc.shape[1] != two.in_acc.shape[1]:
         raise UserError(
@@ -262,27 +236,18 @@ def _compare(one: Run, two: Run) -> tuple[Run, Run]:
     return worse, better
 
 
-def _job_of(run: Run) -> Job:
+def _method_of(run: Run) -> Method:
     try:
-        method = method_of(run.algorithm, run.args.get("hparams"), run.args.get("steps"), run.dataset)
+        return method_of(run.algorithm, run.args.get("hparams"), run.args.get("steps"), run.dataset)
     except ValueError as error:
         raise UserError(
             f"{run.directory}: args.hparams is {run.args.get('hparams')!r}; expected a JSON object"
         ) from error
-    return Job(run.dataset, method, run.test_envs, run.hparams_seed, run.trial_seed)
 
 
-def method_of(algorithm: str, hparams: str | dict[str, Any] | None, steps: int | None, dataset: str) -> Method:
-    """The row of a run with these arguments. Raises ValueError for hparams that are no JSON object."""
-    overrides = json.loads(hparams) if isinstance(hparams, str) else hparams or {}
-    if not isinstance(overrides, dict):
-        raise ValueError(overrides)
-    settings = {name: json.dumps(value, sort_keys=True) for name, value in overrides.items()}
-    if steps is None and dataset in ENVIRONMENTS:
-        steps = DEFAULT_STEPS
-    if steps is not None:
-        settings["steps"] = str(steps)
-    return Method(algorithm, tuple(sorted(settings.items())))
+def _job_of(run: Run, same: Mapping[Method, Method]) -> Job:
+    test_envs = tuple(sorted(run.test_envs))
+    return Job(run.dataset, same[_method_of(run)], test_envs, run.hparams_seed, run.trial_seed)
 
 
 def _grid(found: dict[Job, Run]) -> dict[Job, str]:
@@ -302,12 +267,9 @@ def _grid(found: dict[Job, Run]) -> dict[Job, str]:
     return dict.fromkeys(jobs, "not started")
 
 
-def _listed(found: dict[Job, Run], sweep: dict[str, Any], root: Path, notes: list[str]) -> dict[Job, str]:
-    by_directory = {run.directory: job for job, run in found.items()}
-    # A run may record the steps that sweep.json leaves to the data set's default: jobs of one data set
-    # that are listed alike share the method that any one of their runs shows.
-    shown: dict[tuple[str, Method], Method] = {}
-    listed = []
+def _entries(sweep: dict[str, Any], root: Path) -> list[tuple[dict[str, Any], Method]]:
+    """The jobs that sweep.json lists, with their methods."""
+    entries = []
     for entry in sweep["jobs"]:
         try:
             method = method_of(entry["algorithm"], entry.get("hparams"), entry.get("steps"), entry["dataset"])
@@ -315,31 +277,36 @@ def _listed(found: dict[Job, Run], sweep: dict[str, Any], root: Path, notes: lis
             raise UserError(
                 f"{root / SWEEP}: job {entry['name']} has hparams {entry['hparams']!r}; expected a JSON object"
             ) from error
+        entries.append((entry, method))
+    return entries
+
+
+def _listed(
+    found: dict[Job, Run],
+    entries: Sequence[tuple[dict[str, Any], Method]],
+    same: Mapping[Method, Method],
+    root: Path,
+    notes: list[str],
+) -> dict[Job, str]:
+    by_directory = {run.directory: job for job, run in found.items()}
+    # A run may record the steps that sweep.json leaves to the data set's default: jobs of one data set
+    # that are listed alike share the method that any one of their runs shows.
+    shown: dict[tuple[str, Method], Method] = {}
+    listed = [(entry, same[method]) for entry, method in entries]
+    for entry, method in listed:
         if entry["name"] in by_directory:
             shown[entry["dataset"], method] = by_directory[entry["name"]].method
-        listed.append((entry, method))
     expected = {}
     for entry, method in listed:
         seeds = entry["hparams_seed"], entry["trial_seed"]
         method = shown.get((entry["dataset"], method), method)
-        job = Job(entry["dataset"], method, tuple(entry["test_envs"]), *seeds)
+        job = Job(entry["dataset"], method, tuple(sorted(entry["test_envs"])), *seeds)
         directory = root / entry["name"]
         expected[job] = load_failure(directory) or ("started, no record yet" if directory.exists() else "not started")
     strangers = sum(job not in expected for job in found)
     if strangers:
         notes.append(f"{_count(strangers, 'run')} counted that {SWEEP} does not list.")
     return expected
-
-
-def _sort_key(settings: dict[str, str], names: list[str]) -> list[tuple[int, float, str]]:
-    key = []
-    for name in names:
-        text = settings.get(name, "")
-        try:
-            key.append((0, float(text), ""))
-        except ValueError:
-            key.append((1, 0.0, text))
-    return key
 
 
 def _environment_set(envs: tuple[int, ...], environments: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from .comparison import measured_rows, rank_rows, ranking_notes
-from .jobs import Method, label_methods
+from .methods import Method, label_methods
 from .statistics import Ranking, friedman_nemenyi
 from .tables import Cell, Report, Table, average_of, tested_environments
 

@@ -41,10 +41,12 @@ class Conditions:
     holdout_fraction: float
     precision: str
     task: str
+    # Checkpoints that have records: "all", or "final", those that selection may choose.
+    evaluate: str
     data_augmentation: bool
     class_balanced: bool
     nonlinear_classifier: bool
-    # PUBLISHED, or what tells images from others under the data set's name.
+    # PUBLISHED, or what tells images from others under the data set's name, and what is stamped on them.
     data: str
 
 
@@ -79,6 +81,8 @@ class Protocol:
         ]
         if set(shown["task"].split("/")) != {"domain_generalization"}:
             parts.append(f"task {shown['task']}")
+        if shown["evaluate"] != "all":
+            parts.append(f"checkpoints evaluated {shown['evaluate']}")
         if shown["data"] != PUBLISHED:
             parts.append(f"data {shown['data']}")
         for name, usual in _USUAL.items():
@@ -155,9 +159,20 @@ def conditions_of(run: Run) -> Conditions:
         run.args.get("holdout_fraction", 0.2),
         run.facts.get("precision", "fp32"),
         run.args.get("task", "domain_generalization"),
+        run.evaluate,
         **{name: bool(run.hparams.get(name, usual)) for name, usual in _USUAL.items()},
-        data=run.facts.get("data_digest") or PUBLISHED,
+        data=_data(run),
     )
+
+
+def _data(run: Run) -> str:
+    data = str(run.facts.get("data_digest") or PUBLISHED)
+    return f"{data}, stamp {run.hparams['stamp']}" if "stamp" in run.hparams else data
+
+
+def is_dealt_by_seed(dataset: str) -> bool:
+    """Whether a run's seed deals the samples out to the environments and draws what they look like."""
+    return dataset in MNIST_LIKE or dataset.startswith("Stamped")
 
 
 def _image_size(run: Run) -> int | None:
@@ -200,11 +215,13 @@ def backbone_of(run: Run) -> str:
 
 
 def weights_of(run: Run) -> str:
-    """What training began from: "imagenet", "none", or the name of a file."""
+    """What training began from: "imagenet", "none", or the name of a file, with its hash where records have it."""
     chosen = str(run.hparams.get("weights", "imagenet"))
     weights = PurePath(chosen).name
     if weights != chosen and weights in ("imagenet", "none"):
         return f"file {weights}"
+    if "weights_digest" in run.facts:
+        return f"{weights} (hash {run.facts['weights_digest']})"
     # There are none of ImageNet for it: unless a file is named, it begins at random.
     return "none" if weights == "imagenet" and backbone_of(run).startswith("MNIST_CNN") else weights
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, unknown_name
 from ..files import write_output
 from ..records import RESULTS, Warn, read_records
-from .jobs import method_of
+from .methods import method_of, plain_number
 from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def agreement_rows(input_dir: str | Path, warn: Warn) -> list[Row]:
     if not rows:
         raise UserError(
             f"--input_dir {root}: no record of its {len(files)} runs tells how far rankings agree; GlobalPru's do, "
-            "between the vote and the first pruning (hparams vote_at, prune_start; --checkpoint_freq)"
+            "between the vote and the first pruning (hparams vote_at, prune_start; --checkpoint_freq, --evaluate all)"
         )
     return rows
 
@@ -82,7 +82,7 @@ def agreement_rows(input_dir: str | Path, warn: Warn) -> list[Row]:
 def _method(args: Mapping[str, Any]) -> dict[str, Any]:
     """All by which a run's method may differ from another's, by name."""
     method = method_of(args["algorithm"], args.get("hparams"), args.get("steps"), args["dataset"])
-    return {**dict(method.settings), "hparams_seed": args["hparams_seed"]}
+    return {**{name: plain_number(text) for name, text in method.settings}, "hparams_seed": args["hparams_seed"]}
 
 
 def _rows(run: str, record: Mapping[str, Any]) -> Iterator[Row]:

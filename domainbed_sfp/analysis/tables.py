@@ -14,7 +14,8 @@ import numpy as np
 
 from ..domainbed_facts import DATASETS, ENVIRONMENTS
 from ..records import COST_FIELDS, SPARSITY_ASKED, Run
-from .jobs import Account, Job, Method, algorithm_order, explain_missing, label_methods
+from .jobs import Account, Job, explain_missing
+from .methods import Method, algorithm_order, label_methods
 from .protocol import Protocol, protocol_of
 from .published import PublishedRow, matching_rows
 from .selection import Choice, Rule, choose

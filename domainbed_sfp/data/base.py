@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +15,21 @@ from torch import Tensor
 
 from domainbed_sfp.data import augmentation
 from domainbed_sfp.errors import UserError, unknown_name
+from domainbed_sfp.hparams import Hparam
 
 # Images a batch of an evaluation.
 EVALUATION_BATCH = 256
+
+
+class StoredImages(Protocol):
+    """Photographs that are read when asked for: a memory map, or what makes them of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W, 3)."""
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """The images at `indices`: uint8 [n, H, W, 3]."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +44,9 @@ class Environment:
     """
 
     name: str
-    images: np.ndarray | Tensor
+    images: StoredImages | Tensor
     labels: Tensor
-    training_images: np.ndarray | None = None
+    training_images: StoredImages | None = None
     sizes: Tensor | None = None
     aligned: Tensor | None = None
 
@@ -43,12 +55,12 @@ class Environment:
 
     @property
     def is_photographic(self) -> bool:
-        return isinstance(self.images, np.ndarray)
+        return not isinstance(self.images, Tensor)
 
     def gather(self, indices: np.ndarray, for_crops: bool = False) -> Tensor:
         """The stored images at `indices` as a tensor [n, C, H, W]; uint8 where they are photographs, then at the
         larger size `for_crops`."""
-        if isinstance(self.images, np.ndarray):
+        if not isinstance(self.images, Tensor):
             source = self.training_images if for_crops and self.training_images is not None else self.images
             # A permuted NHWC array is a channels_last tensor: no copy is needed to get there.
             return torch.from_numpy(source[indices]).permute(0, 3, 1, 2)
@@ -63,6 +75,7 @@ class Dataset:
     IMAGE_SIZE: side of the square input, pixels, unless hparam `image_size` says otherwise.
     SMALL_IMAGES: MNIST-like, trained from scratch: decides the ranges of lr, weight decay and batch size.
     EMBEDDED: needs no files.
+    HPARAMS: hparams that runs on this data set have besides the usual, or in place of them.
     """
 
     ENVIRONMENTS: ClassVar[list[str] | None] = None
@@ -71,6 +84,7 @@ class Dataset:
     IMAGE_SIZE: ClassVar[int] = 224
     SMALL_IMAGES: ClassVar[bool] = False
     EMBEDDED: ClassVar[bool] = False
+    HPARAMS: ClassVar[Mapping[str, Hparam]] = {}
 
     environments: list[Environment]
     input_shape: tuple[int, int, int]
@@ -82,7 +96,7 @@ class Dataset:
 
         Args:
             data_dir: DomainBed's root of all data sets; may be None for embedded sets.
-            hparams: `image_size` is used, and `data_augmentation` by sets of photographs.
+            hparams: `image_size` is used, `data_augmentation` by sets of photographs, and what HPARAMS names.
             seed: the run's `--seed`, which in DomainBed also decides how MNIST is dealt out and coloured.
             cache_dir: where decoded photographs are kept; None for the default place.
 

@@ -108,6 +108,11 @@ ARCHIVES: dict[str, tuple[Archive, ...]] = {
     ),
 }
 
+# Where a data set without a public archive comes from.
+ORIGINS = {
+    "OfficeCaltech10": "the ten classes of Office-31 (Saenko et al. 2010: amazon, dslr, webcam) and Caltech-256",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
@@ -208,10 +213,14 @@ def _build(dataset: str, folder: Path, sources: list[str], fetched: Path) -> Non
 
 def _gather(dataset: str, sources: list[str], fetched: Path) -> list[Path]:
     """The archives as files on this machine: the public ones, or `sources`."""
-    public = ARCHIVES[dataset]
+    public = ARCHIVES.get(dataset, ())
+    if not sources and not public:
+        raise UserError(_no_archive(dataset))
     if not sources:
         return [_first_that_works(archive, fetched) for archive in public]
     given = [each for source in sources for each in _expanded(dataset, source)]
+    if not public:
+        return [fetch(source, fetched, source_name(source).strip(".") or dataset) for source in given]
     by_name = {_plain_name(source_name(source)): source for source in given}
     wanted = {_plain_name(archive.name): archive for archive in public}
     # One archive of any name may hold the whole data set; several must be the public ones, told by name.
@@ -223,6 +232,16 @@ def _gather(dataset: str, sources: list[str], fetched: Path) -> list[Path]:
         wrong = f"--from lacks {', '.join(missing)}" if missing else f"{', '.join(unknown)} is none of them"
         raise UserError(f"{dataset} is made of {len(public)} files: {wrong}")
     return [fetch(by_name[name], fetched, source_name(by_name[name])) for name in wanted]
+
+
+def _no_archive(dataset: str) -> str:
+    """That there is nothing to fetch, what the images are, and where they belong."""
+    tree = image_tree(dataset)
+    assert tree is not None
+    return (
+        f"{dataset} ({ORIGINS[dataset]}) has no public archive of known contents; pass a copy with --from, or put the "
+        f"images into DATA_DIR/{tree.folder}/<{'|'.join(tree.domain_images)}>/<class>/ and check with --verify_only"
+    )
 
 
 def _first_that_works(archive: Archive, fetched: Path) -> Path:
@@ -242,6 +261,8 @@ def _expanded(dataset: str, source: str) -> list[str]:
     path = local_path(source)
     if path is None or not path.is_dir():
         return [source]
+    if dataset not in ARCHIVES:
+        raise UserError(f"--from {path} is a folder: name the archives in it; {_no_archive(dataset)}")
     names = {_plain_name(archive.name) for archive in ARCHIVES[dataset]}
     found = sorted(str(each) for each in path.iterdir() if each.is_file() and _plain_name(each.name) in names)
     if not found:

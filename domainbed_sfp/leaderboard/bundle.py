@@ -25,7 +25,7 @@ from domainbed_sfp.leaderboard import entries
 from domainbed_sfp.leaderboard.entries import list_of, object_of, or_null
 from domainbed_sfp.leaderboard.plain_files import open_plain
 from domainbed_sfp.leaderboard.schema import Problem
-from domainbed_sfp.training import TrainArgs
+from domainbed_sfp.training import EVALUATIONS, TrainArgs
 
 FORMAT = 1
 SUBMISSION = "submission.json"
@@ -119,6 +119,7 @@ _NEWER_ARGS: dict[str, Any] = {
     for name in TrainArgs.__dataclass_fields__
     if name not in _KNOWN_ARGS and name != "cache_dir"
 }
+_NEWER_ARGS["evaluate"] = {"enum": list(EVALUATIONS)}
 ARGS_SCHEMA = object_of({**_KNOWN_ARGS, **_NEWER_ARGS}, optional=tuple(_NEWER_ARGS))
 
 # The finished model on degraded copies of a test environment; what else is there, the method has measured.
@@ -162,8 +163,9 @@ RECORD_SCHEMA: dict[str, Any] = {
             "standing": {"enum": list(entries.STANDINGS)},
             "step": entries.COUNT,
             "surviving_parameters": entries.COUNT,
+            "weights_digest": {"type": "string", "pattern": "^[0-9a-f]{12}$"},
         },
-        optional=("code", "granularity", "masks"),
+        optional=("code", "granularity", "masks", "weights_digest"),
     ),
     "maxProperties": 1000,
     "propertyNames": {"maxLength": 120},

@@ -13,6 +13,8 @@ from typing import Any
 import jsonschema
 import jsonschema.validators
 
+from domainbed_sfp.strict_json import unique_names
+
 # Longer values are cut where a problem tells them.
 SHOWN = 160
 # So many problems of one document are told: a document of nothing else must not fill the memory.
@@ -79,14 +81,10 @@ def parse(data: bytes) -> Any:
         number = float(text)
         return number if math.isfinite(number) else constant(text)
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("an object has one name twice")
-        return found
-
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=constant, parse_float=finite, object_pairs_hook=unique)
+        value = json.loads(
+            data.decode("utf-8"), parse_constant=constant, parse_float=finite, object_pairs_hook=unique_names
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
     _refuse_unusable(value)

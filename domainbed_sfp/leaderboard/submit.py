@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_sfp import records
-from domainbed_sfp.analysis.jobs import Account, Method, explain_missing, label_methods, take_account
+from domainbed_sfp.analysis.jobs import Account, explain_missing, take_account
+from domainbed_sfp.analysis.methods import Method, label_methods
 from domainbed_sfp.analysis.tables import environment_names
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.files import write_atomically
-from domainbed_sfp.hparams import parse_overrides
+from domainbed_sfp.hparams import checked_overrides, recorded_overrides
 from domainbed_sfp.leaderboard import bundle, summary, validation
 from domainbed_sfp.leaderboard.schema import problems_of
 from domainbed_sfp.leaderboard.summary import SubmittedRun
@@ -144,9 +145,11 @@ def _forget_places(record: dict[str, Any]) -> None:
         args[name] = None
     if "hparams" in record:
         record["hparams"] = bundle.without_places(record["hparams"])
-    overrides = parse_overrides(args.get("hparams"))
-    if (plain := bundle.without_places(overrides)) != overrides:
-        args["hparams"] = json.dumps(plain)
+    overrides = recorded_overrides(args.get("hparams"))
+    # Runs of earlier versions may say 8.0 where others say 8; in a bundle all runs of a row say the same.
+    plain = bundle.without_places(checked_overrides(args["algorithm"], args["dataset"], overrides))
+    if json.dumps(plain) != json.dumps(overrides):
+        args["hparams"] = json.dumps(plain, sort_keys=True)
 
 
 def _take_masks(input_dir: Path, runs: list[SubmittedRun], part: Path) -> None:

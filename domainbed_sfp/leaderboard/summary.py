@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from domainbed_sfp import registry
-from domainbed_sfp.analysis.jobs import Account, Job, Method
+from domainbed_sfp.analysis.jobs import Account, Job
+from domainbed_sfp.analysis.methods import Method
 from domainbed_sfp.analysis.protocol import conditions_of
 from domainbed_sfp.analysis.selection import RULES, Choice
 from domainbed_sfp.analysis.tables import Row, build_report
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.hparams import parse_overrides
+from domainbed_sfp.hparams import recorded_overrides
 from domainbed_sfp.leaderboard.bundle import FORMAT
 from domainbed_sfp.leaderboard.entries import EntryCell, Result, Trial, result_as_json
 from domainbed_sfp.records import Run
@@ -65,7 +66,7 @@ def document_of(name: str, runs: Sequence[SubmittedRun], claimed: Mapping[str, A
         "format": FORMAT,
         "name": name,
         "algorithm": first.run.algorithm,
-        "settings": parse_overrides(first.run.args["hparams"]),
+        "settings": recorded_overrides(first.run.args["hparams"]),
         **described,
         "datasets": {
             dataset: {

@@ -26,9 +26,10 @@ SAMPLING = {"data_augmentation": True, "class_balanced": False}
 def reasons_for_open(dataset: str, protocol: Mapping[str, Any], runs: Sequence[Run]) -> Iterator[str]:
     """Why a submission is not of the closed track; nothing where it is.
 
-    Closed: the data set's own number of steps and steps between checkpoints (more checkpoints are more to select from)
-    and DomainBed's held-out fraction; DomainBed's backbone for it with its usual weights; photographs at 224 px; plain
-    sampling with DomainBed's augmentation; every environment tested, in at least TRIALS trials.
+    Closed: the data set's own number of steps and steps between checkpoints (more checkpoints are more to select from),
+    all of them evaluated, and DomainBed's held-out fraction; DomainBed's backbone for it with its usual weights;
+    photographs at 224 px; plain sampling with DomainBed's augmentation; every environment tested, in at least TRIALS
+    trials.
     """
     cls = get_dataset_class(dataset)
     backbones, weights = (SMALL_IMAGES, "none") if cls.SMALL_IMAGES else (PHOTOGRAPHS, "imagenet")
@@ -49,6 +50,8 @@ def reasons_for_open(dataset: str, protocol: Mapping[str, Any], runs: Sequence[R
         yield f"{protocol['image_size']} px images, closed takes {cls.IMAGE_SIZE}"
     if protocol["holdout_fraction"] != HOLDOUT_FRACTION:
         yield f"held-out fraction {protocol['holdout_fraction']}, closed takes {HOLDOUT_FRACTION}"
+    if any(run.evaluate != "all" for run in runs):
+        yield "not every checkpoint evaluated, closed takes --evaluate all"
     if kept := {run.args.get("uda_holdout_fraction", 0) for run in runs} - {0}:
         yield f"unlabelled fraction {', '.join(map(str, sorted(kept)))} left out of the tests, closed takes 0"
     if protocol["task"] != "domain_generalization":

@@ -11,16 +11,15 @@ import operator
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from domainbed_sfp.channel_gates import ChannelGate
-from domainbed_sfp.depthwise import DepthwiseConv2d
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.networks import SameConv2d
+from domainbed_sfp.introspection import LayerTracer, uses_weight_as_is
 
 
 @dataclass(frozen=True)
@@ -92,19 +91,6 @@ _UNKNOWN = _Layout()
 _MAP = _Layout(axis=1, rank=4)
 
 
-class _LayerTracer(fx.Tracer):
-    """Traces down to layers that own channels, whatever package defines them."""
-
-    LAYERS = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, ChannelGate)
-
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self.traced_func_name = method
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, self.LAYERS) or super().is_leaf_module(module, qualified_name)
-
-
 # Element by element, wherever the channels are.
 _ELEMENTWISE_FUNCTIONS = {
     F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.sigmoid, F.leaky_relu, F.elu, F.dropout, torch.relu,
@@ -133,25 +119,6 @@ _FACT_METHODS = {"size", "dim"}
 _JOINS = {operator.add, operator.iadd, torch.add, operator.mul, operator.imul, torch.mul}
 _JOIN_METHODS = {"add", "add_", "mul", "mul_"}
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
-# timm's layers that use their weight as it is, by name: timm need not be installed.
-_TIMM_LAYERS = {"Conv2dSame", "Linear"}
-
-
-def uses_weight_as_is(module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
-    """True for a convolution or linear layer that multiplies by its parameter `weight` itself.
-
-    Where a layer standardises or otherwise transforms the weight first, a zero in the parameter is none in the
-    arithmetic: masks would not prune.
-    """
-    if not isinstance(module, (nn.Conv2d, nn.Linear)) or module._parameters.get("weight") is None:
-        return False  # a parametrized weight is no parameter
-    kind: Any = type(module)
-    if kind.__module__.startswith("timm.") and kind.__name__ in _TIMM_LAYERS:
-        return True
-    if isinstance(module, nn.Linear):
-        return kind.forward is nn.Linear.forward
-    arithmetic = (nn.Conv2d._conv_forward, DepthwiseConv2d._conv_forward)
-    return kind._conv_forward in arithmetic and kind.forward in (nn.Conv2d.forward, SameConv2d.forward)
 
 
 def channel_groups(
@@ -189,7 +156,7 @@ def layers_in_order(featurizer: nn.Module, method: str = "features") -> list[str
 
 def _trace(featurizer: nn.Module, method: str) -> fx.Graph:
     try:
-        return _LayerTracer(method).trace(featurizer)
+        return LayerTracer(method).trace(featurizer)
     except Exception as error:
         raise UserError(
             f"granularity 'channel' needs a network that torch.fx can trace, and {type(featurizer).__name__} is not "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.pruning.structure import uses_weight_as_is
+from domainbed_sfp.introspection import uses_weight_as_is
 from domainbed_sfp.quantization.policy import WIDTHS, Choice, Policy
 from domainbed_sfp.quantization.quantizers import WIDEST, StepSizes
 

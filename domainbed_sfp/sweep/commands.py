@@ -7,9 +7,9 @@ from functools import partial
 
 from domainbed_sfp import registry
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.errors import UserError, check_range
 from domainbed_sfp.sweep import slurm, slurm_batches
-from domainbed_sfp.sweep.jobs import State, SweepDirectory, command_line, failure_reason
+from domainbed_sfp.sweep.jobs import State, SweepDirectory, amount, command_line, failure_reason
 from domainbed_sfp.sweep.launchers import Task, get_launcher
 from domainbed_sfp.sweep.slurm import SlurmOptions
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
@@ -40,8 +40,7 @@ def launch(
 
     Returns 0 when all are done or submitted, 1 where some failed, 130 after an interruption.
     """
-    if slots < 1:
-        raise UserError(f"--jobs: expected at least 1, got {slots}")
+    check_range("--jobs", slots, 1)
     start = get_launcher(launcher)
     if launcher == "slurm":
         slurm_options = slurm_options or SlurmOptions()
@@ -115,14 +114,19 @@ def delete_incomplete(spec: SweepSpec, data_dir: str | None, output_dir: str, *,
     states = directory.states(jobs, _standings(directory, must_answer=True))
     unfinished = [job for job in jobs if states[job] in (State.INCOMPLETE, State.FAILED)]
     print(summary(states.values()))
-    print(f"About to delete {len(unfinished)} jobs.", flush=True)
+    leftovers = directory.leftovers(unfinished)
+    for one in leftovers:
+        print(f"{states[one.job].value}: {one.folder} {one.job.describe()}: {amount([one])}")
+    print(f"About to delete {len(unfinished)} jobs: {amount(leftovers)}.", flush=True)
     if ask and unfinished:
         if not sys.stdin.isatty():
             raise UserError("deleting without a terminal to ask on needs --skip_confirmation")
         if not _confirmed():
             return 0
-    directory.delete(unfinished)
-    print(f"Deleted {len(unfinished)} jobs!")
+    deleted = directory.delete(leftovers)
+    print(f"Deleted {len(deleted)} jobs!" + (f" ({amount(deleted)})" if deleted else ""))
+    if kept := len(leftovers) - len(deleted):
+        print(f"Kept {kept} that run, are done by now or cannot be removed.")
     return 0
 
 

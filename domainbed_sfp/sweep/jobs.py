@@ -7,10 +7,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,16 @@ MANIFEST_FORMAT = 1
 # The program `domainbed-sfp`, by the interpreter that runs now.
 PROGRAM = (sys.executable, "-m", "domainbed_sfp")
 
+# Settings that jobs of earlier versions did not have, by their defaults: with these a job keeps its folder, and a sweep
+# its protocol.
+LATER_SETTINGS = {"evaluate": "all"}
+
 # What all runs of one directory must share, so that one table can hold them.
-PROTOCOL = ("task", "holdout_fraction", "uda_holdout_fraction", "steps", "checkpoint_freq", "precision")
+PROTOCOL = ("task", "holdout_fraction", "uda_holdout_fraction", "steps", "checkpoint_freq", "precision", "evaluate")
+
+
+# Ways to write a job's numbers that are looked for on disk: each of eight of them in two ways.
+MOST_SPELLINGS = 256
 
 
 class State(Enum):
@@ -45,7 +54,10 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Job:
-    """One run, described by what it computes and not by where data or results lie."""
+    """One run, described by what it computes and not by where data or results lie.
+
+    hparams: as `hparams.checked_overrides` gives them, so that jobs which say the same are the same.
+    """
 
     dataset: str
     algorithm: str
@@ -60,14 +72,18 @@ class Job:
     checkpoint_freq: int | None = None
     hparams: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
+    evaluate: str = LATER_SETTINGS["evaluate"]
 
     def __hash__(self) -> int:  # the generated one would hash `hparams`, a dict
         return hash(self.name)
 
     @cached_property
     def name(self) -> str:
-        """The job's folder: a hash of everything above."""
+        """The job's folder: a hash of everything above, later settings only where they are not the default."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, default in LATER_SETTINGS.items():
+            if values[name] == default:
+                del values[name]
         text = json.dumps({**values, "hparams": dict(self.hparams)}, sort_keys=True)
         return hashlib.md5(text.encode("utf-8")).hexdigest()
 
@@ -95,6 +111,17 @@ class Job:
             args["hparams"] = self.hparams_text
         return args
 
+    def other_names(self, data_dir: str | None) -> list[str]:
+        """Folders that may hold this job, too: earlier versions went by how a number was written (8 or 8.0), and
+        DomainBed's sweep has a name of its own."""
+        spelled = list(_spellings(self))
+        names = [job.name for job in spelled]
+        # DomainBed's sweep has no flags for these, so its folders hold runs with the defaults.
+        ours_alone = ("precision", "checkpoint_freq", "uda_holdout_fraction", "evaluate")
+        if all(getattr(self, name) == getattr(Job, name) for name in ours_alone):
+            names += [job.domainbed_name(data_dir) for job in spelled]
+        return [name for name in dict.fromkeys(names) if name != self.name]
+
     def domainbed_name(self, data_dir: str | None) -> str:
         """The folder DomainBed's sweep gives this job, which depends on where the data lies."""
         return hashlib.md5(json.dumps(self.domainbed_args(data_dir), sort_keys=True).encode("utf-8")).hexdigest()
@@ -117,6 +144,7 @@ class Job:
             holdout_fraction=self.holdout_fraction,
             uda_holdout_fraction=self.uda_holdout_fraction,
             precision=self.precision,
+            evaluate=self.evaluate,
             **options,
         )
 
@@ -127,6 +155,41 @@ class Job:
             f"{self.dataset} {self.algorithm} test {','.join(map(str, self.test_envs))} "
             f"hparams {self.hparams_seed} trial {self.trial_seed}{settings}"
         )
+
+
+def _spellings(job: Job) -> Iterator[Job]:
+    """The job with each whole number written as a whole number or as a float; as it is first."""
+
+    def ways(value: Any) -> list[Any]:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 2**53 or value != int(value):
+            return [value]
+        return [value, float(value) if isinstance(value, int) else int(value)]
+
+    choices = [ways(value) for value in job.hparams.values()]
+    fractions = ways(job.uda_holdout_fraction)
+    for fraction, *values in islice(product(fractions, *choices), MOST_SPELLINGS):
+        yield replace(job, uda_holdout_fraction=fraction, hparams=dict(zip(job.hparams, values)))
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """What an unfinished job has left. runs: 0 where it has no folder, because SLURM has lost it before, else 1. steps:
+    as its records or its checkpoint show. size: of all files, in bytes."""
+
+    job: Job
+    folder: Path
+    runs: int
+    steps: int
+    size: int
+
+
+def amount(leftovers: Sequence[Leftover]) -> str:
+    """How much that is together, in words."""
+    runs, steps = sum(one.runs for one in leftovers), sum(one.steps for one in leftovers)
+    return (
+        f"{runs:,} run{'' if runs == 1 else 's'}, {steps:,} step{'' if steps == 1 else 's'}, "
+        f"{sum(one.size for one in leftovers) / 1e6:,.1f} MB"
+    )
 
 
 def command_line(args: TrainArgs) -> list[str]:
@@ -151,10 +214,10 @@ class SweepDirectory:
     def __init__(self, path: str | Path, data_dir: str | None = None) -> None:
         self.path = Path(path)
         self.data_dir = data_dir
-        self._domainbed_names: dict[Job, str] = {}
+        self._other_names: dict[Job, list[str]] = {}
 
     def job_dir(self, job: Job) -> Path:
-        """The job's folder; DomainBed's name for it is honoured where its sweep has begun the job."""
+        """The job's folder; another name of it is honoured where an earlier version or DomainBed has begun the job."""
         return self._job_dir(job, lambda name: (self.path / name).is_dir())
 
     def job_dirs(self, jobs: Sequence[Job]) -> dict[Job, Path]:
@@ -196,14 +259,12 @@ class SweepDirectory:
             return set()
 
     def _job_dir(self, job: Job, is_there: Callable[[str], bool]) -> Path:
-        # DomainBed's sweep has no flags for these, so its folders hold runs with the defaults.
-        is_domainbeds = job.precision == "fp32" and job.checkpoint_freq is None and not job.uda_holdout_fraction
-        if is_domainbeds and not is_there(job.name):
-            theirs = self._domainbed_names.get(job)
-            if theirs is None:
-                theirs = self._domainbed_names[job] = job.domainbed_name(self.data_dir)
-            if is_there(theirs):
-                return self.path / theirs
+        if not is_there(job.name):
+            if job not in self._other_names:
+                self._other_names[job] = job.other_names(self.data_dir)
+            for name in self._other_names[job]:
+                if is_there(name):
+                    return self.path / name
         return self.path / job.name
 
     def _state(self, folder: Path) -> State:
@@ -232,7 +293,10 @@ class SweepDirectory:
                     # One row is one method: a package that has changed since is another.
                     if code := environment.code_of(registry.get(algorithm).cls):
                         protocol[f"code of {algorithm}"] = code
-                earlier = manifest.get("protocol", {})
+                for weights in dict.fromkeys(job.hparams.get("weights") for job in jobs):
+                    if digest := environment.weights_digest(weights):
+                        protocol[f"weights {weights}"] = digest
+                earlier = {**LATER_SETTINGS, **manifest["protocol"]} if manifest else {}
                 for name in protocol.keys() & earlier.keys():
                     if protocol[name] != earlier[name]:
                         raise UserError(
@@ -265,7 +329,9 @@ class SweepDirectory:
     def listed(self) -> list[Job]:
         """The jobs of all launches so far; none where nothing was launched."""
         manifest = self._manifest()
-        protocol = {name: manifest["protocol"].get(name) for name in PROTOCOL} if manifest else {}
+        protocol = (
+            {name: manifest["protocol"].get(name, LATER_SETTINGS.get(name)) for name in PROTOCOL} if manifest else {}
+        )
         names = {one.name for one in fields(Job)}
         jobs = []
         for entry in manifest.get("jobs", []):
@@ -278,21 +344,40 @@ class SweepDirectory:
                 ) from None
         return jobs
 
-    def delete(self, jobs: Iterable[Job]) -> None:
-        """Removes the folders of jobs, each under its lock: one that has just been started stays.
+    def leftovers(self, jobs: Iterable[Job]) -> list[Leftover]:
+        """What there is of jobs that have begun; `jobs` are neither done nor running."""
+        found = []
+        for job in jobs:
+            folder = self.job_dir(job)
+            step = max(records.last_step(folder) + 1, records.saved_step(folder))
+            sizes = [file.lstat().st_size for file in folder.rglob("*") if not file.is_dir()]
+            found.append(Leftover(job, folder, int(folder.is_dir()), step, sum(sizes)))
+        return found
+
+    def delete(self, leftovers: Iterable[Leftover]) -> list[Leftover]:
+        """Removes the folders of runs, each under its lock, and returns those removed: one that has been started or
+        finished since stays, as does one whose records cannot be read.
 
         What SLURM's tasks have left about them goes too: a job that begins anew has all its retries.
         """
-        jobs = list(jobs)
-        slurm_batches.forget(self.path, {self.job_dir(job).name for job in jobs})
-        for job in jobs:
-            if not self.job_dir(job).is_dir():
+        deleted = []
+        for one in leftovers:
+            if not one.runs:
+                deleted.append(one)
                 continue
             try:
-                with FileLock(self.job_dir(job) / LOCK, timeout=0):
-                    shutil.rmtree(self.job_dir(job))
+                with FileLock(one.folder / LOCK, timeout=0):
+                    if (one.folder / records.DONE).exists() and records.last_record(one.folder):
+                        continue
+                    shutil.rmtree(one.folder)
             except Timeout:
                 continue
+            except OSError as error:
+                print(f"warning: {one.folder} stays: {error.strerror or error}", file=sys.stderr)
+                continue
+            deleted.append(one)
+        slurm_batches.forget(self.path, {one.folder.name for one in deleted})
+        return deleted
 
     def _manifest(self) -> dict[str, Any]:
         file = self.path / records.SWEEP

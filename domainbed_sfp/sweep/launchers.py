@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -134,7 +133,8 @@ class _LocalLaunch:
         self.waiting = list(tasks)
         self.total = len(tasks)
         self.directory = directory
-        self.slots = slots
+        # More would only divide the cores into smaller shares.
+        self.slots = max(1, min(slots, len(self.waiting)))
         self.gpus = gpus
         self.running: list[_Running] = []
         # Jobs that another launch is computing; taken over if that one dies.
@@ -251,8 +251,7 @@ class _LocalLaunch:
         return ended + sum(self._share(running.task.job) for running in self.running)
 
     def _share(self, job: Job) -> float:
-        step = last_step(self.directory.job_dir(job) / records.RESULTS)
-        return (step + 1) / (job.steps or get_dataset_class(job.dataset).N_STEPS)
+        return records.saved_step(self.directory.job_dir(job)) / (job.steps or get_dataset_class(job.dataset).N_STEPS)
 
     def _counts(self) -> str:
         parts = [f"{self.outcome.done} done", f"{len(self.running)} running", f"{len(self.waiting)} waiting"]
@@ -270,17 +269,3 @@ class _LocalLaunch:
         left = (time.monotonic() - self.began_at) * (1 / share - 1) if share > 0.02 else None
         when = f", about {left / 60:.0f} min left" if left else ""
         print(f"sweep: {self._counts()}; {share:.0%}{when}", file=sys.stderr, flush=True)
-
-
-def last_step(results: Path) -> int:
-    """The step of the last whole record; -1 where there is none yet."""
-    try:
-        lines = results.read_bytes().splitlines()
-    except OSError:
-        return -1
-    for line in reversed(lines):
-        try:
-            return json.loads(line)["step"]  # orjson knows no NaN, which a loss may be
-        except (ValueError, KeyError):
-            continue
-    return -1

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.errors import UserError, check_range
 from domainbed_sfp.sweep import slurm_batches
 from domainbed_sfp.sweep.jobs import State, SweepDirectory
 from domainbed_sfp.sweep.launchers import Outcome, Task
@@ -59,9 +59,8 @@ class SlurmOptions:
     def check(self) -> None:
         """Raises UserError for values that cannot be."""
         for flag, least in (("slurm_gpus", 0), ("slurm_cpus", 1), ("slurm_max_parallel", 1), ("max_retries", 0)):
-            value = getattr(self, flag.removeprefix("slurm_"))
-            if value is not None and value < least:
-                raise UserError(f"--{flag}: expected at least {least}, got {value}")
+            # sbatch counts in 32 bits.
+            check_range(f"--{flag}", getattr(self, flag.removeprefix("slurm_")), least, 2**31 - 1)
         if self.mem is not None and not _MEMORY.fullmatch(self.mem):
             raise UserError(f"--slurm_mem: expected a size such as 16G or 4000M, got {self.mem!r}")
         if self.time is not None:

@@ -7,7 +7,6 @@ time before its limit.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -15,9 +14,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.records import saved_step
 from domainbed_sfp.sweep.slurm_batches import TIME_IS_UP, Note, one_line, read_note, read_tasks, write_note
 
 
@@ -61,16 +59,6 @@ def _run(command: list[str]) -> int:
         signal.signal(number, lambda number, frame: None)
     status = subprocess.Popen(command, env=thread_environment(os.environ)).wait()
     return status if status >= 0 else 128 - status
-
-
-def saved_step(folder: Path) -> int:
-    """The step that the run's checkpoint continues at; 0 where there is none that can be read."""
-    try:
-        # As checkpoints.read_state does, but without torch: there may be seconds left.
-        with safe_open(folder / "checkpoint.safetensors", framework="numpy") as file:
-            return json.loads(file.metadata()["domainbed_sfp"])["state"]["step"]
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
-        return 0
 
 
 def _requeue() -> str:

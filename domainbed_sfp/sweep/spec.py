@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -13,20 +14,39 @@ import yaml
 
 from domainbed_sfp import hparams, registry
 from domainbed_sfp.data import dataset_names, get_dataset_class
-from domainbed_sfp.errors import UserError, did_you_mean, unknown_name
+from domainbed_sfp.errors import LARGEST, UserError, check_range, did_you_mean, unknown_name
 from domainbed_sfp.seeds import seed_hash
 from domainbed_sfp.sweep.jobs import Job
 from domainbed_sfp.training import check_settings, check_test_envs
 
 
+class _GivenTwice(yaml.YAMLError):
+    """A mapping of a spec has a key twice, of which YAML's own readers keep the last."""
+
+
 class _SpecLoader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-3 for a word; in a file of hparams it is a number."""
+    """YAML 1.1 takes 1e-3 for a word; in a file of hparams it is a number. A key that is given twice is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if (first := lines.get((key.tag, key.value))) is not None:
+                    where = f"line {first}" if line == first else f"lines {first} and {line}"
+                    raise _GivenTwice(f"{key.value!r:.80} is given twice ({where}); keep one of them")
+                lines[key.tag, key.value] = line
+        return node
 
 
 _SpecLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
+
+# A larger grid is a slip of the pen, and its list of jobs fills the memory.
+MOST_JOBS = 1_000_000
 
 # The hparams that say how far a network is compressed.
 COMPRESSION = ("sparsity", "bits", "target_bitops")
@@ -60,6 +80,7 @@ class SweepSpec:
     test_envs: list[list[int]] | None = None
     hparams: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
+    evaluate: str = "all"
     skip_model_save: bool = False
 
     def updated(self, **changes: Any) -> SweepSpec:
@@ -75,7 +96,9 @@ def read_spec(path: str) -> SweepSpec:
     text = _spec_text(path)
     try:
         values = yaml.load(text, _SpecLoader)
-    except yaml.YAMLError as error:
+    except _GivenTwice as error:
+        raise UserError(f"sweep spec {path!r}: {error}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"sweep spec {path!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"sweep spec {path!r}: expected keys such as datasets and algorithms, got {values!r:.80}")
@@ -83,9 +106,21 @@ def read_spec(path: str) -> SweepSpec:
     for key in values:
         if key not in known:
             raise UserError(f"sweep spec {path!r}: {unknown_name('key', key, known)}")
-    spec = SweepSpec(**values)
+    spec = SweepSpec(**{key: _whole(value) if key in _WHOLE_NUMBERS else value for key, value in values.items()})
     _check_kinds(spec, path)
     return spec
+
+
+# Keys whose values count something: 300.0 steps are 300.
+_WHOLE_NUMBERS = (
+    "n_hparams_from", "n_hparams", "n_trials_from", "n_trials", "steps", "checkpoint_freq", "test_envs",
+)  # fmt: skip
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_whole(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_rows(spec: SweepSpec, path: str) -> None:
@@ -128,7 +163,8 @@ def _check_kinds(spec: SweepSpec, path: str) -> None:
         "datasets": (list,), "algorithms": (list,), "task": (str,), "n_hparams_from": (int,), "n_hparams": (int,),
         "n_trials_from": (int,), "n_trials": (int,), "steps": (int, type(None)), "checkpoint_freq": (int, type(None)),
         "holdout_fraction": (float, int), "uda_holdout_fraction": (float, int), "single_test_envs": (bool,),
-        "test_envs": (list, type(None)), "hparams": (dict,), "precision": (str,), "skip_model_save": (bool,),
+        "test_envs": (list, type(None)), "hparams": (dict,), "precision": (str,), "evaluate": (str,),
+        "skip_model_save": (bool,),
     }  # fmt: skip
     for name, kind in kinds.items():
         value = getattr(spec, name)
@@ -154,6 +190,8 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
     for name in ("n_hparams_from", "n_trials_from"):
         if (first := getattr(spec, name)) < 0:
             raise UserError(f"{name} is {first}, expected 0 or more")
+    for name in ("n_hparams", "n_trials"):
+        check_range(f"--{name}", getattr(spec, name), -LARGEST)
     if spec.test_envs == [] or spec.n_hparams <= spec.n_hparams_from or spec.n_trials <= spec.n_trials_from:
         raise UserError(
             f"the sweep is empty: n_hparams_from {spec.n_hparams_from}, n_hparams {spec.n_hparams}, n_trials_from "
@@ -162,23 +200,34 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
         )
     check_settings(spec)
     rows = [_row(entry, spec.hparams) for entry in spec.algorithms]
+    _refuse_repeats("datasets", spec.datasets)
+    _refuse_repeats("test_envs", [sorted(test_envs) for test_envs in spec.test_envs or []])
     environments = {}
+    checked: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for dataset in spec.datasets:
         environments[dataset] = get_dataset_class(dataset).environment_names(data_dir)
+        checked[dataset] = []
         for algorithm, overrides in rows:
             hparams.resolve_hparams(algorithm, dataset, overrides=overrides)
+            checked[dataset].append((algorithm, hparams.checked_overrides(algorithm, dataset, overrides)))
+        _refuse_repeats("algorithms", [_written(*row) for row in checked[dataset]])
+    grids = {dataset: list(_all_test_envs(spec, dataset, names)) for dataset, names in environments.items()}
+    seeds = (spec.n_trials - spec.n_trials_from) * (spec.n_hparams - spec.n_hparams_from)
+    if (count := seeds * len(rows) * sum(len(grids[dataset]) for dataset in spec.datasets)) > MOST_JOBS:
+        raise UserError(f"the sweep has {count:,} jobs, expected at most {MOST_JOBS:,}: lower n_hparams or n_trials")
     jobs = []
     trials = range(spec.n_trials_from, spec.n_trials)
-    for trial_seed, dataset, (algorithm, overrides) in product(trials, spec.datasets, rows):
-        for test_envs in _all_test_envs(spec, dataset, environments[dataset]):
+    for trial_seed, dataset, row in product(trials, spec.datasets, range(len(rows))):
+        algorithm, overrides = checked[dataset][row]
+        for test_envs in grids[dataset]:
             for hparams_seed in range(spec.n_hparams_from, spec.n_hparams):
                 jobs.append(
                     Job(
                         dataset=dataset,
                         algorithm=algorithm,
                         test_envs=tuple(test_envs),
-                        holdout_fraction=spec.holdout_fraction,
-                        uda_holdout_fraction=spec.uda_holdout_fraction,
+                        holdout_fraction=float(spec.holdout_fraction),
+                        uda_holdout_fraction=float(spec.uda_holdout_fraction),
                         hparams_seed=hparams_seed,
                         task=spec.task,
                         trial_seed=trial_seed,
@@ -187,13 +236,20 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
                         checkpoint_freq=spec.checkpoint_freq,
                         hparams=overrides,
                         precision=spec.precision,
+                        evaluate=spec.evaluate,
                     )
                 )
-    if len({job.name for job in jobs}) < len(jobs):
-        raise UserError(
-            "the sweep names a job twice: the same data set, or algorithm with the same hparams, is repeated"
-        )
     return jobs
+
+
+def _refuse_repeats(key: str, values: Sequence[object]) -> None:
+    """Raises UserError for what a list of the sweep holds twice."""
+    if repeated := [value for at, value in enumerate(values) if value in values[:at]]:
+        raise UserError(f"the sweep names a job twice: {key} holds {repeated[0]} twice")
+
+
+def _written(algorithm: str, overrides: Mapping[str, Any]) -> str:
+    return f"{algorithm} {json.dumps(overrides, sort_keys=True)}" if overrides else algorithm
 
 
 def drawn_compression(spec: SweepSpec) -> dict[str, list[str]]:
@@ -239,5 +295,5 @@ def _all_test_envs(spec: SweepSpec, dataset: str, names: list[str]) -> Iterator[
 
 
 def default_datasets() -> list[str]:
-    """DomainBed's default: all data sets but the user's own folder."""
-    return [name for name in dataset_names() if name != "Folder"]
+    """DomainBed's default: all data sets but those that are whatever a user has."""
+    return [name for name in dataset_names() if get_dataset_class(name).ENVIRONMENTS is not None]

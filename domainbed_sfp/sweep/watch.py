@@ -19,13 +19,15 @@ from domainbed_sfp.errors import UserError
 from domainbed_sfp.progress import LOG_INTERVAL
 from domainbed_sfp.sweep import slurm_batches
 from domainbed_sfp.sweep.jobs import Job, State, SweepDirectory, failure_reason
-from domainbed_sfp.sweep.launchers import last_step
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
 
 # Running and failed jobs that are shown one by one.
 SHOWN_JOBS = 8
 # Without a queue, a pause between two jobs of a local launch looks like its end; it is shorter than this.
 QUIET_SECONDS = 30.0
+
+# Seconds between two looks.
+LONGEST_PAUSE = 86400.0
 
 ACTIVE = (State.RUNNING, State.PENDING)
 
@@ -67,8 +69,8 @@ class Watch:
     """
 
     def __init__(self, directory: SweepDirectory, jobs: Sequence[Job], seconds: float) -> None:
-        if not seconds > 0:
-            raise UserError(f"--watch: expected a number of seconds above 0, got {seconds:g}")
+        if not 0 < seconds <= LONGEST_PAUSE:
+            raise UserError(f"--watch: expected a number of seconds above 0 and at most a day, got {seconds:g}")
         self.directory = directory
         self.jobs = list(jobs)
         self.seconds = seconds
@@ -143,7 +145,7 @@ class Watch:
         total = job.steps or get_dataset_class(job.dataset).N_STEPS
         standing = view.standings.get(folder.name)
         where = f" (SLURM job {standing.queued.id})" if standing and standing.queued else ""
-        return f"step {last_step(folder / records.RESULTS) + 1} of {total}{where}"
+        return f"step {records.saved_step(folder)} of {total}{where}"
 
     def _failures(self, view: View) -> list[tuple[Job, str]]:
         failed = [job for job, state in view.states.items() if state is State.FAILED]

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from domainbed_sfp.data import verify
+from domainbed_sfp.data.attributes import bernoulli, draw_attribute
 from domainbed_sfp.data.base import Dataset, Environment, dataset
 from domainbed_sfp.errors import UserError
 
@@ -33,11 +34,6 @@ PALETTE = torch.tensor(
         [0.0, 1.0, 1.0], [1.0, 0.5, 0.0], [0.5, 0.0, 1.0], [0.6, 0.6, 0.6], [0.6, 0.3, 0.1],
     ]
 )  # fmt: skip
-
-
-def bernoulli(p: float, size: int, generator: torch.Generator) -> Tensor:
-    """Ones with probability p, as DomainBed draws them."""
-    return (torch.rand(size, generator=generator) < p).float()
 
 
 def color_two_classes(
@@ -69,9 +65,7 @@ def color_ten_classes(
     Returns:
         images [N, 3, H, W]; labels [N]; which colours agree with the label [N].
     """
-    aligned = bernoulli(agreement, len(digits), generator).bool()
-    shift = torch.randint(1, 10, (len(digits),), generator=generator)
-    colors = torch.where(aligned, digits, (digits + shift) % 10)
+    colors, aligned = draw_attribute(digits, agreement, 10, generator)
     return images[:, None] * PALETTE[colors][:, :, None, None], digits.long(), aligned
 
 
@@ -99,9 +93,7 @@ def texture_ten_classes(
     Returns:
         images [N, 1, H, W]; labels [N]; which patterns agree with the label [N].
     """
-    aligned = bernoulli(agreement, len(digits), generator).bool()
-    shift = torch.randint(1, 10, (len(digits),), generator=generator)
-    texture = torch.where(aligned, digits, (digits + shift) % 10)
+    texture, aligned = draw_attribute(digits, agreement, 10, generator)
     background = stripes(texture, torch.rand(len(digits), generator=generator), images.shape[-1])
     return (images + (1 - images) * 0.45 * background)[:, None], digits.long(), aligned
 

@@ -18,6 +18,7 @@ from domainbed_sfp.data.base import Dataset, Environment, dataset
 from domainbed_sfp.data.cache import cached_images
 from domainbed_sfp.data.verify import image_tree, unlike_published
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.hparams import AT_LEAST_ONE, Hparam
 
 # torchvision's, by which its ImageFolder (and so DomainBed) tells images from other files.
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -34,25 +35,34 @@ class ImageFolders(Dataset):
 
     @classmethod
     def build(cls, data_dir: str | None, hparams: Mapping[str, Any], seed: int, cache_dir: Path | None) -> Dataset:
-        size = hparams["image_size"]
+        environments, classes = cls.photographs(data_dir, hparams, cache_dir)
+        return cls(environments, classes, hparams["data_augmentation"])
+
+    @classmethod
+    def photographs(
+        cls, data_dir: str | None, hparams: Mapping[str, Any], cache_dir: Path | None, one_crop_side: bool = False
+    ) -> tuple[list[Environment], int]:
+        """The environments as they lie on disk, in the cache, and the number of classes; arguments as in `build`.
+
+        one_crop_side: copies that crops are cut from have the same side in all environments, that of the largest file.
+        """
+        size, augment = hparams["image_size"], hparams["data_augmentation"]
         if size < 8:
             raise UserError(f"hparam 'image_size': expected at least 8 pixels, got {size}")
-        root = cls.root(data_dir)
-        folders = cls.environment_folders(root)
-        files = {folder: _files_by_class(folder) for folder in folders}
+        files = {folder: _files_by_class(folder) for folder in cls.environment_folders(cls.root(data_dir))}
         classes = _common_classes(files)
-        augment = hparams["data_augmentation"]
+        paths = {folder: [path for name in classes for path in by_class[name]] for folder, by_class in files.items()}
+        stored = {folder: cached_images(paths[folder], folder, size, cache_dir) for folder in files}
+        largest = {folder: int(sizes.max()) for folder, (_, sizes) in stored.items()}
         environments = []
-        for folder, by_class in files.items():
-            paths = [path for name in classes for path in by_class[name]]
-            labels = torch.tensor([index for index, name in enumerate(classes) for _ in by_class[name]])
-            images, sizes = cached_images(paths, folder, size, cache_dir)
-            crop_side = _crop_side(size, int(sizes.max()))
+        for folder, (images, sizes) in stored.items():
+            labels = torch.tensor([index for index, name in enumerate(classes) for _ in files[folder][name]])
+            crop_side = _crop_side(size, max(largest.values()) if one_crop_side else largest[folder])
             larger = None
             if augment and crop_side > size:
-                larger, _ = cached_images(paths, folder, crop_side, cache_dir)
+                larger, _ = cached_images(paths[folder], folder, crop_side, cache_dir)
             environments.append(Environment(folder.name, images, labels, larger, torch.from_numpy(sizes)))
-        return cls(environments, len(classes), augment)
+        return environments, len(classes)
 
     @classmethod
     def check_files(cls, data_dir: str | None) -> None:
@@ -93,8 +103,9 @@ class ImageFolders(Dataset):
             )
         root = Path(data_dir) / cls.FOLDER
         if not root.is_dir():
-            hint = f"; get it with: domainbed-sfp download {cls.__name__} --data_dir {data_dir}" if cls.FOLDER else ""
-            raise UserError(f"{cls.__name__}: there is no folder {str(root)!r}{hint}")
+            hint = f"; get it with: domainbed-sfp download {cls.__name__} --data_dir {data_dir}"
+            known = image_tree(cls.__name__) is not None
+            raise UserError(f"{cls.__name__}: there is no folder {str(root)!r}{hint * known}")
         return root
 
     @classmethod
@@ -184,6 +195,15 @@ class OfficeHome(ImageFolders):
     ENVIRONMENTS = ["A", "C", "P", "R"]
 
 
+@dataset("OfficeCaltech10")
+class OfficeCaltech10(ImageFolders):
+    """Gong, Shi, Sha, Grauman 2012: the ten classes that Office-31 (amazon, dslr, webcam) and Caltech-256 share; 2,533
+    images. There is no public archive to fetch: images go into `OfficeCaltech10/<environment>/<class>/`."""
+
+    FOLDER = "OfficeCaltech10"
+    ENVIRONMENTS = ["A", "C", "D", "W"]
+
+
 @dataset("TerraIncognita")
 class TerraIncognita(ImageFolders):
     """Beery, Van Horn, Perona 2018: four camera-trap locations; 10 classes."""
@@ -199,6 +219,10 @@ class DomainNet(ImageFolders):
     FOLDER = "domain_net"
     CHECKPOINT_FREQ = 1000
     ENVIRONMENTS = ["clip", "info", "paint", "quick", "real", "sketch"]
+    # DomainBed narrows the batch size of its largest set.
+    HPARAMS = {
+        "batch_size": Hparam(32, lambda r: int(2 ** r.uniform(3, 5)), "samples per environment", valid=AT_LEAST_ONE)
+    }
 
 
 @dataset("Folder")
@@ -213,3 +237,10 @@ class Folder(ImageFolders):
     @classmethod
     def environment_names(cls, data_dir: str | None = None) -> list[str]:
         return [folder.name for folder in cls.environment_folders(cls.root(data_dir))]
+
+
+@dataset("VLCSPartial")
+class VLCSPartial(Folder):
+    """What can be had of VLCS where not all of it can, in `VLCS_partial/<environment>/<class>/`: no result on VLCS."""
+
+    FOLDER = "VLCS_partial"

@@ -22,8 +22,24 @@ class DepthwiseConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Tracers (ONNX, torch-pruning) look at networks in evaluation mode and find a plain convolution.
         if self.training and _is_slow(input, weight, self.stride, self.padding):
-            return _Convolution.apply(input, weight, self.stride, self.padding)
+            return _Convolution.apply(input, weight, bias, self.stride, self.padding)
         return super()._conv_forward(input, weight, bias)
+
+
+class SameConv2d(nn.Conv2d):
+    """A strided convolution with TensorFlow's SAME padding, which pads the far side more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for axis in (1, 0):
+            size, kernel, stride = x.shape[2 + axis], self.kernel_size[axis], self.stride[axis]
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return self._conv_forward(F.pad(x, pads), self.weight, self.bias)
+
+
+class SameDepthwiseConv2d(SameConv2d, DepthwiseConv2d):
+    """SameConv2d with one filter a channel."""
 
 
 def _is_slow(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
@@ -45,20 +61,22 @@ class _Convolution(torch.autograd.Function):
     """F.conv2d with groups = channels. The backward pass is made of differentiable operations."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, weight, None, stride, padding, 1, len(weight))
+        return F.conv2d(x, weight, bias, stride, padding, 1, len(weight))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        of_x = of_weight = None
+        of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
             of_x = conv2d_input(x.shape, weight, gradient, ctx.stride, ctx.padding, groups=len(weight))
         if ctx.needs_input_grad[1]:
             of_weight = _weight_gradient(x, gradient, weight.shape, ctx.stride, ctx.padding)
-        return of_x, of_weight, None, None
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum((0, 2, 3))
+        return of_x, of_weight, of_bias, None, None
 
 
 def _weight_gradient(x: Tensor, gradient: Tensor, shape: torch.Size, stride: Any, padding: Any) -> Tensor:

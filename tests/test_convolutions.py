@@ -8,21 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from domainbed_sfp import depthwise, networks
-from domainbed_sfp.depthwise import DepthwiseConv2d
+from domainbed_sfp import convolutions, networks
+from domainbed_sfp.convolutions import DepthwiseConv2d
 
 
 @pytest.fixture
 def taken(monkeypatch):
     """The shapes of images whose gradient went through the sum over taps."""
     shapes = []
-    real = depthwise._weight_gradient
+    real = convolutions._weight_gradient
 
     def counted(x, *arguments):
         shapes.append(tuple(x.shape))
         return real(x, *arguments)
 
-    monkeypatch.setattr(depthwise, "_weight_gradient", counted)
+    monkeypatch.setattr(convolutions, "_weight_gradient", counted)
     return shapes
 
 

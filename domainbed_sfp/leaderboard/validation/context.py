@@ -1,0 +1,54 @@
+"""One bundle while it is checked: its files, and what the checks so far have made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from domainbed_sfp.leaderboard.bundle import RECORDS, Tree
+from domainbed_sfp.leaderboard.schema import Problem
+from domainbed_sfp.leaderboard.summary import SubmittedRun
+
+
+@dataclass
+class Bundle:
+    """What checks share. Each is a generator of problems that is run to its end, in the order of `validation.CHECKS`.
+
+    tree: the files. claimed: submission.json, None where it is not one. runs: those whose records can be understood.
+    is_whole: no file of records was left out of `runs`. is_excessive: there are so many that they are not read. unfit:
+    names of runs whose numbers cannot be put together. document: the submission as recomputed from the records, None
+    where they are not fit for it. unchecked: what could not be checked here. unverified: by data set, the costs that
+    the records do not determine.
+    """
+
+    tree: Tree
+    claimed: dict[str, Any] | None = None
+    runs: list[SubmittedRun] = field(default_factory=list)
+    is_whole: bool = True
+    is_excessive: bool = False
+    unfit: set[str] = field(default_factory=set)
+    document: dict[str, Any] | None = None
+    unchecked: list[str] = field(default_factory=list)
+    unverified: dict[str, list[str]] = field(default_factory=dict)
+
+    def cannot(self, what: str) -> None:
+        """Notes once what could not be checked."""
+        if what not in self.unchecked:
+            self.unchecked.append(what)
+
+    @property
+    def is_fit(self) -> bool:
+        """Whether numbers can be recomputed: every run can be read, is another job, and belongs to one method."""
+        methods = {(run.run.algorithm, run.run.args["hparams"]) for run in self.runs}
+        is_unique = len({run.job for run in self.runs}) == len(self.runs)
+        return self.is_whole and len(methods) == 1 and is_unique and not self.unfit
+
+
+Check = Callable[[Bundle], Iterator[Problem]]
+RunCheck = Callable[[Bundle, SubmittedRun], Iterator[Problem]]
+
+
+def records_of(run: SubmittedRun) -> str:
+    """The file of a run's records, by its name in the bundle."""
+    return f"{RECORDS}/{run.name}.jsonl"

@@ -1,0 +1,133 @@
+"""Which checkpoints are evaluated, and that the fast form of an evaluation gives the plain one's numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import replace
+
+import pytest
+
+from domainbed_sfp import records, training
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.leaderboard.submit import submit
+from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
+
+ARGUMENTS = training.TrainArgs(
+    dataset="FullColoredDigits", algorithm="Magnitude", test_envs=[2], steps=9, checkpoint_freq=2,
+    hparams='{"batch_size": 8, "prune_start": 0.2, "prune_end": 0.5}', skip_model_save=True,
+)  # fmt: skip
+
+
+def train(folder, **changes):
+    """The records of a run."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        training.train(replace(ARGUMENTS, output_dir=str(folder), **changes))
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def final(tmp_path_factory):
+    """A sweep of one compressed and one dense run, with `evaluate: final`."""
+    root = tmp_path_factory.mktemp("final")
+    spec = SweepSpec(
+        ["FullColoredDigits"], ["Magnitude", "ERM"], n_hparams=1, n_trials=1, steps=9, checkpoint_freq=2,
+        test_envs=[[2]], hparams={"batch_size": 8}, evaluate="final",
+    )  # fmt: skip
+    jobs = make_jobs(spec, None)
+    directory = SweepDirectory(root)
+    directory.register(jobs)
+    for job in jobs:
+        with contextlib.redirect_stdout(io.StringIO()):
+            training.train(job.train_args(None, directory.job_dir(job), skip_model_save=True))
+    return root
+
+
+def test_final_leaves_out_what_selection_may_not_choose_and_changes_nothing_else(tmp_path):
+    everything, few = train(tmp_path / "all"), train(tmp_path / "final", evaluate="final")
+    candidates = [record for record in everything if record["final_compression"]]
+    assert len(candidates) < len(everything) == 5
+    assert [record["step"] for record in few] == [record["step"] for record in candidates]
+    for one, other in zip(few, candidates):
+        assert one["args"]["evaluate"] == "final" and other["args"]["evaluate"] == "all"
+        # Means of the steps since the last record differ in what they are taken over.
+        for name in ("masks", "sparsity", "parameters", *(name for name in one if name.endswith("_acc"))):
+            assert one[name] == other[name], name
+    assert few[1:] != [] and few[-1]["loss"] == candidates[-1]["loss"]
+
+
+def test_a_dense_network_has_no_checkpoint_to_leave_out_and_the_last_step_is_always_evaluated(tmp_path):
+    dense = train(tmp_path / "erm", algorithm="ERM", hparams='{"batch_size": 8}', evaluate="final")
+    assert [record["step"] for record in dense] == [0, 2, 4, 6, 8]
+    late = {"hparams": '{"batch_size": 8, "prune_start": 0.5, "prune_end": 1}', "evaluate": "final"}
+    (last,) = train(tmp_path / "late", **late)
+    assert (last["step"], last["final_compression"]) == (8, True)
+
+
+def test_a_run_goes_on_as_it_was_begun(tmp_path, monkeypatch):
+    """Between two checkpoints that are not evaluated, too; and not with another choice."""
+    whole = train(tmp_path / "whole", evaluate="final")
+    update = training._Run._update
+
+    def stop(run):
+        if run.step == 3:
+            raise training.Interrupted(15, "stopped")
+        update(run)
+
+    monkeypatch.setattr(training._Run, "_update", stop)
+    with pytest.raises(training.Interrupted):
+        train(tmp_path / "run", evaluate="final")
+    assert records.saved_step(tmp_path / "run") == 3
+    assert (tmp_path / "run" / "results.jsonl").read_text() == ""
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"another run .evaluate 'final' there, 'all' here"):
+        train(tmp_path / "run")
+    again = train(tmp_path / "run", evaluate="final")
+    for one, other in zip(again, whole, strict=True):
+        for name in one.keys() - records.VOLATILE_FIELDS - {"args"}:
+            assert one[name] == other[name], name
+    # Records of DomainBed and of earlier versions do not have it: they are of all checkpoints.
+    assert training.identity_of({"hparams": None})["evaluate"] == "all"
+
+
+def test_tables_say_so_and_domainbeds_formats_refuse(main, final):
+    text = main("collect", "--input_dir", final, "--selection", "training-domain").stdout
+    assert "; checkpoints evaluated final;" in text and "left out" not in text
+    for flags in (
+        ["--format", "domainbed"],
+        ["--top_hparams", "--dataset", "X", "--algorithm", "ERM", "--test_env", "2"],
+    ):
+        done = main("collect", "--input_dir", final, *flags, check=False)
+        assert done.returncode == 2 and "(--evaluate final); use another format" in done.stderr
+    assert not (final / "results.txt").exists()
+
+
+def test_such_runs_can_be_submitted_to_the_open_track_alone(final, tmp_path):
+    outcome = submit(str(final), "Magnitude", str(tmp_path / "bundle"))
+    assert outcome.tier == "records-verified"
+    assert "not every checkpoint evaluated, closed takes --evaluate all" in outcome.reasons_for_open(
+        "FullColoredDigits"
+    )
+
+
+def test_a_sweep_keeps_its_folders_and_its_choice(tmp_path):
+    spec = SweepSpec(["FullColoredDigits"], ["ERM"], n_hparams=1, n_trials=1, steps=9, test_envs=[[2]])
+    (job,) = make_jobs(spec, None)
+    assert job.name == "781ec27ffc5823e4749c5eca6b0ee1ea"  # as before there was the setting
+    (other,) = make_jobs(spec.updated(evaluate="final"), None)
+    assert other.name != job.name and other.domainbed_name(None) == job.domainbed_name(None)
+    directory = SweepDirectory(tmp_path)
+    (tmp_path / job.domainbed_name(None)).mkdir()
+    assert directory.job_dir(job) != directory.job_dir(other)
+    directory.register([job])
+    manifest = json.loads((tmp_path / "sweep.json").read_text())
+    del manifest["protocol"]["evaluate"]  # as earlier versions wrote it
+    (tmp_path / "sweep.json").write_text(json.dumps(manifest))
+    assert directory.listed() == [job]
+    directory.register([job])
+    with pytest.raises(UserError, match=r"another sweep .evaluate 'all' there, 'final' here"):
+        directory.register([other])
+    with pytest.raises(UserError, match="--evaluate: expected one of all, final, got 'last'"):
+        make_jobs(spec.updated(evaluate="last"), None)
