@@ -138,8 +138,8 @@ class ScheduledPruning(ObjectiveAlgorithm):
         """Called after the optimizer's step and before masks are renewed and applied; may change weights."""
 
     def before_removal(self, alive: Mapping[str, Tensor]) -> None:
-        """Called without gradients when units are about to go: `alive` has the new masks by unit name, `unit_masks` still
-        the old ones; may change weights."""
+        """Called without gradients when units are about to go: `alive` has the new masks by unit name, `unit_masks`
+        still the old ones; may change weights."""
 
     def prepare_evaluation(self, batches: Iterable[Tensor]) -> None:
         if self.step > self.schedule.first_step(self.total_steps):

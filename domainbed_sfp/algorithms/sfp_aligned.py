@@ -1,6 +1,7 @@
-"""SFP whose pruned network is aligned with the frozen reference along invariant directions. A reconstruction of what the
-abstracts promise ("aligning the pruned model with invariant feature directions"; arXiv 2305.11615, doi
-10.1145/3664647.3680969), not of any procedure they give.
+"""SFP whose pruned network is aligned with the frozen reference along invariant directions.
+
+A reconstruction of what the abstracts promise ("aligning the pruned model with invariant feature directions"; arXiv
+2305.11615, doi 10.1145/3664647.3680969), not of any procedure they give.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from domainbed_sfp.registry import register
 
 ALIGNMENT_DIRECTIONS = ("flags", "random", "none")
 RECONSTRUCTIONS = ("least_squares", "none")
+# Of the logits' distance, as in Hinton et al. 2015 (arXiv 1503.02531), section 2.
+TEMPERATURE = 2.0
 
 
 @register(
@@ -45,8 +48,8 @@ RECONSTRUCTIONS = ("least_squares", "none")
         ),
         "alignment_directions": Hparam(
             "flags",
-            doc="what is left out of the features' distance: directions in which flagged samples differ (flags), as many "
-            "at random, or none",
+            doc="what is left out of the features' distance: directions in which flagged samples differ (flags), as "
+            "many at random, or none",
             valid=one_of(*ALIGNMENT_DIRECTIONS),
         ),
         "alignment_unflagged": Hparam(
@@ -72,6 +75,8 @@ class SFPAligned(SFP):
     remain take over what the removed ones told the next layer (`pruning.reconstruction`).
     """
 
+    feature_directions: Tensor
+
     flags_every_step = True
     # Each renewal of the masks solves a system of equations for each layer.
     ramp_updates = 20
@@ -87,11 +92,14 @@ class SFPAligned(SFP):
         readers = {name: group.channels for name, group in self.group_of.items()}
         readers = {name: count for name, count in readers.items() if self._layer(name).weight.shape[1] == count}
         self.input_moments = InputMoments(readers if self.hparams["reconstruction"] != "none" else {})
-        self.reference_features: Tensor | None = None
+        # Of the step's samples, (features, logits) of the reference.
+        self.followed: tuple[Tensor, Tensor] | None = None
 
     def reference_logits(self, x: Tensor) -> Tensor:
-        self.reference_features = self.reference[0](x)
-        return self.reference[1](self.reference_features)
+        featurizer, classifier = self.reference.children()
+        features = featurizer(x)
+        self.followed = features, classifier(features)
+        return self.followed[1]
 
     def compute_loss(self, minibatches: Minibatches) -> tuple[Tensor, dict[str, float]]:
         if self.step < self.schedule.first_step(self.total_steps):
@@ -115,8 +123,8 @@ class SFPAligned(SFP):
 
     def _alignment(self, features: Tensor, y: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
         """(distance of features, divergence of logits) between the network and the reference."""
-        reference = self.reference_features
-        assert reference is not None
+        assert self.followed is not None
+        reference, wanted = self.followed
         self._follow_directions(features.detach().float(), y, flags)
         weights = torch.where(flags, 1.0, self.hparams["alignment_unflagged"])
         weights = weights / weights.sum()
@@ -126,9 +134,9 @@ class SFPAligned(SFP):
         distance = weights @ apart.square().sum(1) / scale
         if not self.hparams["alignment_logits"]:
             return distance, distance.new_zeros(())
-        told, wanted = self.classifier(features) / 2, self.reference[1](reference) / 2
+        told, wanted = (logits.float() / TEMPERATURE for logits in (self.classifier(features), wanted))
         rows = F.kl_div(F.log_softmax(told, 1), F.log_softmax(wanted, 1), log_target=True, reduction="none").sum(1)
-        return distance, 4 * weights @ rows
+        return distance, TEMPERATURE**2 * weights @ rows
 
     @torch.no_grad()
     def _follow_directions(self, features: Tensor, y: Tensor, flags: Tensor) -> None:
