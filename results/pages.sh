@@ -55,3 +55,5 @@ for sweep in quantization_digits quantization_small; do
 done
 domainbed-sfp rankings --input_dir results/globalpru_coloured --output results/globalpru_rankings.csv \
   --plot results/globalpru_rankings.png
+
+python results/readme.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -52,6 +53,13 @@ def test_the_python_in_the_documents_runs(tmp_path, monkeypatch):
     assert names["algorithm"].sparsity() > 0.4 and len(names["half"]) > 0
 
 
+def test_the_page_of_results_is_what_its_script_makes(monkeypatch):
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "results" / "readme.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.page() == (ROOT / "results" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("notebook", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_the_notebooks_run(monkeypatch, notebook):
     """Their code, in one process and with few steps of training."""
@@ -88,6 +96,7 @@ def test_links_of_the_documents_lead_somewhere():
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         ROOT / "results" / "README.md",
+        ROOT / "results" / "NOTES.md",
         *(ROOT / "docs").glob("*.md"),
     ]
     links = [(page, link) for page in documents for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())]
