@@ -480,3 +480,11 @@ def test_delete_incomplete_says_what_it_deletes_and_leaves_what_collect_counts(
 )
 def test_numbers_beyond_all_bounds(main, spec_file, options, parts):
     assert_one_line_error(main("sweep", "launch", spec_file, "--output_dir", "out", *options, check=False), *parts)
+
+
+def test_multi_gpu_without_a_gpu_leaves_nothing_behind(main, tmp_path, spec_file, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setattr(capacity.torch.cuda, "device_count", lambda: 0)
+    told = main("sweep", "launch", spec_file, "--output_dir", "out", "--command_launcher", "multi_gpu", check=False)
+    assert told.returncode == 2 and "no GPU is visible (CUDA_VISIBLE_DEVICES is '-1')" in told.stderr
+    assert not (tmp_path / "out").exists()
