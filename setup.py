@@ -42,6 +42,7 @@ EXTRAS["test"] = [
     "pytest-timeout>=2.2",
     "pytest-xdist>=3.3",
 ]
+EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 EXTRAS["dev"] = [*EXTRAS["test"], "mypy>=1.8", "ruff>=0.5", "types-PyYAML", "types-jsonschema"]
 
 setup(
@@ -61,6 +62,7 @@ setup(
     package_dir={"domainbed_sfp.specs": "sweeps", "domainbed_sfp.published_rows": "results"},
     package_data={
         "domainbed_sfp": ["py.typed"],
+        "domainbed_sfp.analysis.report": ["report.html", "report.css", "report.js"],
         "domainbed_sfp.data": ["domain_net.txt"],
         "domainbed_sfp.leaderboard": ["page.html", "page.css", "page.js"],
         "domainbed_sfp.published_rows": ["published.csv"],

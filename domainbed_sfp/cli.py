@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable
 from itertools import takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from domainbed_sfp import __version__
@@ -60,6 +59,15 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+class _Once(argparse.Action):
+    """A flag whose second values would take the place of the first without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice; give it once, with all that belongs to it")
+        setattr(namespace, self.dest, values)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
@@ -73,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_sweep(commands)
     _add_collect(commands)
+    _add_report(commands)
     _add_export(commands)
     _add_latency(commands)
     _add_rankings(commands)
@@ -96,22 +105,16 @@ def _add(commands: argparse._SubParsersAction, name: str, text: str, run: Comman
 
 def _add_quickstart(commands: argparse._SubParsersAction) -> None:
     parser = _add(
-        commands, "quickstart", "run a real small sweep on the embedded data and print its table", _quickstart
+        commands, "quickstart", "see in two minutes what pruning does where colours stop agreeing", _quickstart
     )
     parser.add_argument("--output_dir", default="quickstart_output")
     _add_slots(parser)
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    from domainbed_sfp.sweep import commands
+    from domainbed_sfp.sweep import quickstart
 
-    status = commands.launch(
-        commands.read_spec("quickstart"), None, args.output_dir, slots=args.jobs, ask=False, cache_dir=None
-    )
-    if status:
-        return status
-    table = make_parser().parse_args(["collect", "--input_dir", args.output_dir, "--selection", "training-domain"])
-    return table.run(table)
+    return quickstart.run(args.output_dir, args.jobs)
 
 
 # list ---------------------------------------------------------------------------------------------------------------
@@ -160,7 +163,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--task", default="domain_generalization", choices=["domain_generalization", "domain_adaptation"]
     )
-    parser.add_argument("--hparams", help="JSON object of hparams that replace the drawn ones")
+    parser.add_argument("--hparams", action=_Once, help="JSON object of hparams that replace the drawn ones")
     parser.add_argument("--hparams_seed", type=int, default=0, help="0 takes the default hparams, others a random draw")
     parser.add_argument("--trial_seed", type=int, default=0, help="seeds the splits and, with hparams_seed, the draw")
     parser.add_argument("--seed", type=int, default=0, help="seeds everything else")
@@ -199,8 +202,8 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     parser = _add(commands, "sweep", "run a grid of runs; DomainBed's flags, or a spec file with the same keys", _sweep)
     parser.add_argument("action", choices=["launch", "status", "delete_incomplete"])
     parser.add_argument("spec", nargs="?", help="YAML file, or the name of a shipped one (see: list sweeps)")
-    parser.add_argument("--datasets", nargs="+")
-    parser.add_argument("--algorithms", nargs="+")
+    parser.add_argument("--datasets", nargs="+", action=_Once)
+    parser.add_argument("--algorithms", nargs="+", action=_Once)
     parser.add_argument("--task", choices=["domain_generalization", "domain_adaptation"])
     parser.add_argument("--n_hparams_from", type=int)
     parser.add_argument("--n_hparams", type=int)
@@ -208,7 +211,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--n_trials", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--checkpoint_freq", type=int)
-    parser.add_argument("--hparams", help="JSON object of hparams for all runs")
+    parser.add_argument("--hparams", action=_Once, help="JSON object of hparams for all runs")
     parser.add_argument("--holdout_fraction", type=float)
     parser.add_argument("--single_test_envs", action="store_const", const=True)
     parser.add_argument("--precision", choices=["fp32", "bf16", "auto"])
@@ -271,7 +274,7 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.watch is not None and args.action != "status":
         raise UserError(f"--watch goes with sweep status, not with {args.action}")
     if args.action == "status":
-        if is_open and (Path(args.output_dir) / "sweep.json").exists():
+        if is_open and commands.holds_a_sweep(args.output_dir):
             return commands.status(None, args.data_dir, args.output_dir, watch=args.watch)
         return commands.status(spec, args.data_dir, args.output_dir, watch=args.watch)
     if args.action == "delete_incomplete":
@@ -317,6 +320,13 @@ def _add_collect(commands: argparse._SubParsersAction) -> None:
 
     parser = _add(commands, "collect", "make tables of the records of a sweep, ours or DomainBed's", collect.run)
     collect.add_arguments(parser)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    from domainbed_sfp.analysis.report import page
+
+    parser = _add(commands, "report", "make one page of a sweep: tables, figures, comparisons, failures", page.run)
+    page.add_arguments(parser)
 
 
 # export, latency ----------------------------------------------------------------------------------------------------

@@ -39,13 +39,8 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
 from .files import write_atomically
+from .layout import CHECKPOINT, DONE, FAILURE, RESULTS, named, no_runs, runs_below
 from .record_lines import last_of, numbered_records
-
-RESULTS = "results.jsonl"
-DONE = "done"
-FAILURE = "failure.json"
-CHECKPOINT = "checkpoint.safetensors"
-SWEEP = "sweep.json"
 
 # Fields that may differ between two runs which are bit-identical otherwise.
 VOLATILE_FIELDS = frozenset({"step_time", "wall_time", "images_per_second", "mem_gb"})
@@ -176,15 +171,18 @@ def load_records(input_dir: str | os.PathLike[str], *, warn: Warn, directory_ord
     if not directory_order:
         names.sort()
     runs: list[Run] = []
+    others = []
     for name in names:
         try:
             runs.extend(_read_runs(root / name, warn))
         except (FileNotFoundError, NotADirectoryError):
-            continue
+            others.append(name)
         except OSError as error:
             warn(f"{root / name / RESULTS} is skipped: {error.strerror}")
     if not runs:
-        raise UserError(f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}")
+        raise no_runs(root)
+    if below := runs_below(root, others):
+        warn(f"{root}: {named(below)}, which are left out: copy what such a folder holds into {root} to count them")
     return runs
 
 
@@ -241,27 +239,6 @@ def saved_step(directory: str | os.PathLike[str]) -> int:
         return 0
 
 
-def load_sweep(input_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The launched sweep's sweep.json, or None where there is none (DomainBed writes none).
-
-    Raises UserError when the file is not a sweep description of format 1.
-    """
-    path = Path(input_dir) / SWEEP
-    try:
-        sweep = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(sweep, dict) or sweep.get("format") != 1 or not isinstance(sweep.get("jobs"), list):
-        raise UserError(f"{path}: expected an object with format 1 and a list of jobs")
-    for number, job in enumerate(sweep["jobs"]):
-        for field in ("name", "dataset", "algorithm", "test_envs", "hparams_seed", "trial_seed"):
-            if not isinstance(job, dict) or field not in job:
-                raise UserError(f"{path}: job {number} has no {field!r}")
-    return sweep
-
-
 def load_failure(directory: str | os.PathLike[str]) -> str | None:
     """Why the run in this directory stopped, from its failure.json; None when it has none that can be
     read."""
@@ -308,6 +285,8 @@ class _Columns:
                 values += [np.nan] * (len(self.steps) - 1 - len(values))
                 value = self._cost(record, name)
                 values.append(np.nan if value is None else value)
+        if not isinstance(record.get("hparams") or {}, dict):
+            raise ValueError(f"'hparams' is {record['hparams']!r:.80}; expected an object")
         self.last = record
 
     def _cost(self, record: dict[str, Any], name: str) -> Any:
@@ -387,8 +366,10 @@ def _count_environments(record: dict[str, Any]) -> int:
 def _check_args(args: Any, environments: int) -> None:
     if not isinstance(args, dict):
         raise ValueError(f"'args' is {args!r}; expected an object")
-    for field in ("dataset", "algorithm", "hparams_seed", "trial_seed"):
-        args[field]
+    for field, kind in (("dataset", str), ("algorithm", str), ("hparams_seed", int), ("trial_seed", int)):
+        if not isinstance(args[field], kind):
+            expected = "a name" if kind is str else "a whole number"
+            raise ValueError(f"args.{field} is {args[field]!r:.80}; expected {expected}")
     test_envs = args["test_envs"]
     if not isinstance(test_envs, list) or not test_envs:
         raise ValueError(f"args.test_envs is {test_envs!r}; expected a list of environment numbers")

@@ -659,13 +659,15 @@ def _predict(algorithm: Algorithm, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate_degraded(algorithm: Algorithm, dataset: Dataset, env_i: int, device: torch.device) -> list[dict[str, Any]]:
-    """How the model does on the same DEGRADED_SAMPLES images of an environment, drawn evenly from all of it, as they
+def evaluate_degraded(
+    algorithm: Algorithm, dataset: Dataset, env_i: int, device: torch.device, samples: int = DEGRADED_SAMPLES
+) -> list[dict[str, Any]]:
+    """How the model does on the same `samples` images of an environment, drawn evenly from all of it, as they
     are and degraded in every way and severity: for each `degradation`, `severity` (0: as they are), `samples`,
     `accuracy` (a fraction), and what the algorithm measures. A description of the finished model: nothing is chosen by
     it."""
     environment = dataset[env_i]
-    chosen = np.unique(np.linspace(0, len(environment) - 1, DEGRADED_SAMPLES).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(environment) - 1, samples).round().astype(int))
     images, y = environment.gather(chosen), environment.labels[torch.from_numpy(chosen)].to(device)
     is_photographic = images.dtype == torch.uint8
     clean = (normalize(images) if is_photographic else images).to(device)

@@ -411,16 +411,17 @@ class SlotLauncher:
 
     def __call__(self, commands: list[str]) -> None:
         waiting = list(commands)
+        slots = min(self.slots, len(waiting))
         running: dict[int, _Running] = {}
         ended = 0
         try:
             while waiting or running:
-                for slot in range(self.slots):
+                for slot in range(slots):
                     if slot in running and running[slot].process.poll() is not None:
                         ended += 1
                         self._report(running.pop(slot), f"{ended} of {len(commands)} jobs")
                     if slot not in running and waiting:
-                        running[slot] = self._start(waiting.pop(0), slot)
+                        running[slot] = self._start(waiting.pop(0), slot, slots)
                 time.sleep(POLL_SECONDS)
         finally:
             # Only after an interruption something is left.
@@ -429,8 +430,8 @@ class SlotLauncher:
                 job.process.wait()
         print(f"{ended - len(self.failures)} jobs done, {len(self.failures)} failed")
 
-    def _start(self, command: str, slot: int) -> _Running:
-        environment = job_environment(slot, self.slots, visible_gpus())
+    def _start(self, command: str, slot: int, slots: int) -> _Running:
+        environment = job_environment(slot, slots, visible_gpus())
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
         process = subprocess.Popen(shlex.split(command), env=environment, stdout=subprocess.DEVNULL, stderr=errors)
         return _Running(command, process, errors)

@@ -10,7 +10,6 @@ import random
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -150,8 +149,7 @@ def test_what_was_chosen_is_listed(tmp_path, collect):
     ]  # fmt: skip
     _, out, _ = collect(*training, "--chosen")
     assert "lr=0.01235, sparsity=0.3" in out and "t0h1" in out and "| SFP" in out
-    for name, part in (("html", "lr=0.01235"), ("latex", "lr=0.01235")):
-        assert part in collect(*training, "--chosen", "--format", name)[1]
+    assert "lr=0.01235" in collect(*training, "--chosen", "--format", "latex")[1]
     (only,) = json.loads(collect(*training, "--format", "json")[1])["tables"]
     choices = only["rows"][0]["cells"][0]["choices"]
     assert [choice["hparams"] for choice in choices] == [
@@ -791,6 +789,9 @@ def test_published_files_that_are_none(tmp_path, collect):
     (tmp_path / "rows.csv").write_text(text.replace("80.8", "many"))
     status, _, err = collect(*given)
     assert status == 2 and "rows.csv, line 3: could not convert string to float: 'many'" in err
+    (tmp_path / "rows.csv").write_text(text + text.splitlines()[1] + "\n")
+    status, _, err = collect(*given)
+    assert status == 2 and "is given twice" in err and "rows.csv, line" in err
 
 
 def test_the_default_published_file_is_the_checkouts(tmp_path, table):
@@ -896,46 +897,6 @@ def test_csv_is_tidy_and_unrounded(tmp_path, collect):
     assert (rows[0]["trials"], rows[0]["sparsity"], rows[0]["selection"]) == ("3", "", "training-domain")
 
 
-class _Page(HTMLParser):
-    """Collects the cells of a page's tables, and everything it would load."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells: list[str] = []
-        self.scopes: list[str | None] = []
-        self.loads: list[str] = []
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        if tag in ("td", "th"):
-            self.cells.append("")
-            self.scopes.append(attributes.get("scope"))
-        if tag in ("script", "link", "img", "iframe"):
-            self.loads.append(tag)
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "th"):
-            self.cells[-1] += data
-
-
-def test_html_stands_alone_and_is_escaped(compressed, collect):
-    _, out, _ = collect("--input_dir", compressed, "--format", "html", "--selection", "training-domain")
-    page = _Page()
-    page.feed(out)
-    assert page.open == [] and page.loads == [] and "http" not in out
-    assert page.cells[:4] == ["Algorithm", "50%", "a_b&c", "Average"]
-    assert page.scopes[:10] == ["col"] * 10
-    assert page.cells[20:22] == ["My_<b> †", "70.0 ± \N{EN DASH}"]
-    assert (page.scopes[20], page.scopes[21]) == ("row", None)
-    assert "prefers-color-scheme: dark" in out and "@media print" in out
-
-
 def test_output_goes_to_a_file(tmp_path, collect):
     three_trials(tmp_path / "sweep")
     _, expected, _ = collect("--input_dir", tmp_path / "sweep")
@@ -949,6 +910,7 @@ def test_output_goes_to_a_file(tmp_path, collect):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--format", "html"], "--format html: `domainbed-sfp report --input_dir DIR --output FILE` makes a page"),
         (["--format", "markdwn"], "unknown --format 'markdwn'; did you mean 'markdown'?"),
         (["--selection", "oracel"], "unknown --selection 'oracel'; did you mean 'oracle'?"),
         (["--latex", "--format", "csv"], "--latex and --format csv contradict each other"),
@@ -981,3 +943,16 @@ def test_as_a_program(tmp_path):
     missing = subprocess.run([*command, str(tmp_path / "no")], cwd=ROOT, capture_output=True, text=True)
     assert missing.returncode == 2 and missing.stdout == ""
     assert f"error: --input_dir {tmp_path / 'no'}: No such file or directory" in missing.stderr
+
+
+def test_a_table_that_mixes_weights_of_one_name_says_so(tmp_path, table):
+    for trial, digest in enumerate(("0123456789ab", "ba9876543210")):
+        hparams = {"weights": "w.pth"}
+        write_run(
+            tmp_path, digest, [record((0.5,) * 4, trial_seed=trial, hparams=hparams, weights_digest=digest)]
+        )  # fmt: skip
+    only = table(tmp_path)
+    assert (
+        "Warning: this table mixes protocols, weights hash: 0123456789ab in 1 runs, ba9876543210 in 1 runs."
+        in only["notes"]
+    )

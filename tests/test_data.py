@@ -485,9 +485,10 @@ def test_real_office_caltech(pacs_dir, tmp_path):
 
 
 def test_a_part_of_vlcs_is_called_one(tmp_path):
-    make_tree(tmp_path / "VLCS_partial", ("Caltech101", "VOC2007"))
+    make_tree(tmp_path / "VLCS_partial", ("Caltech101", "SUN09", "VOC2007"))
     ours = get_dataset_class("VLCSPartial")
-    assert ours.environment_names(str(tmp_path)) == ["Caltech101", "VOC2007"]
+    built = ours.build(str(tmp_path), FOLDER_HPARAMS, 0, None)
+    assert [env.name for env in built.environments] == ours.environment_names() == ["Caltech101", "SUN09", "VOC2007"]
     assert len(ours.data_digest(str(tmp_path))) == 16  # so that tables tell it from all of VLCS
     with pytest.raises(UserError, match="VLCSPartial: there is no folder") as error:
         ours.check_files(str(tmp_path / "none"))

@@ -21,15 +21,35 @@ def code_blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
 
 
-def test_the_algorithm_in_contributing_keeps_the_contract(tmp_path):
-    source = next(block for block in code_blocks("CONTRIBUTING.md", "python") if "@register" in block)
-    (tmp_path / "smallest_kernel.py").write_text(source)
-    code = (
-        "import smallest_kernel; from domainbed_sfp import contract;"
-        "[check('SmallestKernel') for check in contract.CHECKS.values()]; print('passed')"
+@pytest.mark.parametrize(
+    ("document", "name"),
+    [
+        ("CONTRIBUTING.md", "SmallestKernel"),
+        ("docs/writing_an_algorithm.md", "FirstFilters"),
+        ("docs/writing_an_algorithm.md", "CoinFlip"),
+    ],
+)
+def test_the_algorithms_in_the_documents_keep_the_contract(tmp_path, document, name):
+    source = next(
+        block for block in code_blocks(document, "python") if f'@register("{name}"' in re.sub(r"\s+", "", block)
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    (tmp_path / "example.py").write_text(source)
+    code = (
+        f"import example; from domainbed_sfp import contract; [check('{name}') for check in contract.CHECKS.values()];"
+        "print('passed')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.stdout.strip() == "passed", done.stderr
+
+
+def test_the_python_in_the_documents_runs(tmp_path, monkeypatch):
+    """docs/pandas.md, in a folder whose results are the project's."""
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in code_blocks("docs/pandas.md", "python"):
+        exec(block.replace("steps=300", "steps=2"), names)
+    assert names["algorithm"].sparsity() > 0.4 and len(names["half"]) > 0
 
 
 def test_the_data_set_in_contributing_is_enough():
@@ -66,14 +86,16 @@ def test_links_of_the_documents_lead_somewhere():
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
-def test_quickstart_runs_its_sweep_and_prints_the_table(main, monkeypatch):
+def test_quickstart_runs_its_sweep_and_says_what_it_shows(main, monkeypatch, tmp_path):
     """The command itself, on a grid cut down to seconds."""
-    small = read_spec("quickstart").updated(steps=3, n_trials=1, checkpoint_freq=2, algorithms=["ERM"])
+    small = read_spec("quickstart").updated(steps=3, n_trials=1, algorithms=["ERM", "Magnitude"])
     assert isinstance(small, SweepSpec)
     monkeypatch.setattr(commands, "read_spec", lambda name: {"quickstart": small}[name])
     done = main("quickstart", "--jobs", 2)
-    assert "3 jobs: 3 done" in done.stdout
+    assert "2 jobs: 2 done" in done.stdout
     assert "| ERM" in done.stdout and "training-domain" in done.stdout and "FullColoredDigits" in done.stdout
+    assert re.search(r"digits, Magnitude is right on \d+ % of them, a dense network \(ERM\) on \d+ %\.", done.stdout)
+    assert "<svg" in (tmp_path / "quickstart_output" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

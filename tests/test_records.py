@@ -16,13 +16,13 @@ from runs_on_disk import record, write_run
 from domainbed_sfp import domainbed_facts
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.files import write_atomically
+from domainbed_sfp.manifests import read_manifests
 from domainbed_sfp.record_lines import end_last_line
 from domainbed_sfp.records import (
     is_done,
     last_record,
     last_step,
     load_records,
-    load_sweep,
     read_records,
     write_records,
 )  # fmt: skip
@@ -150,6 +150,49 @@ def test_a_record_without_a_field_says_which(tmp_path, change, message):
         load_records(tmp_path, warn=fail)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hparams_seed": [0]}, r"args\.hparams_seed is \[0\]; expected a whole number"),
+        ({"trial_seed": "0"}, r"args\.trial_seed is '0'; expected a whole number"),
+        ({"dataset": {}}, r"args\.dataset is \{\}; expected a name"),
+        ({"algorithm": 3}, r"args\.algorithm is 3; expected a name"),
+    ],
+)
+def test_arguments_of_another_kind_name_the_field(tmp_path, change, message):
+    write_run(tmp_path, "run", [record((0.1, 0.2, 0.3, 0.4), args=change)])
+    with pytest.raises(UserError, match=rf"results\.jsonl, line 1: {message}"):
+        load_records(tmp_path, warn=fail)
+
+
+@settings(deadline=None)
+@given(
+    st.binary(max_size=80)
+    | st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["format", "jobs", "protocol", "name", "test_envs"]), inner)
+        ),
+    ).map(lambda value: json.dumps(value).encode())
+)
+def test_whatever_a_sweep_json_holds_it_is_read_or_named(tmp_path_factory, data):
+    root = tmp_path_factory.mktemp("sweep")
+    (root / "sweep.json").write_bytes(data)
+    try:
+        read_manifests(root)
+    except UserError as error:
+        assert "sweep.json" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp", "..", ".", "", "a\0b", "a/b"])
+def test_a_job_lies_in_its_sweep_and_nowhere_else(tmp_path, name):
+    args = record((0.5, 0.5))["args"]
+    (tmp_path / "sweep.json").write_text(json.dumps({"format": 1, "jobs": [{**args, "name": name}]}))
+    with pytest.raises(UserError, match="no folder's"):
+        read_manifests(tmp_path)
+
+
 @pytest.mark.parametrize("value", [None, math.nan, "high", [0.5]])
 def test_an_accuracy_that_is_no_number_names_the_file(tmp_path, value):
     write_run(tmp_path, "run", [{**record((0.1, 0.2, 0.3, 0.4)), "env1_in_acc": value}])
@@ -188,11 +231,12 @@ def test_input_dirs_that_hold_no_sweep(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 2, "jobs": []}', '{"format": 1, "jobs": [{"name": "a"}]}'])
-def test_a_sweep_description_that_is_none(tmp_path, text):
-    assert load_sweep(tmp_path) is None
-    (tmp_path / "sweep.json").write_text(text)
-    with pytest.raises(UserError, match=r"sweep\.json"):
-        load_sweep(tmp_path)
+@pytest.mark.parametrize("name", ["sweep.json", "sweep-0123456789ab.json"])
+def test_a_sweep_description_that_is_none(tmp_path, name, text):
+    assert read_manifests(tmp_path) == []
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        read_manifests(tmp_path)
 
 
 def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -426,11 +427,11 @@ def test_delete_incomplete_says_what_it_deletes_and_leaves_what_collect_counts(m
     assert_one_line_error(asked, "--skip_confirmation")
 
     # Another machine finishes the run while the user thinks.
-    def finish(path):
+    def finished_by_then(*arguments):
         (two / "done").touch()
-        return FileLock(path, timeout=0)
+        return contextlib.nullcontext()
 
-    monkeypatch.setattr("domainbed_sfp.sweep.jobs.FileLock", lambda path, timeout=0: finish(path))
+    monkeypatch.setattr("domainbed_sfp.core.locks.hold", finished_by_then)
     late = main("sweep", "delete_incomplete", spec_file, "--output_dir", "out", "--skip_confirmation").stdout
     assert "Deleted 0 jobs!" in late and "Kept 1" in late and two.is_dir()
 

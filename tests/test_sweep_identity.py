@@ -76,12 +76,12 @@ def test_folders_of_earlier_versions_are_found_however_their_numbers_were_writte
 
 
 def test_the_same_settings_are_not_computed_again_and_are_one_row(main, tmp_path):
-    sweep = ("sweep", "launch", "--datasets", "RotatedDigits", "--algorithms", "ERM", "--single_test_envs",
+    sweep = ("sweep", "launch", "--datasets", "ColoredDigits", "--algorithms", "ERM", "--single_test_envs",
              "--n_hparams", 1, "--n_trials", 1, "--steps", 1, "--skip_model_save", "--output_dir", "out")  # fmt: skip
     main(*sweep, "--hparams", '{"weight_decay": 0, "batch_size": 8}', "--jobs", 2)
     again = main(*sweep, "--hparams", '{"weight_decay": 0.0, "batch_size": 8.0}').stdout
     assert "About to launch 0 jobs." in again
-    assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())["jobs"]) == 6
+    assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())["jobs"]) == 3
     # A run of an earlier version, which recorded what it was given.
     run = next((tmp_path / "out").glob("*/results.jsonl"))
     records = [json.loads(line) for line in run.read_text().splitlines()]
@@ -152,6 +152,15 @@ def test_hparams_that_cannot_be(main, text, parts):
     for command in (("train", "--dataset", "ColoredDigits"), ("sweep", "launch", "quickstart")):
         refused = main(*command, "--hparams", text, "--output_dir", "out", check=False)
         assert_one_line_error(refused, *parts)
+
+
+@pytest.mark.parametrize(
+    "flag, values", [("--hparams", ['{"lr": 0.1}', '{"batch_size": 8}']), ("--algorithms", ["ERM", "SFP"])]
+)
+def test_flags_that_would_replace_each_other_are_refused(main, flag, values):
+    repeated = [word for value in values for word in (flag, value)]
+    refused = main("sweep", "launch", "--datasets", "ColoredDigits", *repeated, "--output_dir", "out", check=False)
+    assert refused.returncode == 2 and f"argument {flag}: given twice" in refused.stderr
 
 
 def test_counts_may_be_whole_floats(tmp_path):

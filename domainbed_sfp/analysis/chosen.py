@@ -9,10 +9,10 @@ from typing import Any
 
 from .data_formats import choices_of, json_text, place_of
 from .display import Grid, Shown, daggered
-from .html_page import html_of
 from .latex import latex_of
 from .markdown import markdown_of
-from .tables import Report, Row, Table
+from .rows import Row
+from .tables import Report, Table
 
 _HEADER = ("Algorithm", "Test", "Trial", "Hparams seed", "Step", "Validation", "Accuracy", "Searched hparams", "Run")
 
@@ -32,7 +32,8 @@ def _settings(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
-def _grid(table: Table) -> Grid:
+def grid_of(table: Table) -> Grid:
+    """The choices behind one table."""
     rows = [
         (
             daggered(row.label, row.standing),
@@ -48,7 +49,7 @@ def _grid(table: Table) -> Grid:
         for row, environment, choice in _choices(table)
     ]
     return Grid(
-        f"{table.dataset}-{table.rule.key}-chosen",
+        f"{table.dataset}-{table.rule.key}{'-sources' if table.sources else ''}-chosen",
         f"{table.dataset}, chosen by: {table.rule.title}",
         _HEADER,
         tuple(tuple(map(Shown, row)) for row in rows),
@@ -58,7 +59,7 @@ def _grid(table: Table) -> Grid:
 
 
 def _grids(report: Report) -> list[Grid]:
-    return [_grid(table) for table in report.tables]
+    return [grid_of(table) for table in report.tables]
 
 
 def _notes(report: Report) -> list[str]:
@@ -87,7 +88,6 @@ def _csv(report: Report) -> str:
 CHOSEN_FORMATS = {
     "markdown": lambda report: markdown_of(_grids(report), _notes(report)),
     "latex": lambda report: latex_of(_grids(report), _notes(report)),
-    "html": lambda report: html_of("Chosen runs", _grids(report), _notes(report)),
     "csv": _csv,
     "json": json_text,
 }

@@ -15,7 +15,6 @@ from .comparison import BEST, compare
 from .comparison_formats import COMPARISON_FORMATS
 from .data_formats import csv_text, json_text
 from .domainbed_format import domainbed_text
-from .html_page import html_text
 from .jobs import rows_of_algorithms, take_account
 from .latex import latex_text
 from .markdown import markdown_text
@@ -30,7 +29,6 @@ _FORMATS: dict[str, Callable[[Report], str]] = {
     "latex": latex_text,
     "csv": csv_text,
     "json": json_text,
-    "html": html_text,
 }
 _DOMAINBED = "domainbed"
 
@@ -182,6 +180,8 @@ def _warn_of_conventions(runs: list[Run]) -> None:
 def _format(args: argparse.Namespace) -> str:
     if args.format is None:
         return "latex" if args.latex else "markdown"
+    if args.format == "html":
+        raise UserError("--format html: `domainbed-sfp report --input_dir DIR --output FILE` makes a page of a sweep")
     if args.format not in (*_FORMATS, _DOMAINBED):
         raise unknown_name("--format", args.format, [*_FORMATS, _DOMAINBED])
     if args.latex and args.format not in ("latex", _DOMAINBED):

@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import UserError, unknown_name
 from .display import DAGGER
 from .jobs import number_ranges
+from .rows import Cell, Row, average_of
 from .selection import Rule
 from .statistics import (
     ALPHA,
@@ -29,7 +30,7 @@ from .statistics import (
     pairs_text,
     smallest_wilcoxon_p,
 )
-from .tables import SPARSITY_TOLERANCE, Cell, Report, Row, Table, average_of, tested_environments, unlike_settings
+from .tables import SPARSITY_TOLERANCE, Report, Table, one_a_dataset, tested_environments, unlike_settings
 
 BEST = "best"
 
@@ -128,7 +129,8 @@ def compare(report: Report, names: Sequence[str], exclude: Sequence[str] = ()) -
         raise UserError(f"--compare {' '.join(names)}: nothing to compare. {' '.join(dict.fromkeys(notes))}")
     across = []
     for rule in dict.fromkeys(table.rule for table in report.tables):
-        of_rule = [compared for compared in tables if compared.table.rule is rule]
+        kept = one_a_dataset([compared.table for compared in tables if compared.table.rule is rule])
+        of_rule = [compared for compared in tables if compared.table in kept]
         if len({compared.table.dataset for compared in of_rule}) > 1:
             across.append(_across(rule, of_rule, others))
         elif of_rule:

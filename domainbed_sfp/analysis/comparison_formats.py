@@ -19,12 +19,11 @@ from .comparison import (
     TableComparison,
 )
 from .display import ABSENT, MISSING, RECONSTRUCTION_NOTE, Grid, Shown, daggered
-from .html_page import html_of
 from .latex import latex_of
 from .markdown import markdown_of
 from .protocol import MNIST_LIKE, is_dealt_by_seed
+from .rows import RECONSTRUCTION
 from .statistics import CONFIDENCE, RESAMPLES, Interval, PairedTest
-from .tables import RECONSTRUCTION
 
 _PERCENT = f"{100 * CONFIDENCE:g}%"
 
@@ -32,6 +31,10 @@ _FILE_PAIRS = (
     "The pairs are not independent: trials of one environment share its test images, and runs on different "
     "environments share training data. Intervals and p-values speak of other seeds, less of other environments, "
     "for which they are optimistic."
+)
+_SOURCE_PAIRS = (
+    "The pairs are not independent: each run is tested in several environments. Intervals and p-values are optimistic, "
+    "and speak of other seeds, less of other environments."
 )
 _DEALT_PAIRS = (
     "Each run's seed, which depends on its algorithm, deals the {what} out to the environments and makes their "
@@ -72,15 +75,11 @@ _COLUMNS = (
 
 
 def markdown_comparison(report: ComparisonReport) -> str:
-    return markdown_of(_grids(report), report.notes)
+    return markdown_of(comparison_grids(report), report.notes)
 
 
 def latex_comparison(report: ComparisonReport) -> str:
-    return latex_of(_grids(report), report.notes)
-
-
-def html_comparison(report: ComparisonReport) -> str:
-    return html_of(f"Comparison of {report.tables[0].row.label}", _grids(report), report.notes)
+    return latex_of(comparison_grids(report), report.notes)
 
 
 def csv_comparison(report: ComparisonReport) -> str:
@@ -146,11 +145,11 @@ COMPARISON_FORMATS = {
     "latex": latex_comparison,
     "csv": csv_comparison,
     "json": json_comparison,
-    "html": html_comparison,
 }
 
 
-def _grids(report: ComparisonReport) -> list[Grid]:
+def comparison_grids(report: ComparisonReport) -> list[Grid]:
+    """A table for each data set and rule, and one over data sets where there are several."""
     grids = []
     for rule in dict.fromkeys(table.table.rule for table in report.tables):
         grids += [_table_grid(table) for table in report.tables if table.table.rule is rule]
@@ -214,17 +213,18 @@ def _pairs_note(dataset: str) -> str:
 def _table_notes(table: TableComparison) -> list[str]:
     tests = [one.test for one in table.comparisons]
     count = sum(test.p_t is not None for test in tests)
+    shared = "training environments, test environment" if table.table.sources else "test environment"
     notes = [
         f"Average: over the test environments {', '.join(table.environments)}, percent ± standard error over trials "
         f"(sample standard deviation / sqrt(n)). {_PERCENT} bootstrap: percentile interval of {RESAMPLES:,} resamples "
         "of the trials within each environment; the environments are not resampled. With fewer than ten trials it is "
         "too narrow.",
         f"Difference: {table.row.label} minus the row, percentage points, mean over pairs; a pair is two runs with the "
-        f"same test environment and trial seed. {_PERCENT} interval: Student's t, not corrected for several rows.",
+        f"same {shared} and trial seed. {_PERCENT} interval: Student's t, not corrected for several rows.",
         "p (t): two-sided paired t-test, the primary test, because few trials leave a Wilcoxon test no p that is small "
         f"(at best 2/2^n of n pairs). p (Holm): the same, corrected for {count} test{'' if count == 1 else 's'}. "
         "p (Wilcoxon): two-sided signed-rank test, exact, equal pairs dropped, not corrected.",
-        _pairs_note(table.table.dataset),
+        _SOURCE_PAIRS if table.table.sources else _pairs_note(table.table.dataset),
     ]
     summaries = [table.row, *(one.other for one in table.comparisons)]
     if any(summary.average is None for summary in summaries):

@@ -9,7 +9,8 @@ from typing import Any
 
 from .. import __version__
 from ..records import COST_FIELDS
-from .tables import Cell, Report, Row, Table
+from .rows import Cell, Row
+from .tables import Report, Table
 
 _COLUMNS = (
     "dataset",
@@ -90,18 +91,22 @@ def _table(table: Table) -> dict[str, Any]:
     return {
         "dataset": table.dataset,
         "selection": table.rule.key,
-        "environments": list(table.environments),
+        "environments": list(table.names or table.environments),
         "protocol": table.protocol.as_dict(),
         "notes": list(table.notes),
-        "rows": [_row(row, table.environments) for row in table.rows],
+        "rows": [_row(row, table) for row in table.rows],
     }
 
 
-def _row(row: Row, environments: tuple[str, ...]) -> dict[str, Any]:
+def _row(row: Row, table: Table) -> dict[str, Any]:
+    environments = table.environments
     cells = [
         {"environment": environment, "test_env": env, **_numbers(cell), "choices": choices_of(row, cell)}
         for env, (environment, cell) in enumerate(zip(environments, row.cells))
     ]
+    for source, one in zip(table.sources, cells):
+        trained_on = [name for env, name in enumerate(table.names) if env not in source.test_envs]
+        one.update(environment=table.names[source.env], test_env=source.env, trained_on=trained_on)
     return {
         "label": row.label,
         "algorithm": row.algorithm,

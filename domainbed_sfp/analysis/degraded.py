@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, unknown_name
 from ..files import write_output
-from ..records import RESULTS, Warn, is_done, last_record
+from ..layout import run_files
+from ..records import Warn, is_done, last_record
 from .display import ABSENT, RECONSTRUCTION_NOTE, daggered
 from .methods import Method, alike, label_methods, method_of
 from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
+from .rows import RECONSTRUCTION
 from .statistics import paired_test
-from .tables import RECONSTRUCTION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,11 +99,7 @@ def cases_of(input_dir: str | Path, warn: Warn) -> list[Case]:
     """The cases of all finished runs of a directory, row by row as tables have them. Raises UserError where there are
     none."""
     root = Path(input_dir)
-    if not root.is_dir():
-        raise UserError(f"--input_dir {root}: expected a directory of runs")
-    files = sorted(root.glob(f"*/{RESULTS}")) or sorted(root.glob(RESULTS))
-    if not files:
-        raise UserError(f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}")
+    files = run_files(root)
     runs = list(_degraded_runs(files, warn))
     same = alike(method for method, _, _ in runs)
     found: list[tuple[Method, str, Mapping[str, Any]]] = []

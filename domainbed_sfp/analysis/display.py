@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .tables import RECONSTRUCTION, Averages, Cell, Report, Row, Table
+from .rows import RECONSTRUCTION, Cell, Row
+from .sources import by_source
+from .tables import Averages, Report, Table
 
 BEST, SECOND = "best", "second"
 MISSING = "X"
@@ -45,7 +47,11 @@ def grids_of(report: Report) -> list[Grid]:
     grids = []
     rules = dict.fromkeys([table.rule for table in report.tables])
     for rule in rules:
-        grids += [_table_grid(table) for table in report.tables if table.rule is rule]
+        grids += [
+            _sources_grid(table) if table.sources else _table_grid(table)
+            for table in report.tables
+            if table.rule is rule
+        ]
         grids += [_averages_grid(averages) for averages in report.averages if averages.rule is rule]
     return grids
 
@@ -65,8 +71,9 @@ def daggered(label: str, standing: str | None) -> str:
     return f"{label} {DAGGER}" if standing == RECONSTRUCTION else label
 
 
-def _table_grid(table: Table) -> Grid:
-    cost_columns = [
+def _cost_columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """Headers and contents of the costs that some row has."""
+    return [
         (header, show)
         for header, needed, show in (
             ("Sparsity", "sparsity", _sparsity),
@@ -75,40 +82,74 @@ def _table_grid(table: Table) -> Grid:
             ("Bits", "mean_bits", _bits),
             ("BitOPs (of 8 bits)", "bitops", _bitops),
         )
-        if any(needed in row.costs for row in table.rows)
+        if any(needed in row.costs for row in rows)
     ]
+
+
+def _table_grid(table: Table) -> Grid:
+    cost_columns = _cost_columns(table.rows)
     shown = _shown_environments(table)
     summaries = ("Average", "Worst") if len(shown) == len(table.environments) else ()
-    header = (
-        "Algorithm",
-        *(table.environments[env] for env in shown),
-        *summaries,
-        "In-domain",
-        "Trials",
-        *(name for name, _ in cost_columns),
-    )
     columns = [_cells([row.cells[env] for row in table.rows], table.rows) for env in shown]
     if summaries:
-        worst = [None if row.worst is None else row.cells[row.worst] for row in table.rows]
         columns.append(_cells([row.average for row in table.rows], table.rows))
-        columns.append(
-            [
-                Shown(f"{one.text} ({table.environments[row.worst]})", one.emphasis) if row.worst is not None else one
-                for one, row in zip(_cells(worst, table.rows, error=False), table.rows)
-            ]
-        )
+        columns.append(_worst(table.rows, table.environments))
     columns.append([Shown(_in_domain(row)) for row in table.rows])
     columns.append([Shown(_trials(row, shown)) for row in table.rows])
     columns += [[Shown(show(row)) for row in table.rows] for _, show in cost_columns]
-    labels = [Shown(_label(row)) for row in table.rows]
+    environments = [table.environments[env] for env in shown]
     return Grid(
         re.sub("[^A-Za-z0-9-]", "-", f"{table.dataset}-{table.rule.key}"),
         f"{table.dataset}, model selection: {table.rule.title}",
-        header,
-        tuple(zip(labels, *columns)),
+        ("Algorithm", *environments, *summaries, "In-domain", "Trials", *(name for name, _ in cost_columns)),
+        tuple(zip([Shown(_label(row)) for row in table.rows], *columns)),
         table.protocol.line(),
         (*_legend(table), *table.notes),
     )
+
+
+def _sources_grid(table: Table) -> Grid:
+    """The table of runs that hold out several environments: a row for each method and each set of environments that it
+    was trained on. The best is marked among rows that were trained on the same."""
+    groups = by_source(table)
+    rows = [row for group in groups for row in group.rows]
+    cost_columns = _cost_columns(rows)
+    tested = sorted({env for group in groups for env in group.test_envs})
+    lines: list[tuple[Shown, ...]] = []
+    for group in groups:
+        columns = [[Shown(_label(row)) for row in group.rows]]
+        for env in tested:
+            was_held_out = env in group.test_envs
+            cells = _cells([row.cells[env] for row in group.rows], group.rows)
+            columns.append(cells if was_held_out else [Shown(ABSENT) for _ in group.rows])
+        columns.append(_cells([row.average for row in group.rows], group.rows))
+        columns.append(_worst(group.rows, table.names))
+        columns.append([Shown(_in_domain(row)) for row in group.rows])
+        columns.append([Shown(_trials(row, group.test_envs)) for row in group.rows])
+        columns += [[Shown(show(row)) for row in group.rows] for _, show in cost_columns]
+        lines += zip(*columns)
+    environments = [table.names[env] for env in tested]
+    return Grid(
+        re.sub("[^A-Za-z0-9-]", "-", f"{table.dataset}-{table.rule.key}-sources"),
+        f"{table.dataset}, by what was trained on, model selection: {table.rule.title}",
+        ("Algorithm", *environments, "Average", "Worst", "In-domain", "Trials", *(name for name, _ in cost_columns)),
+        tuple(lines),
+        table.protocol.line(),
+        (
+            f"{ABSENT} in place of an accuracy: trained on. Average and Worst are over the other environments.",
+            *_legend(table),
+            *table.notes,
+        ),
+    )
+
+
+def _worst(rows: Sequence[Row], environments: Sequence[str]) -> list[Shown]:
+    """The column of the lowest accuracies, with the environments they are of."""
+    lowest = [None if row.worst is None else row.cells[row.worst] for row in rows]
+    return [
+        Shown(f"{one.text} ({environments[row.worst]})", one.emphasis) if row.worst is not None else one
+        for one, row in zip(_cells(lowest, rows, error=False), rows)
+    ]
 
 
 def _shown_environments(table: Table) -> list[int]:
@@ -223,9 +264,8 @@ def _legend(table: Table) -> list[str]:
     if any(cell is not None and cell.std_err is None for cell in cells):
         notes.append(f"{ABSENT} in place of a standard error: n=1, a single trial has none.")
     if any(cell is None for cell in cells):
-        notes.append(
-            f"{MISSING}: no result, the jobs it needs are missing. No average is taken over fewer environments."
-        )
+        why = "the jobs it needs are missing" if table.missing else "no job of this sweep gives one"
+        notes.append(f"{MISSING}: no result, {why}. No average is taken over fewer environments.")
     if any(row.standing == RECONSTRUCTION for row in measured):
         notes.append(RECONSTRUCTION_NOTE)
     sources = dict.fromkeys(row.published.source for row in table.rows if row.published is not None)

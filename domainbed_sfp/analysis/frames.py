@@ -19,8 +19,9 @@ from ..records import COST_FIELDS, Run, load_records
 from .comparison import Comparison, Summary
 from .comparison import compare as compare_rows
 from .jobs import row_labels, take_account
+from .rows import Cell, Row
 from .selection import RULES, TRAINING_DOMAIN, Rule
-from .tables import Cell, Report, Row, Table, build_report
+from .tables import Report, Table, build_report, one_a_dataset
 
 # What a run is, once for all of its records.
 _RUN_COLUMNS = ("run", "complete", "failure", "dataset", "algorithm", "row", "test_env", "trial_seed", "hparams_seed")
@@ -80,7 +81,8 @@ def select(frame: pd.DataFrame, rule: str = TRAINING_DOMAIN.key) -> pd.DataFrame
     -------
     pandas.DataFrame
         Columns: `dataset`, `row`, `algorithm`, `environment` (its name), `test_env`, `trial_seed`, `hparams_seed`,
-        `step`, `validation`, `test`, `in_domain` (fractions), the costs, `run` and `hparams`.
+        `step`, `validation`, `test`, `in_domain` (fractions), the costs, `run` and `hparams`. Of runs that hold out
+        several environments also `trained_on`, the names of the others.
     """
     report = report_of(frame, rule)
     chosen = []
@@ -94,8 +96,7 @@ def select(frame: pd.DataFrame, rule: str = TRAINING_DOMAIN.key) -> pd.DataFrame
                             "dataset": table.dataset,
                             "row": row.label,
                             "algorithm": row.algorithm,
-                            "environment": table.environments[env],
-                            "test_env": env,
+                            **_place(table, env),
                             "trial_seed": trial,
                             "hparams_seed": run.hparams_seed,
                             "step": run.steps[at],
@@ -236,12 +237,22 @@ def _rule(key: str) -> Rule:
 
 
 def _one_table(report: Report, dataset: str | None) -> Table:
-    names = [table.dataset for table in report.tables]
+    tables = one_a_dataset(report.tables)
+    names = [table.dataset for table in tables]
     if dataset is None and len(names) > 1:
         raise UserError(f"these records are of {len(names)} data sets; give one of them as dataset: {', '.join(names)}")
     if dataset is not None and dataset not in names:
         raise unknown_name("data set", dataset, names)
-    return report.tables[names.index(dataset) if dataset is not None else 0]
+    return tables[names.index(dataset) if dataset is not None else 0]
+
+
+def _place(table: Table, column: int) -> dict[str, Any]:
+    """Which environment a column of a table is about."""
+    if not table.sources:
+        return {"environment": table.environments[column], "test_env": column}
+    source = table.sources[column]
+    trained_on = tuple(name for env, name in enumerate(table.names) if env not in source.test_envs)
+    return {"environment": table.names[source.env], "test_env": source.env, "trained_on": trained_on}
 
 
 def _wide(table: Table) -> pd.DataFrame:

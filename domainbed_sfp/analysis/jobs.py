@@ -12,7 +12,9 @@ import numpy as np
 
 from ..domainbed_facts import DEFAULT_STEPS
 from ..errors import UserError
-from ..records import SWEEP, Run, load_failure, load_sweep
+from ..layout import SWEEP
+from ..manifests import jobs_of, read_manifests, several_sweeps
+from ..records import Run, load_failure
 from .methods import Method, alike, label_methods, method_of
 
 # Arguments that two runs of one job must share, beside those which make the job and its method.
@@ -44,17 +46,19 @@ def take_account(runs: Sequence[Run], input_dir: str | Path | None, *, include_i
     """Sorts out the runs of a directory: repeated records, incomplete runs, checkpoints before final
     compression.
 
-    The jobs expected are those of the sweep.json in `input_dir`, else every combination of the methods, test
-    environments, trial seeds and hparams seeds seen on a data set. Raises UserError when two directories hold the same
-    job under different protocols.
+    The jobs expected are those of every sweep.json that was copied into `input_dir`, else every combination of the
+    methods, test environments, trial seeds and hparams seeds seen on a data set. Raises UserError when two directories
+    hold the same job under different protocols.
     """
     account = Account()
     root = None if input_dir is None else Path(input_dir)
-    sweep = None if root is None else load_sweep(root)
-    entries = [] if root is None or sweep is None else _entries(sweep, root)
+    manifests = [] if root is None else read_manifests(root)
+    entries = [(entry, _method_listed(entry)) for entry in jobs_of(manifests)]
     same = alike([*map(_method_of, runs), *(method for _, method in entries)])
     found = _merge_repeats(runs, same, account.notes)
-    expected = _grid(found) if root is None or sweep is None else _listed(found, entries, same, root, account.notes)
+    expected = _grid(found) if root is None or not manifests else _listed(found, entries, same, root, account.notes)
+    if copied := several_sweeps(manifests):
+        account.notes.append(copied)
     left_out = dropped = shortened = 0
     for job, run in found.items():
         if not run.complete and not include_incomplete:
@@ -267,18 +271,13 @@ def _grid(found: dict[Job, Run]) -> dict[Job, str]:
     return dict.fromkeys(jobs, "not started")
 
 
-def _entries(sweep: dict[str, Any], root: Path) -> list[tuple[dict[str, Any], Method]]:
-    """The jobs that sweep.json lists, with their methods."""
-    entries = []
-    for entry in sweep["jobs"]:
-        try:
-            method = method_of(entry["algorithm"], entry.get("hparams"), entry.get("steps"), entry["dataset"])
-        except ValueError as error:
-            raise UserError(
-                f"{root / SWEEP}: job {entry['name']} has hparams {entry['hparams']!r}; expected a JSON object"
-            ) from error
-        entries.append((entry, method))
-    return entries
+def _method_listed(entry: dict[str, Any]) -> Method:
+    try:
+        return method_of(entry["algorithm"], entry.get("hparams"), entry.get("steps"), entry["dataset"])
+    except ValueError as error:
+        raise UserError(
+            f"{SWEEP}: job {entry['name']} has hparams {entry['hparams']!r}; expected a JSON object"
+        ) from error
 
 
 def _listed(
@@ -302,7 +301,9 @@ def _listed(
         method = shown.get((entry["dataset"], method), method)
         job = Job(entry["dataset"], method, tuple(sorted(entry["test_envs"])), *seeds)
         directory = root / entry["name"]
-        expected[job] = load_failure(directory) or ("started, no record yet" if directory.exists() else "not started")
+        if directory.exists() or job not in expected:
+            state = "started, no record yet" if directory.exists() else "not started"
+            expected[job] = load_failure(directory) or state
     strangers = sum(job not in expected for job in found)
     if strangers:
         notes.append(f"{_count(strangers, 'run')} counted that {SWEEP} does not list.")

@@ -75,7 +75,7 @@ def _differing(settings: Collection[Mapping[str, str]]) -> list[str]:
 
 def method_of(algorithm: str, hparams: str | dict[str, Any] | None, steps: int | None, dataset: str) -> Method:
     """The row of a run with these arguments. Raises ValueError for hparams that are no JSON object."""
-    overrides = json.loads(hparams) if isinstance(hparams, str) else hparams or {}
+    overrides = json.loads(hparams or "{}") if isinstance(hparams, str) else hparams or {}
     if not isinstance(overrides, dict):
         raise ValueError(overrides)
     settings = {name: json.dumps(value, sort_keys=True) for name, value in overrides.items()}

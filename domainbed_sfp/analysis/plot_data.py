@@ -11,8 +11,9 @@ from typing import Any
 from ..errors import UserError
 from .comparison import measured_rows, rank_rows, ranking_notes
 from .methods import Method, label_methods
+from .rows import Cell, average_of
 from .statistics import Ranking, friedman_nemenyi
-from .tables import Cell, Report, Table, average_of, tested_environments
+from .tables import Report, Table, one_a_dataset, tested_environments
 
 AVERAGE = "average"
 
@@ -163,13 +164,14 @@ def rank_points(report: Report) -> tuple[list[RankPoint], Ranking, list[str]]:
 
     Raises UserError for fewer than two data sets or fewer than three rows that all of them have.
     """
-    datasets = [table.dataset for table in report.tables]
+    tables = one_a_dataset(report.tables)
+    datasets = [table.dataset for table in tables]
     if len(datasets) < 2:
         raise UserError(
             f"--plot cd ranks rows over data sets: it needs two or more, here is one ({datasets[0]}); "
             "--plot fronts or curves draw one"
         )
-    ranked, scores, left_out = rank_rows(report.tables)
+    ranked, scores, left_out = rank_rows(tables)
     said = [f"not ranked, for want of an average on some data set: {', '.join(left_out)}"] if left_out else []
     if len(ranked) < 3:
         raise UserError(
@@ -177,7 +179,7 @@ def rank_points(report: Report) -> tuple[list[RankPoint], Ranking, list[str]]:
             + "".join(f"; {one}" for one in said)
         )
     ranking = friedman_nemenyi(scores)
-    standings = {row.label: row.standing for table in report.tables for row in measured_rows(table)}
+    standings = {row.label: row.standing for table in tables for row in measured_rows(table)}
     points = [
         RankPoint(
             report.tables[0].rule.key,

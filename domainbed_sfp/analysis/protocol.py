@@ -48,6 +48,8 @@ class Conditions:
     nonlinear_classifier: bool
     # PUBLISHED, or what tells images from others under the data set's name, and what is stamped on them.
     data: str
+    # Of a file of weights, where records have it.
+    weights_hash: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,12 @@ class Protocol:
             name: "/".join(dict.fromkeys(shown_value(getattr(one, name)) for one in self.conditions))
             for name in Conditions.__slots__
         }
+        hashes = shown["weights_hash"]
         parts = [
             f"{self.selection} selection",
             f"{shown['steps']} steps",
             f"backbone {shown['backbone']}",
-            f"weights {shown['weights']}",
+            f"weights {shown['weights']}" + (f" (hash {hashes})" if hashes != "unknown" else ""),
             *([f"{shown['image_size']} px images"] if shown["image_size"] != "unknown" else []),
             self.effort(),
             f"held-out fraction {shown['holdout_fraction']}",
@@ -162,6 +165,7 @@ def conditions_of(run: Run) -> Conditions:
         run.evaluate,
         **{name: bool(run.hparams.get(name, usual)) for name, usual in _USUAL.items()},
         data=_data(run),
+        weights_hash=run.facts.get("weights_digest"),
     )
 
 
@@ -215,13 +219,11 @@ def backbone_of(run: Run) -> str:
 
 
 def weights_of(run: Run) -> str:
-    """What training began from: "imagenet", "none", or the name of a file, with its hash where records have it."""
+    """What training began from: "imagenet", "none", or the name of a file."""
     chosen = str(run.hparams.get("weights", "imagenet"))
     weights = PurePath(chosen).name
     if weights != chosen and weights in ("imagenet", "none"):
         return f"file {weights}"
-    if "weights_digest" in run.facts:
-        return f"{weights} (hash {run.facts['weights_digest']})"
     # There are none of ImageNet for it: unless a file is named, it begins at random.
     return "none" if weights == "imagenet" and backbone_of(run).startswith("MNIST_CNN") else weights
 

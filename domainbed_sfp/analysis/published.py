@@ -68,9 +68,14 @@ def load_published(path: Path) -> list[PublishedRow]:
                 key = tuple(line[name] for name in ("algorithm", "dataset", "selection", "backbone", "source"))
                 try:
                     error = float(line["std_err"]) if line["std_err"] else None
-                    grouped.setdefault(key, {})[line["test_domain"]] = (float(line["accuracy"]), error)
+                    number = float(line["accuracy"]), error
                 except (TypeError, ValueError) as problem:
                     raise UserError(f"--published {path}, line {reader.line_num}: {problem}") from problem
+                row = grouped.setdefault(key, {})
+                if line["test_domain"] in row:
+                    said = f"{line['algorithm']} on {line['dataset']}, {line['test_domain']}"
+                    raise UserError(f"--published {path}, line {reader.line_num}: {said} is given twice")
+                row[line["test_domain"]] = number
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"--published {path}: {problem}") from problem
     rows = []

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, unknown_name
 from ..files import write_output
-from ..records import RESULTS, Warn, read_records
+from ..layout import run_files
+from ..records import Warn, read_records
 from .methods import method_of, plain_number
 from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
 
@@ -43,11 +44,7 @@ def agreement_rows(input_dir: str | Path, warn: Warn) -> list[Row]:
     Raises UserError where `input_dir` is no directory of runs, or none of its records tells an agreement.
     """
     root = Path(input_dir)
-    if not root.is_dir():
-        raise UserError(f"--input_dir {root}: expected a directory of runs")
-    files = sorted(root.glob(f"*/{RESULTS}")) or sorted(root.glob(RESULTS))
-    if not files:
-        raise UserError(f"--input_dir {root} holds no run with a record; expected subdirectories with a {RESULTS}")
+    files = run_files(root)
     rows: list[Row] = []
     methods: dict[tuple[Any, ...], dict[str, Any]] = {}
     for file in files:

@@ -34,44 +34,54 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`key` is the name on the command line, `title` DomainBed's name, `choose` picks among runs of one
-    hparams seed."""
+    """`key` is the name on the command line, `title` DomainBed's name. `choose` picks among runs of one hparams seed;
+    those with one test environment are candidates. `choose_alike` picks among runs that all have the same test
+    environments, however many; None where the rule is not defined for them."""
 
     key: str
     title: str
     needs_pairs: bool
     choose: Callable[[Sequence[Run], int], Choice | None]
+    choose_alike: Callable[[Sequence[Run], int], Choice | None] | None = None
 
 
-def ranked(rule: Rule, runs: Sequence[Run], test_env: int) -> list[tuple[Choice, list[Run]]]:
+def ranked(rule: Rule, runs: Sequence[Run], test_env: int, are_alike: bool = False) -> list[tuple[Choice, list[Run]]]:
     """The best checkpoint of every hparams seed that has one, with the seed's runs; the best seed first.
 
-    Among equal validation accuracies the largest hparams seed comes first.
+    Among equal validation accuracies the largest hparams seed comes first. are_alike: all runs have the same test
+    environments.
     """
+    pick = rule.choose_alike if are_alike else rule.choose
+    if pick is None:
+        return []
     by_seed: dict[int, list[Run]] = {}
     for run in runs:
         by_seed.setdefault(run.hparams_seed, []).append(run)
     choices = []
     for seed in sorted(by_seed):
-        choice = rule.choose(by_seed[seed], test_env)
+        choice = pick(by_seed[seed], test_env)
         if choice is not None:
             choices.append((choice, by_seed[seed]))
     choices.sort(key=lambda pair: -math.inf if math.isnan(pair[0].validation) else pair[0].validation)
     return choices[::-1]
 
 
-def choose(rule: Rule, runs: Sequence[Run], test_env: int) -> Choice | None:
+def choose(rule: Rule, runs: Sequence[Run], test_env: int, are_alike: bool = False) -> Choice | None:
     """The sweep's choice over all hparams seeds, or None when no run allows one."""
-    choices = ranked(rule, runs, test_env)
+    choices = ranked(rule, runs, test_env, are_alike)
     return choices[0][0] if choices else None
 
 
 def _training_domain(runs: Sequence[Run], test_env: int) -> Choice | None:
+    return _highest_validation(_singles(runs), test_env)
+
+
+def _highest_validation(runs: Sequence[Run], test_env: int) -> Choice | None:
     """The highest mean held-out accuracy over the training environments; the first one in file order on a
     tie."""
     best: Choice | None = None
-    for run in _singles(runs):
-        means = np.delete(run.out_acc, test_env, axis=1).mean(axis=1).tolist()
+    for run in runs:
+        means = np.delete(run.out_acc, run.test_envs, axis=1).mean(axis=1).tolist()
         at = _first_max(means)
         if best is None or means[at] > best.validation:
             best = Choice(means[at], float(run.in_acc[at, test_env]), run, at)
@@ -110,9 +120,13 @@ def _leave_one_out(runs: Sequence[Run], test_env: int) -> Choice | None:
 
 
 def _oracle(runs: Sequence[Run], test_env: int) -> Choice | None:
+    return _last_checkpoint(_singles(runs), test_env)
+
+
+def _last_checkpoint(runs: Sequence[Run], test_env: int) -> Choice | None:
     """The last checkpoint; hparams are compared by its held-out accuracy on the test environment itself."""
     last: Choice | None = None
-    for run in _singles(runs):
+    for run in runs:
         for at, step in enumerate(run.steps):
             if last is None or step >= last.run.steps[last.checkpoint]:
                 last = Choice(float(run.out_acc[at, test_env]), float(run.in_acc[at, test_env]), run, at)
@@ -127,9 +141,11 @@ def _first_max(values: list[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
-TRAINING_DOMAIN = Rule("training-domain", "training-domain validation set", False, _training_domain)
+TRAINING_DOMAIN = Rule(
+    "training-domain", "training-domain validation set", False, _training_domain, _highest_validation
+)
 LEAVE_ONE_OUT = Rule("leave-one-out", "leave-one-domain-out cross-validation", True, _leave_one_out)
-ORACLE = Rule("oracle", "test-domain validation set (oracle)", False, _oracle)
+ORACLE = Rule("oracle", "test-domain validation set (oracle)", False, _oracle, _last_checkpoint)
 
 # In the order of DomainBed's tables.
 RULES = (TRAINING_DOMAIN, LEAVE_ONE_OUT, ORACLE)

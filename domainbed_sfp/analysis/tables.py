@@ -7,64 +7,32 @@ the root of their number; None with a single trial.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..domainbed_facts import DATASETS, ENVIRONMENTS
-from ..records import COST_FIELDS, SPARSITY_ASKED, Run
+from ..records import SPARSITY_ASKED, Run
 from .jobs import Account, Job, explain_missing
 from .methods import Method, algorithm_order, label_methods
 from .protocol import Protocol, protocol_of
 from .published import PublishedRow, matching_rows
-from .selection import Choice, Rule, choose
-
-RECONSTRUCTION = "reconstruction"
+from .rows import Cell, Row, Source, average_of, measured_row, standing_of, worst_of
+from .selection import Rule
 
 # Sparsities (fractions) that differ by no more are equal: channel pruning cannot meet a target to the last weight.
 SPARSITY_TOLERANCE = 0.005
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """Mean over `trials` trials, in percent. `choices` (by trial seed) is empty for means of other cells;
-    `trials` is None for published numbers."""
-
-    accuracy: float
-    std_err: float | None
-    trials: int | None
-    choices: tuple[tuple[int, Choice], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """`cells` has one entry per environment, None where no run allows one. `average` and `worst` need all of
-    them. `in_domain`: the chosen checkpoints on the held-out parts of the environments they were trained on, mean over
-    them, trials and test environments, in percent; a network that does well only where an attribute turns round shows
-    there.
-
-    `costs` are means over the chosen checkpoints, by the names of COST_FIELDS. `searched`: the hparams that differ
-    between its runs, whether chosen or not. `published` is set for rows that come from a publication: the rest was
-    measured.
-    """
-
-    label: str
-    algorithm: str
-    settings: dict[str, str]
-    standing: str | None
-    cells: tuple[Cell | None, ...]
-    average: Cell | None
-    worst: int | None
-    in_domain: float | None
-    costs: dict[str, float]
-    searched: tuple[str, ...] = ()
-    published: PublishedRow | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Table:
-    """One data set under one selection rule. `planned`: the environments that some job of the sweep holds out."""
+    """One data set under one selection rule. `planned`: the environments that some job of the sweep holds out.
+
+    Runs that hold out several environments, as in single-source generalization, have a table of their own: its
+    "environments" are the pairs of what was tested and what was trained on, one for each of `sources`, and `names` are
+    the environments. Both are empty elsewhere. `missing`: how many jobs that it needs are.
+    """
 
     dataset: str
     rule: Rule
@@ -73,6 +41,9 @@ class Table:
     protocol: Protocol
     notes: tuple[str, ...]
     planned: frozenset[int]
+    missing: int = 0
+    sources: tuple[Source, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,45 +87,63 @@ def build_report(account: Account, rules: Sequence[Rule], published: Sequence[Pu
     labels = label_methods((job.dataset, job.method) for job in jobs)
     tables, averages, notes = [], [], list(account.notes)
     for rule in rules:
-        of_rule = []
+        of_rule: list[Table] = []
         for dataset in datasets:
             runs = {job: run for job, run in account.runs.items() if job.dataset == dataset}
             missing = {job: reason for job, reason in account.missing.items() if job.dataset == dataset}
-            if not runs:
-                notes.append(f"{dataset}: no table, none of its {len(missing)} jobs can be used.")
-            elif rule.needs_pairs and not any(len(job.test_envs) == 2 for job in [*runs, *missing]):
-                notes.append(
-                    f"{dataset}: no table for {rule.title}, which needs runs with two test environments; "
-                    "this sweep has none."
-                )
-            else:
-                of_rule.append(_table(dataset, rule, labels[dataset], runs, missing, published))
-        if len(of_rule) > 1:
-            averages.append(_averages(rule, of_rule))
+            of_rule += _tables(dataset, rule, labels[dataset], runs, missing, published, notes)
+        if len(compared := one_a_dataset(of_rule)) > 1:
+            averages.append(_averages(rule, compared))
         tables += of_rule
     return Report(tuple(tables), tuple(averages), tuple(dict.fromkeys(notes)))
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and the sample standard error (ddof=1), None for fewer than two values."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, None
-    return mean, float(np.std(values, ddof=1)) / math.sqrt(len(values))
+def _tables(
+    dataset: str,
+    rule: Rule,
+    labels: dict[Method, str],
+    runs: dict[Job, Run],
+    missing: dict[Job, str],
+    published: Sequence[PublishedRow] | None,
+    notes: list[str],
+) -> Iterator[Table]:
+    """The tables of a data set under a rule: of runs with one test environment, and of those with several."""
+    if not runs:
+        notes.append(f"{dataset}: no table, none of its {len(missing)} jobs can be used.")
+        return
+    counts = {len(job.test_envs) for job in [*runs, *missing]}
+    if rule.needs_pairs and not {1, 2} <= counts:
+        needed = "one test environment beside those with two" if 2 in counts else "two test environments"
+        notes.append(f"{dataset}: no table for {rule.title}, which needs runs with {needed}; this sweep has none.")
+        return
+    held_out = {env for job in [*runs, *missing] for env in job.test_envs}
+    # Pairs beside single environments serve leave-one-domain-out selection; what else holds out several environments is
+    # a grid of its own.
+    most = 2 if 1 in counts else 0
+
+    def part(is_several: bool) -> tuple[dict[Job, Run], dict[Job, str]]:
+        chosen = {job for job in [*runs, *missing] if (len(job.test_envs) > most) == is_several}
+        return (
+            {job: run for job, run in runs.items() if job in chosen},
+            {job: reason for job, reason in missing.items() if job in chosen},
+        )
+
+    for is_several in (False, True):
+        own, lacking = part(is_several)
+        if own and is_several:
+            if rule.choose_alike:
+                yield _table_of_sources(dataset, rule, labels, own, lacking, published)
+        elif own:
+            yield _table(dataset, rule, labels, own, lacking, held_out, published)
+        elif lacking:
+            what = "several test environments" if is_several else "one test environment"
+            notes.append(f"{dataset}: none of its {len(lacking)} jobs with {what} can be used.")
 
 
-def average_of(cells: Sequence[Cell | None]) -> Cell | None:
-    """The mean of all cells; its error is over the trials that have every environment."""
-    if any(cell is None for cell in cells):
-        return None
-    whole = [cell for cell in cells if cell is not None]
-    by_trial: dict[int, list[float]] = {}
-    for cell in whole:
-        for trial, choice in cell.choices:
-            by_trial.setdefault(trial, []).append(100 * choice.test)
-    per_trial = [float(np.mean(values)) for values in by_trial.values() if len(values) == len(cells)]
-    error = mean_and_error(per_trial)[1] if per_trial else None
-    return Cell(float(np.mean([cell.accuracy for cell in whole])), error, len(per_trial))
+def one_a_dataset(tables: Sequence[Table]) -> list[Table]:
+    """The tables that stand for their data sets where these are compared: that of single test environments, where there
+    is one."""
+    return list({table.dataset: table for table in reversed(tables)}.values())[::-1]
 
 
 def tested_environments(table: Table) -> tuple[int, ...]:
@@ -180,10 +169,14 @@ def _table(
     labels: dict[Method, str],
     runs: dict[Job, Run],
     missing: dict[Job, str],
+    held_out: Collection[int],
     published: Sequence[PublishedRow] | None,
 ) -> Table:
+    """The table of runs with one test environment, and of pairs where the rule needs them. `held_out`: the environments
+    that any job of the sweep holds out, alone or among others."""
     environments = environment_names(dataset, list(runs.values()))
-    rows = [_row(label, method, rule, runs, len(environments)) for method, label in labels.items()]
+    expected, columns = _expected_rows(labels, runs, missing), range(len(environments))
+    rows = [measured_row(label, method, rule, runs, columns) for method, label in labels.items() if label in expected]
     relevant = {job: why for job, why in missing.items() if rule.needs_pairs or len(job.test_envs) == 1}
     protocol = protocol_of(runs, rule)
     notes = (
@@ -193,73 +186,68 @@ def _table(
         + _several_codes(runs, labels)
     )
     planned = frozenset(job.test_envs[0] for job in [*runs, *missing] if len(job.test_envs) == 1)
-    left_out = [name for env, name in enumerate(environments) if env not in planned]
-    if left_out:
-        notes.append(
-            f"No job of this sweep has {' or '.join(left_out)} as its test environment; no average is taken over fewer "
-            "environments."
-        )
+    for is_among_others, words in ((True, "holds out {} alone"), (False, "has {} as its test environment")):
+        left_out = [
+            name for env, name in enumerate(environments) if env not in planned and (env in held_out) == is_among_others
+        ]
+        if left_out:
+            told = words.format(" or ".join(left_out))
+            notes.append(f"No job of this sweep {told}; no average is taken over fewer environments.")
     if published is not None:
         matching, said = matching_rows(published, dataset, rule, protocol, environments)
         rows += [_published_row(row) for row in matching]
         notes += said
-    return Table(dataset, rule, environments, tuple(rows), protocol, tuple(notes), planned)
+    return Table(dataset, rule, environments, tuple(rows), protocol, tuple(notes), planned, len(relevant))
 
 
-def _row(label: str, method: Method, rule: Rule, runs: dict[Job, Run], environments: int) -> Row:
-    mine = [(job, run) for job, run in runs.items() if job.method == method]
-    cells = tuple(_cell(mine, rule, env) for env in range(environments))
-    choices = [choice for cell in cells if cell for _, choice in cell.choices]
-    return Row(
-        label,
-        method.algorithm,
-        dict(method.settings),
-        _standing(run.facts.get("standing") for _, run in mine),
-        cells,
-        average_of(cells),
-        _worst(cells),
-        100 * float(np.mean([choice.in_domain for choice in choices])) if choices else None,
-        _costs(choices),
-        _searched([run for _, run in mine]),
+def _table_of_sources(
+    dataset: str,
+    rule: Rule,
+    labels: dict[Method, str],
+    runs: dict[Job, Run],
+    missing: dict[Job, str],
+    published: Sequence[PublishedRow] | None,
+) -> Table:
+    """The table of runs that hold out several environments: a column for each set of them and each one in it."""
+    names = environment_names(dataset, list(runs.values()))
+    held_out = {job.test_envs for job in [*runs, *missing]}
+    sources = [Source(env, envs) for envs in sorted(held_out, key=_trained_on(names)) for env in envs]
+    columns = tuple(f"{names[one.env]} ({trained_on(one.test_envs, names)})" for one in sources)
+    expected = _expected_rows(labels, runs, missing)
+    rows = [measured_row(label, method, rule, runs, sources) for method, label in labels.items() if label in expected]
+    protocol = protocol_of(runs, rule)
+    notes = (
+        protocol.warnings()
+        + explain_missing(missing, labels, names)
+        + _uneven_sparsity(rows)
+        + _several_codes(runs, labels)
+    )
+    if published is not None:
+        notes.append("No published rows: they hold out one environment.")
+    planned = frozenset(range(len(columns)))
+    return Table(
+        dataset, rule, columns, tuple(rows), protocol, tuple(notes), planned, len(missing), tuple(sources), names
     )
 
 
-def _cell(runs: list[tuple[Job, Run]], rule: Rule, env: int) -> Cell | None:
-    by_trial: dict[int, list[Run]] = {}
-    for job, run in runs:
-        if env in job.test_envs:
-            by_trial.setdefault(job.trial_seed, []).append(run)
-    choices = []
-    for trial in sorted(by_trial):
-        choice = choose(rule, by_trial[trial], env)
-        if choice is not None:
-            choices.append((trial, choice))
-    if not choices:
-        return None
-    mean, error = mean_and_error([100 * choice.test for _, choice in choices])
-    return Cell(mean, error, len(choices), tuple(choices))
+def trained_on(test_envs: Sequence[int], names: Sequence[str]) -> str:
+    """What a run with these test environments has learnt from, in words."""
+    return f"trained on {'+'.join(name for env, name in enumerate(names) if env not in test_envs)}"
 
 
-def _worst(cells: Sequence[Cell | None]) -> int | None:
-    if any(cell is None for cell in cells):
-        return None
-    return min(range(len(cells)), key=lambda env: cells[env].accuracy)  # type: ignore[union-attr]
+def _trained_on(names: Sequence[str]) -> Callable[[Sequence[int]], tuple[int, list[int]]]:
+    """Sorts sets of test environments by what is left to train on: few first."""
+
+    def key(test_envs: Sequence[int]) -> tuple[int, list[int]]:
+        left = [env for env in range(len(names)) if env not in test_envs]
+        return len(left), left
+
+    return key
 
 
-def _costs(choices: list[Choice]) -> dict[str, float]:
-    costs = {}
-    for name in COST_FIELDS:
-        values = [choice.run.costs[name][choice.checkpoint] for choice in choices if name in choice.run.costs]
-        values = [value for value in values if not math.isnan(value)]
-        if values:
-            costs[name] = float(np.mean(values))
-    return costs
-
-
-def _searched(runs: Sequence[Run]) -> tuple[str, ...]:
-    names = sorted({name for run in runs for name in run.hparams})
-    first = runs[0].hparams if runs else {}
-    return tuple(name for name in names if any(run.hparams.get(name) != first.get(name) for run in runs))
+def _expected_rows(labels: Mapping[Method, str], runs: Iterable[Job], missing: Iterable[Job]) -> set[str]:
+    """The rows that a table of these jobs has."""
+    return {labels[job.method] for job in [*runs, *missing]}
 
 
 def _uneven_sparsity(rows: Sequence[Row]) -> list[str]:
@@ -304,7 +292,19 @@ def _several_codes(runs: Mapping[Job, Run], labels: Mapping[Method, str]) -> lis
 def _published_row(row: PublishedRow) -> Row:
     cells = tuple(None if one is None else Cell(one[0], one[1], None) for one in row.environments)
     average = None if row.average is None else Cell(row.average[0], row.average[1], None)
-    return Row(row.algorithm, row.algorithm, {}, "published", cells, average, _worst(cells), None, {}, (), row)
+    return Row(
+        row.algorithm,
+        row.algorithm,
+        {},
+        "published",
+        cells,
+        average,
+        worst_of(cells, range(len(cells))),
+        None,
+        {},
+        (),
+        row,
+    )
 
 
 def _averages(rule: Rule, tables: Sequence[Table]) -> Averages:
@@ -323,6 +323,11 @@ def _averages(rule: Rule, tables: Sequence[Table]) -> Averages:
         for table in tables
         if 0 < len(table.planned) < len(table.environments)
     ]
+    notes += [
+        f"{table.dataset}: over all pairs of what was trained on and another environment that was tested."
+        for table in tables
+        if table.sources
+    ]
     notes += unlike_settings(tables)
     datasets = tuple(table.dataset for table in tables)
     averaged = []
@@ -330,7 +335,7 @@ def _averages(rule: Rule, tables: Sequence[Table]) -> Averages:
         cells = tuple(by_dataset.get((label, dataset)) for dataset in datasets)
         known = [cell.accuracy for cell in cells if cell is not None]
         mean = float(np.mean(known)) if len(known) == len(cells) else None
-        averaged.append(AverageRow(label, _standing(row.standing for row in of_label), cells, mean))
+        averaged.append(AverageRow(label, standing_of(row.standing for row in of_label), cells, mean))
     return Averages(rule, datasets, tuple(averaged), tuple(notes))
 
 
@@ -351,9 +356,3 @@ def unlike_settings(tables: Sequence[Table]) -> list[str]:
             )
             said.setdefault("; ".join(each), []).append(label)
     return [f"{', '.join(labels)}: not the same settings on all data sets: {each}." for each, labels in said.items()]
-
-
-def _standing(standings: Iterable[str | None]) -> str | None:
-    """A row is a reconstruction as soon as one of its runs is."""
-    named = sorted({standing for standing in standings if standing is not None})
-    return RECONSTRUCTION if RECONSTRUCTION in named else next(iter(named), None)

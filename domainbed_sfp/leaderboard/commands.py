@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 
 from domainbed_sfp import registry
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError, check_range
+from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import entries, rerun, validation
 from domainbed_sfp.leaderboard.entries import TIERS
 from domainbed_sfp.leaderboard.validation import Validation
@@ -102,7 +102,8 @@ def _examine(args: argparse.Namespace) -> Validation:
     tolerance = rerun.TOLERANCE if args.tolerance is None else args.tolerance
     if not 0 <= tolerance <= 100:
         raise UserError(f"--tolerance: expected points of accuracy from 0 to 100, got {tolerance:g}")
-    check_range("--rerun_seed", args.rerun_seed, 0, 2**31 - 1)
+    if args.rerun_seed is not None and not 0 <= args.rerun_seed < 2**31:
+        raise UserError(f"--rerun_seed: expected a whole number from 0 to {2**31 - 1}, got {args.rerun_seed}")
     outcome = validation.validate(args.bundle)
     if args.rerun is None:
         return outcome

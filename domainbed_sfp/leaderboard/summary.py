@@ -12,8 +12,9 @@ from domainbed_sfp import registry
 from domainbed_sfp.analysis.jobs import Account, Job
 from domainbed_sfp.analysis.methods import Method
 from domainbed_sfp.analysis.protocol import conditions_of
+from domainbed_sfp.analysis.rows import Row
 from domainbed_sfp.analysis.selection import RULES, Choice
-from domainbed_sfp.analysis.tables import Row, build_report
+from domainbed_sfp.analysis.tables import build_report
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.hparams import recorded_overrides
 from domainbed_sfp.leaderboard.bundle import FORMAT
@@ -129,6 +130,8 @@ def results_of(runs: Sequence[Run]) -> dict[str, tuple[Result, list[Choice]]]:
             account.runs[Job(run.dataset, method, run.test_envs, run.hparams_seed, run.trial_seed)] = run.at(final)
     found = {}
     for table in build_report(account, RULES).tables:
+        if table.sources:  # runs that no protocol of the leaderboard has
+            continue
         (row,) = table.rows
         if any(row.cells):
             choices = [choice for cell in row.cells if cell for _, choice in cell.choices]

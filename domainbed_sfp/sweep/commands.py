@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from domainbed_sfp import registry
 from domainbed_sfp.core import locks
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError, check_range
+from domainbed_sfp.layout import named, runs_below
+from domainbed_sfp.manifests import read_manifests, several_sweeps
 from domainbed_sfp.sweep import slurm, slurm_batches
-from domainbed_sfp.sweep.jobs import Job, State, SweepDirectory, amount, command_line, failure_reason
+from domainbed_sfp.sweep.job import Job, command_line
+from domainbed_sfp.sweep.jobs import State, SweepDirectory, amount, failure_reason
 from domainbed_sfp.sweep.launchers import Task, get_launcher
 from domainbed_sfp.sweep.slurm import SlurmOptions
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
@@ -19,7 +23,7 @@ from domainbed_sfp.sweep.spec import SweepSpec, check_rows, default_datasets, dr
 from domainbed_sfp.sweep.watch import Watch, summary
 from domainbed_sfp.training import LOCK, not_as_published
 
-__all__ = ["check_rows", "default_spec", "delete_incomplete", "launch", "read_spec", "status"]
+__all__ = ["check_rows", "default_spec", "delete_incomplete", "holds_a_sweep", "launch", "read_spec", "status"]
 
 
 def default_spec() -> SweepSpec:
@@ -90,6 +94,12 @@ def launch(
     return 1 if outcome.failures else 0
 
 
+def holds_a_sweep(output_dir: str) -> bool:
+    """Whether something was launched into the directory, or into folders in it."""
+    root = Path(output_dir)
+    return root.is_dir() and bool(read_manifests(root) or runs_below(root))
+
+
 def status(spec: SweepSpec | None, data_dir: str | None, output_dir: str, *, watch: float | None = None) -> int:
     """Prints every job's state, and their numbers; with `watch`, shows a table anew every so many seconds. Without a
     spec the jobs are those launched so far.
@@ -98,6 +108,10 @@ def status(spec: SweepSpec | None, data_dir: str | None, output_dir: str, *, wat
     """
     directory = SweepDirectory(output_dir, data_dir)
     jobs = make_jobs(spec, data_dir) if spec else directory.listed()
+    if not spec and not jobs:
+        raise UserError(
+            f"--output_dir {output_dir} holds no sweep; {named(runs_below(directory.path))}: give one of them"
+        )
     if watch is not None:
         return Watch(directory, jobs, watch).run()
     if not directory.path.is_dir():
@@ -110,6 +124,8 @@ def status(spec: SweepSpec | None, data_dir: str | None, output_dir: str, *, wat
         if state is State.RUNNING and (found := locks.holder(folders[job] / LOCK)) and found.host:
             reason = f"by its lock {found.describe()}"
         print(f"{state.value}: {folders[job]} {job.describe()}" + (f": {reason}" if reason else ""))
+    if copied := several_sweeps(read_manifests(directory.path)):
+        print(copied)
     print(summary(states.values()))
     return 0
 

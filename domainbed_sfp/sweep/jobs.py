@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from enum import Enum
-from functools import cached_property
-from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +15,15 @@ from domainbed_sfp import environment, records, registry
 from domainbed_sfp.core import locks
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
+from domainbed_sfp.layout import DONE
+from domainbed_sfp.manifests import jobs_of, read_manifests, write_manifest
 from domainbed_sfp.sweep import slurm_batches
+from domainbed_sfp.sweep.job import LATER_SETTINGS, PROTOCOL, Job
 from domainbed_sfp.sweep.slurm_batches import Standing
-from domainbed_sfp.training import LOCK, TrainArgs
-
-MANIFEST_FORMAT = 1
+from domainbed_sfp.training import LOCK
 
 SWEEP_LOCK = "sweep.lock"
 WAY_ON = "go on with --break_lock"
-
-# The program `domainbed-sfp`, by the interpreter that runs now.
-PROGRAM = (sys.executable, "-m", "domainbed_sfp")
-
-# Settings that jobs of earlier versions did not have, by their defaults: with these a job keeps its folder, and a sweep
-# its protocol.
-LATER_SETTINGS = {"evaluate": "all"}
-
-# What all runs of one directory must share, so that one table can hold them.
-PROTOCOL = ("task", "holdout_fraction", "uda_holdout_fraction", "steps", "checkpoint_freq", "precision", "evaluate")
-
-
-# Ways to write a job's numbers that are looked for on disk: each of eight of them in two ways.
-MOST_SPELLINGS = 256
 
 
 class State(Enum):
@@ -52,125 +35,6 @@ class State(Enum):
     RUNNING = "Running"
     PENDING = "Pending"
     FAILED = "Failed"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run, described by what it computes and not by where data or results lie.
-
-    hparams: as `hparams.checked_overrides` gives them, so that jobs which say the same are the same.
-    """
-
-    dataset: str
-    algorithm: str
-    test_envs: tuple[int, ...]
-    holdout_fraction: float
-    hparams_seed: int
-    task: str
-    trial_seed: int
-    seed: int
-    uda_holdout_fraction: float = 0.0
-    steps: int | None = None
-    checkpoint_freq: int | None = None
-    hparams: Mapping[str, Any] = field(default_factory=dict)
-    precision: str = "fp32"
-    evaluate: str = LATER_SETTINGS["evaluate"]
-
-    def __hash__(self) -> int:  # the generated one would hash `hparams`, a dict
-        return hash(self.name)
-
-    @cached_property
-    def name(self) -> str:
-        """The job's folder: a hash of everything above, later settings only where they are not the default."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, default in LATER_SETTINGS.items():
-            if values[name] == default:
-                del values[name]
-        text = json.dumps({**values, "hparams": dict(self.hparams)}, sort_keys=True)
-        return hashlib.md5(text.encode("utf-8")).hexdigest()
-
-    @property
-    def hparams_text(self) -> str | None:
-        """The overrides as `--hparams` text; None where there are none."""
-        return json.dumps(dict(self.hparams), sort_keys=True) if self.hparams else None
-
-    def domainbed_args(self, data_dir: str | None) -> dict[str, Any]:
-        """The arguments DomainBed's sweep would give this job."""
-        args: dict[str, Any] = {
-            "dataset": self.dataset,
-            "algorithm": self.algorithm,
-            "test_envs": list(self.test_envs),
-            "holdout_fraction": self.holdout_fraction,
-            "hparams_seed": self.hparams_seed,
-            "data_dir": data_dir,
-            "task": self.task,
-            "trial_seed": self.trial_seed,
-            "seed": self.seed,
-        }
-        if self.steps is not None:
-            args["steps"] = self.steps
-        if self.hparams_text is not None:
-            args["hparams"] = self.hparams_text
-        return args
-
-    def other_names(self, data_dir: str | None) -> list[str]:
-        """Folders that may hold this job, too: earlier versions went by how a number was written (8 or 8.0), and
-        DomainBed's sweep has a name of its own."""
-        spelled = list(_spellings(self))
-        names = [job.name for job in spelled]
-        # DomainBed's sweep has no flags for these, so its folders hold runs with the defaults.
-        ours_alone = ("precision", "checkpoint_freq", "uda_holdout_fraction", "evaluate")
-        if all(getattr(self, name) == getattr(Job, name) for name in ours_alone):
-            names += [job.domainbed_name(data_dir) for job in spelled]
-        return [name for name in dict.fromkeys(names) if name != self.name]
-
-    def domainbed_name(self, data_dir: str | None) -> str:
-        """The folder DomainBed's sweep gives this job, which depends on where the data lies."""
-        return hashlib.md5(json.dumps(self.domainbed_args(data_dir), sort_keys=True).encode("utf-8")).hexdigest()
-
-    def train_args(self, data_dir: str | None, output_dir: Path, **options: Any) -> TrainArgs:
-        """The arguments of our train; `options` are those that do not belong to the job's identity."""
-        return TrainArgs(
-            data_dir=data_dir,
-            dataset=self.dataset,
-            algorithm=self.algorithm,
-            task=self.task,
-            hparams=self.hparams_text,
-            hparams_seed=self.hparams_seed,
-            trial_seed=self.trial_seed,
-            seed=self.seed,
-            steps=self.steps,
-            checkpoint_freq=self.checkpoint_freq,
-            test_envs=list(self.test_envs),
-            output_dir=str(output_dir),
-            holdout_fraction=self.holdout_fraction,
-            uda_holdout_fraction=self.uda_holdout_fraction,
-            precision=self.precision,
-            evaluate=self.evaluate,
-            **options,
-        )
-
-    def describe(self) -> str:
-        """A short line for people."""
-        settings = f" {self.hparams_text}" if self.hparams else ""
-        return (
-            f"{self.dataset} {self.algorithm} test {','.join(map(str, self.test_envs))} "
-            f"hparams {self.hparams_seed} trial {self.trial_seed}{settings}"
-        )
-
-
-def _spellings(job: Job) -> Iterator[Job]:
-    """The job with each whole number written as a whole number or as a float; as it is first."""
-
-    def ways(value: Any) -> list[Any]:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 2**53 or value != int(value):
-            return [value]
-        return [value, float(value) if isinstance(value, int) else int(value)]
-
-    choices = [ways(value) for value in job.hparams.values()]
-    fractions = ways(job.uda_holdout_fraction)
-    for fraction, *values in islice(product(fractions, *choices), MOST_SPELLINGS):
-        yield replace(job, uda_holdout_fraction=fraction, hparams=dict(zip(job.hparams, values)))
 
 
 @dataclass(frozen=True)
@@ -192,22 +56,6 @@ def amount(leftovers: Sequence[Leftover]) -> str:
         f"{runs:,} run{'' if runs == 1 else 's'}, {steps:,} step{'' if steps == 1 else 's'}, "
         f"{sum(one.size for one in leftovers) / 1e6:,.1f} MB"
     )
-
-
-def command_line(args: TrainArgs) -> list[str]:
-    """The arguments of `domainbed-sfp` that compute `args`; values that are the default are left out."""
-    defaults = vars(TrainArgs())
-    command = ["train"]
-    for name, value in sorted(vars(args).items()):
-        if value == defaults[name] and name != "test_envs":
-            continue
-        if isinstance(value, bool):
-            command.append(f"--{name}")
-        elif isinstance(value, list):
-            command += [f"--{name}", *map(str, value)]
-        else:
-            command += [f"--{name}", str(value)]
-    return command
 
 
 class SweepDirectory:
@@ -286,63 +134,74 @@ class SweepDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with locks.hold(self.path / SWEEP_LOCK, 60, "launching this sweep", WAY_ON):
-                manifest = self._manifest()
-                protocol = {name: getattr(jobs[0], name) for name in PROTOCOL}
-                for dataset in dict.fromkeys(job.dataset for job in jobs):
-                    digest = get_dataset_class(dataset).data_digest(self.data_dir)
-                    protocol[f"data of {dataset}"] = digest or records.PUBLISHED
-                for algorithm in dict.fromkeys(job.algorithm for job in jobs):
-                    # One row is one method: a package that has changed since is another.
-                    if code := environment.code_of(registry.get(algorithm).cls):
-                        protocol[f"code of {algorithm}"] = code
-                for weights in dict.fromkeys(job.hparams.get("weights") for job in jobs):
-                    if digest := environment.weights_digest(weights):
-                        protocol[f"weights {weights}"] = digest
-                earlier = {**LATER_SETTINGS, **manifest["protocol"]} if manifest else {}
-                for name in protocol.keys() & earlier.keys():
-                    if protocol[name] != earlier[name]:
-                        raise UserError(
-                            f"output_dir {str(self.path)!r} holds another sweep ({name} {earlier[name]!r} there, "
-                            f"{protocol[name]!r} here); choose another --output_dir"
-                        )
-                protocol = {**earlier, **protocol}
-                known = {entry["name"]: entry for entry in manifest.get("jobs", [])}
-                for job, folder in self.job_dirs(jobs).items():
-                    known[folder.name] = {
-                        "name": folder.name,
-                        "dataset": job.dataset,
-                        "algorithm": job.algorithm,
-                        "test_envs": list(job.test_envs),
-                        "hparams_seed": job.hparams_seed,
-                        "trial_seed": job.trial_seed,
-                        "seed": job.seed,
-                        "steps": job.steps,
-                        "hparams": dict(job.hparams),
-                    }
-                manifest = {"format": MANIFEST_FORMAT, "protocol": protocol, "jobs": list(known.values())}
-                records.write_atomically(
-                    self.path / records.SWEEP, json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-                )
+                manifests = read_manifests(self.path)
+                protocol = self._protocol(jobs)
+                for manifest in reversed(manifests):
+                    earlier = {**LATER_SETTINGS, **manifest.protocol}
+                    for name in protocol.keys() & earlier.keys():
+                        if protocol[name] != earlier[name]:
+                            raise UserError(
+                                f"output_dir {str(self.path)!r} holds another sweep ({name} {earlier[name]!r} there, "
+                                f"{protocol[name]!r} here); choose another --output_dir"
+                            )
+                    protocol = {**earlier, **protocol}
+                write_manifest(self.path, protocol, self._entries(jobs, jobs_of(manifests)))
         except OSError as error:
             raise UserError(f"output_dir {str(self.path)!r} cannot be written: {error.strerror or error}") from error
 
+    def _protocol(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        """What the runs of a directory share, by name: settings, data, code and weights."""
+        protocol = {name: getattr(jobs[0], name) for name in PROTOCOL}
+        for dataset in dict.fromkeys(job.dataset for job in jobs):
+            digest = get_dataset_class(dataset).data_digest(self.data_dir)
+            protocol[f"data of {dataset}"] = digest or records.PUBLISHED
+        for algorithm in dict.fromkeys(job.algorithm for job in jobs):
+            # One row is one method: a package that has changed since is another.
+            if code := environment.code_of(registry.get(algorithm).cls):
+                protocol[f"code of {algorithm}"] = code
+        for weights in dict.fromkeys(job.hparams.get("weights") for job in jobs):
+            if digest := environment.weights_digest(weights):
+                protocol[f"weights {weights}"] = digest
+        return protocol
+
+    def _entries(self, jobs: Sequence[Job], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What a manifest says of the jobs known so far and of `jobs`."""
+        entries = {
+            folder.name: {
+                "name": folder.name,
+                "dataset": job.dataset,
+                "algorithm": job.algorithm,
+                "test_envs": list(job.test_envs),
+                "hparams_seed": job.hparams_seed,
+                "trial_seed": job.trial_seed,
+                "seed": job.seed,
+                "steps": job.steps,
+                "hparams": dict(job.hparams),
+            }
+            for job, folder in self.job_dirs(jobs).items()
+        }
+        # A job that an earlier version has listed under other spellings of its numbers, and that nobody has begun, is
+        # one of these.
+        present, here = self._folders(), {_values(entry) for entry in entries.values()}
+        kept = {entry["name"]: entry for entry in known if entry["name"] in present or _values(entry) not in here}
+        return list({**kept, **entries}.values())
+
     def listed(self) -> list[Job]:
-        """The jobs of all launches so far; none where nothing was launched."""
-        manifest = self._manifest()
-        protocol = (
-            {name: manifest["protocol"].get(name, LATER_SETTINGS.get(name)) for name in PROTOCOL} if manifest else {}
-        )
-        names = {one.name for one in fields(Job)}
-        jobs = []
-        for entry in manifest.get("jobs", []):
-            values = {**protocol, **{name: value for name, value in entry.items() if name in names - {"name"}}}
-            try:
-                jobs.append(Job(**{**values, "test_envs": tuple(values["test_envs"])}))
-            except (KeyError, TypeError) as error:
-                raise UserError(
-                    f"{str(self.path / records.SWEEP)!r} describes a job not as this version does ({error})"
-                ) from None
-        return jobs
+        """The jobs of all launches so far, here and where folders were copied from; none where nothing was launched."""
+        names = {one.name for one in fields(Job)} - {"name"}
+        jobs: dict[str, Job] = {}
+        for manifest in read_manifests(self.path):
+            protocol = {name: manifest.protocol.get(name, LATER_SETTINGS.get(name)) for name in PROTOCOL}
+            for entry in manifest.jobs:
+                values = {**protocol, **{name: value for name, value in entry.items() if name in names}}
+                try:
+                    job = Job(**{**values, "test_envs": tuple(values["test_envs"])})
+                except (KeyError, TypeError) as error:
+                    raise UserError(
+                        f"{str(self.path / manifest.file)!r} describes a job not as this version does ({error})"
+                    ) from None
+                jobs.setdefault(entry["name"], job)
+        return list(jobs.values())
 
     def break_locks(self, jobs: Iterable[Job]) -> list[locks.Holder]:
         """Removes the locks of the sweep and of these jobs that a file alone holds, and returns whose they were."""
@@ -373,7 +232,7 @@ class SweepDirectory:
                 continue
             try:
                 with locks.hold(one.folder / LOCK, 0, "computing this run", WAY_ON):
-                    if (one.folder / records.DONE).exists() and records.last_record(one.folder):
+                    if (one.folder / DONE).exists() and records.last_record(one.folder):
                         continue
                     shutil.rmtree(one.folder)
             except locks.Held:
@@ -385,20 +244,15 @@ class SweepDirectory:
         slurm_batches.forget(self.path, {one.folder.name for one in deleted})
         return deleted
 
-    def _manifest(self) -> dict[str, Any]:
-        file = self.path / records.SWEEP
-        if not file.exists():
-            return {}
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(manifest["protocol"], dict):
-                raise TypeError("protocol is not an object")
-            manifest["jobs"] = [dict(entry, name=entry["name"]) for entry in manifest["jobs"]]
-            return manifest
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{str(file)!r} is not a list of jobs ({error}); remove it, the next launch writes it anew"
-            ) from None
+
+def _values(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a manifest's entry says; equal where its numbers are, however they are written."""
+    hparams = entry.get("hparams") or {}
+    settings = tuple(sorted(hparams.items())) if isinstance(hparams, dict) else hparams
+    return (
+        *(entry.get(name) for name in ("dataset", "algorithm", "hparams_seed", "trial_seed", "seed", "steps")),
+        *entry["test_envs"], settings,
+    )  # fmt: skip
 
 
 def failure_reason(folder: Path, standings: Mapping[str, Standing]) -> str | None:

@@ -14,9 +14,10 @@ import yaml
 
 from domainbed_sfp import hparams, registry
 from domainbed_sfp.data import dataset_names, get_dataset_class
+from domainbed_sfp.data.sets.folders import Folder
 from domainbed_sfp.errors import LARGEST, UserError, check_range, did_you_mean, unknown_name
 from domainbed_sfp.seeds import seed_hash
-from domainbed_sfp.sweep.jobs import Job
+from domainbed_sfp.sweep.job import Job
 from domainbed_sfp.training import check_settings, check_test_envs
 
 
@@ -296,4 +297,4 @@ def _all_test_envs(spec: SweepSpec, dataset: str, names: list[str]) -> Iterator[
 
 def default_datasets() -> list[str]:
     """DomainBed's default: all data sets but those that are whatever a user has."""
-    return [name for name in dataset_names() if get_dataset_class(name).ENVIRONMENTS is not None]
+    return [name for name in dataset_names() if not issubclass(get_dataset_class(name), Folder)]

@@ -18,7 +18,8 @@ from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.progress import LOG_INTERVAL
 from domainbed_sfp.sweep import slurm_batches
-from domainbed_sfp.sweep.jobs import Job, State, SweepDirectory, failure_reason
+from domainbed_sfp.sweep.job import Job
+from domainbed_sfp.sweep.jobs import State, SweepDirectory, failure_reason
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
 
 # Running and failed jobs that are shown one by one.

@@ -236,11 +236,13 @@ class Folder(ImageFolders):
 
     @classmethod
     def environment_names(cls, data_dir: str | None = None) -> list[str]:
-        return [folder.name for folder in cls.environment_folders(cls.root(data_dir))]
+        return cls.ENVIRONMENTS or [folder.name for folder in cls.environment_folders(cls.root(data_dir))]
 
 
 @dataset("VLCSPartial")
 class VLCSPartial(Folder):
-    """What can be had of VLCS where not all of it can, in `VLCS_partial/<environment>/<class>/`: no result on VLCS."""
+    """What can be had of VLCS without LabelMe, in `VLCS_partial/<environment>/<class>/`: Caltech101, images of SUN09,
+    VOC2007. Numbers on it are no results on VLCS; tables name the images by a digest."""
 
     FOLDER = "VLCS_partial"
+    ENVIRONMENTS = ["Caltech101", "SUN09", "VOC2007"]

@@ -1,0 +1,1 @@
+"""A sweep as one self-contained page: tables, figures, comparisons, chosen hparams, failures, protocol."""
