@@ -19,6 +19,8 @@ EXTRAS = {
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2", "torch>=2.5", "torch-pruning>=1.5"],
     # Sweeps on a SLURM cluster. Below 2: a plain command goes through a method that submitit does not promise to keep.
     "slurm": ["submitit>=1.5,<2"],
+    # Bundles signed by their author, and the check of the signature.
+    "signing": ["cryptography>=40"],
     # What an unmodified DomainBed checkout imports.
     "upstream": [
         "backpack-for-pytorch>=1.6",
@@ -37,6 +39,7 @@ EXTRAS["test"] = [
     *EXTRAS["export"],
     *EXTRAS["slurm"],
     *EXTRAS["timm"],
+    *EXTRAS["signing"],
     "hypothesis>=6.90",
     "pytest>=7.4",
     "pytest-timeout>=2.2",

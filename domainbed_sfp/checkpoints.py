@@ -43,17 +43,24 @@ def save_checkpoint(path: Path, algorithm: Algorithm, state: Mapping[str, Any]) 
                 else:
                     scalars.setdefault(str(index), {})[slot] = value
         header["optimizers"][name] = {"param_groups": described["param_groups"], "scalars": scalars}
-    # safetensors refuses tensors that share memory, and `network` shares its own with `featurizer`.
+    unique, header["aliases"] = without_aliases(tensors)
+    write_atomically(path, save(unique, metadata={"domainbed_sfp": json.dumps(header)}))
+
+
+def without_aliases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor once, on the CPU, and the names of those that are another one: safetensors refuses tensors that share
+    memory, and `network` shares its own with `featurizer`."""
     unique: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
     for key, tensor in tensors.items():
         identity = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         if tensor.numel() and identity in first:
-            header["aliases"][key] = first[identity]
+            aliases[key] = first[identity]
         else:
             first[identity] = key
             unique[key] = tensor.detach().contiguous().cpu()
-    write_atomically(path, save(unique, metadata={"domainbed_sfp": json.dumps(header)}))
+    return unique, aliases
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -435,6 +435,17 @@ def _add_submit(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--output", required=True, metavar="BUNDLE", help="the new folder of the bundle")
     parser.add_argument("--name", help="what the leaderboard shall call it; default: the row's name")
+    parser.add_argument(
+        "--without_masks", action="store_true", help="of runs that did not keep them: the row is self-reported"
+    )
+    parser.add_argument(
+        "--author_key",
+        metavar="FILE",
+        help="sign the bundle with this key, which is made if it is not there; who has it may replace the entry",
+    )
+    parser.add_argument(
+        "--with_models", action="store_true", help="put the selected models in, which can be evaluated without training"
+    )
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -453,19 +464,38 @@ def _add_leaderboard(commands: argparse._SubParsersAction) -> None:
     validate.add_argument("--json", action="store_true", help="the outcome for programs")
     add = _add(actions, "add", "validate a bundle and write its entries", _leaderboard)
     add.add_argument("--entries_dir", default="results/entries", help="default: %(default)s")
+    add.add_argument("--archive", help="where the bundle stays: an https address, or a path from --entries_dir")
     for parser in (validate, add):
-        parser.add_argument("bundle", help="the folder that `submit` made")
-        parser.add_argument("--rerun", type=int, metavar="N", help="also train N of its runs again, chosen at random")
-        parser.add_argument("--rerun_seed", type=int, help="of that choice; default: a new one, which is printed")
+        parser.add_argument("bundle", help="the folder that `submit` made, or an archive of it (.tgz, .zip)")
         parser.add_argument(
-            "--tolerance", type=float, help="points of accuracy a rerun may differ by on another machine (default 3)"
+            "--rerun", type=int, metavar="N", help="also train N cited runs of each test environment again, drawn anew"
         )
-        parser.add_argument("--data_dir", help="of the data sets, for --rerun")
-        _add_cache_dir(parser)
+        parser.add_argument("--rerun_seed", type=int, help="of that draw; default: a new one, which is printed")
+        parser.add_argument(
+            "--tolerance", type=float, help="points of accuracy a rerun may differ by on another machine (at most 3)"
+        )
+        parser.add_argument(
+            "--records_only", action="store_true", help="compute neither the first step of all runs nor their models"
+        )
+        _add_place(parser)
     build = _add(actions, "build", "render the entries as a page and as tables", _leaderboard_build)
     build.add_argument("--entries_dir", default="results/entries", help="default: %(default)s")
     build.add_argument("--output_dir", default="leaderboard", help="default: %(default)s")
     build.add_argument("--format", nargs="+", metavar="FORMAT", help="html, markdown, latex, csv, json; default: all")
+    build.add_argument(
+        "--check", action="store_true", help="write nothing; rebuild entries from their bundles, and the page from them"
+    )
+    build.add_argument(
+        "--recompute", action="store_true", help="with --check: also first steps, models and reruns, which takes time"
+    )
+    _add_place(build)
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    """Where runs of a bundle are computed again."""
+    parser.add_argument("--hours", type=float, help="of computing that may be begun, as estimated (default 2)")
+    parser.add_argument("--data_dir", help="of the data sets; embedded ones need none")
+    _add_cache_dir(parser)
 
 
 def _leaderboard(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from domainbed_sfp import checkpoints, hparams, records, registry, training
-from domainbed_sfp.algorithms.base import Algorithm
+from domainbed_sfp.algorithms.base import Algorithm, final_step_of
 from domainbed_sfp.data import base
 from domainbed_sfp.data.base import Dataset
 from domainbed_sfp.data.loaders import Minibatch
@@ -190,10 +190,15 @@ def check_degenerate_batches(name: str) -> None:
 def check_masks(name: str) -> None:
     """Masks are bool, shaped as their parameters; dead weights are zero; the sparsity claimed is what they remove; the
     run ends at its final compression and, for an algorithm that has the hparam, at the sparsity asked for. Once it says
-    that its compression is final, the sparsity stays."""
+    that its compression is final, the sparsity stays; where `final_step` says from which step on, so it is."""
     whole = whole_run(name)
+    declared = final_step_of(whole.algorithm)
     final: float | None = None
     for step, (is_final, now) in enumerate(whole.compression):
+        assert declared is None or (step >= declared) == is_final, (
+            f"final_step() says that compression is final from step {declared} on, at_final_compression() was "
+            f"{is_final} after step {step}"
+        )
         if is_final:
             final = now if final is None else final
             assert abs(now - final) < 1e-6, (
@@ -372,7 +377,7 @@ MENDS: dict[str, str] = {
     "masks": (
         "masks() returns bool tensors named and shaped as parameters; zero the dead weights after every optimizer "
         "step (Adam's moments move them); sparsity() counts from the same masks; at_final_compression() is True "
-        "once they no longer change, before the last step"
+        "once they no longer change, before the last step; final_step() says the same step beforehand, or None"
     ),
     "export": (
         "export() returns a deep copy of the network that predict runs, in evaluation mode, with the masks applied; a "

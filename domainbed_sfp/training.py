@@ -32,7 +32,7 @@ from domainbed_sfp.data.augmentation import normalize
 from domainbed_sfp.data.base import EVALUATION_BATCH
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import Split, split_environment
-from domainbed_sfp.errors import UserError, check_range
+from domainbed_sfp.errors import UserError, check_range, spelled
 from domainbed_sfp.pruning import accounting, mask_files
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
@@ -191,6 +191,51 @@ def _remove_refused(new: list[Path]) -> None:
                 folder.rmdir()
 
 
+def first_record(args: TrainArgs) -> dict[str, Any]:
+    """The record of step 0 as `train` makes it, computed anew; of its files only masks are written to
+    `args.output_dir`, which must exist. Raises UserError as `train` does."""
+    run = _Run(args, Path(args.output_dir), _StopRequest())
+    try:
+        run.started = time.monotonic()
+        run._update()
+        return _as_written(run._measure())
+    finally:
+        run.close()
+
+
+def measure_model(args: TrainArgs, step: int, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a checkpoint from its model's state, without what training measures (losses, times).
+
+    Args:
+        args: of the run; masks are written to `args.output_dir`, which must exist.
+        step: of the checkpoint.
+        state: of the model as it was evaluated then, as `model.pkl` holds it. Weights that its masks remove count as
+            removed, whatever they are.
+
+    Raises UserError where the state is not of the run's network.
+    """
+    with networks.without_weights():
+        run = _Run(args, Path(args.output_dir), _StopRequest())
+    try:
+        try:
+            run.algorithm.load_state_dict(state)
+        except Exception as error:  # a state from a stranger can be anything
+            raise UserError(f"not a state of {args.algorithm} with these hparams: {error}".splitlines()[0]) from None
+        with torch.no_grad():
+            masks, parameters = run.algorithm.masks(), dict(run.algorithm.named_parameters())
+            for name, mask in masks.items():
+                parameters[name].mul_(mask.to(parameters[name].dtype))
+        run.started, run.step = time.monotonic(), step
+        return _as_written(run._measure(prepare=False))
+    finally:
+        run.close()
+
+
+def _as_written(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as a file has it."""
+    return json.loads(json.dumps(record, default=float))
+
+
 def choose_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one. Raises UserError for a device that is not there."""
     if name == "auto":
@@ -282,6 +327,9 @@ class _Run:
         self.data_digest = dataset_class.data_digest(args.data_dir)
         if self.data_digest and (differences := dataset_class.differences(args.data_dir)):
             print(f"warning: {not_as_published(args.dataset, differences)}", file=sys.stderr)
+        self.left_out, remarks = dataset_class.inspect(args.data_dir)
+        for line in remarks:
+            print(line, file=sys.stderr)
         self._refuse_other_data()
         self.splits = self._split()
         self.loader, self.unlabeled_loader = self._loaders()
@@ -326,14 +374,18 @@ class _Run:
             self._note_failure(str(error))
             raise
         finally:
-            self.loader.close()
-            if self.unlabeled_loader:
-                self.unlabeled_loader.close()
+            self.close()
         self._save_model("model.pkl")
         records.write_atomically(self.output_dir / records.DONE, "done")
         (self.output_dir / records.CHECKPOINT).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             (self.output_dir / records.FAILURE).unlink()
+
+    def close(self) -> None:
+        """Ends the threads that load images."""
+        self.loader.close()
+        if self.unlabeled_loader:
+            self.unlabeled_loader.close()
 
     def _steps(self) -> None:
         last_line = time.monotonic()
@@ -406,13 +458,14 @@ class _Run:
                         value.copy_(buffers[name])
             raise
 
-    def _measure(self) -> dict[str, Any]:
-        """The record of this step."""
+    def _measure(self, prepare: bool = True) -> dict[str, Any]:
+        """The record of this step. `prepare` is False for a model that was saved as it was evaluated."""
         algorithm, args = self.algorithm, self.args
         record: dict[str, Any] = {"step": self.step, "epoch": self.step / self._steps_per_epoch()}
         record.update({name: float(np.mean(values)) for name, values in self.metrics.items()})
         seed_everything(seed_hash(args.seed, "evaluation", self.step))
-        algorithm.prepare_evaluation(self._recalibration_batches())
+        if prepare:
+            algorithm.prepare_evaluation(self._recalibration_batches())
         record.update(evaluate(algorithm, self.dataset, self.splits, self.device))
         if self.hparams["degraded_evaluation"] and self.step == self.n_steps - 1:
             for env_i in args.test_envs:
@@ -440,6 +493,8 @@ class _Run:
         )
         if self.code is not None:
             record["code"] = self.code
+        if self.left_out:
+            record["left_out"] = self.left_out
         if self.weights_digest is not None:
             record["weights_digest"] = self.weights_digest
         if "granularity" in self.hparams:
@@ -730,8 +785,8 @@ def _refuse_other_run(args: TrainArgs, output_dir: Path) -> None:
         # DomainBed's records do not have our flags.
         if name in theirs and theirs[name] != ours[name]:
             raise UserError(
-                f"output_dir {args.output_dir!r} holds another run ({name} {theirs[name]!r} there, "
-                f"{ours[name]!r} here); choose another --output_dir, or remove that one"
+                f"output_dir {args.output_dir!r} holds another run ({name} {spelled(theirs[name], [ours[name]])} "
+                f"there, {spelled(ours[name], [theirs[name]])} here); choose another --output_dir, or remove that one"
             )
     weights = ours["hparams"].get("weights")
     here, there = environment.weights_digest(weights), earlier.get("weights_digest")

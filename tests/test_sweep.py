@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -359,12 +360,34 @@ def test_jobs_share_threads_and_gpus(monkeypatch):
     assert "CUDA_VISIBLE_DEVICES" not in launchers.job_environment(0, 1, [])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert {launchers.job_environment(0, 4, [])[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {"1"}
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
-    assert launchers.visible_gpus() == ["5", "6"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert launchers.visible_gpus() == []
-    with pytest.raises(UserError, match="no GPU is visible"):
-        launchers.launch_multi_gpu([], SweepDirectory("nowhere"), 1)
+
+
+@pytest.mark.parametrize(
+    "listed, there, names",
+    [
+        (None, 2, ["0", "1"]),
+        ("5,6", 2, ["5", "6"]),
+        ("5, 6 ", 2, ["5", "6"]),
+        # CUDA stops at the first that is not there; torch counts those before it.
+        ("0,,1", 1, ["0"]),
+        ("1,-1,0", 1, ["1"]),
+        ("0,99", 1, ["0"]),
+        ("GPU-4d1c8f3a,GPU-77", 2, ["GPU-4d1c8f3a", "GPU-77"]),
+        # One part of a divided GPU is all that a process sees.
+        ("MIG-4d1c8f3a,MIG-77", 1, ["MIG-4d1c8f3a"]),
+        *((none, 0, []) for none in (None, "", "-1", "NoDevFiles", "0,0", "0")),
+    ],
+)
+def test_gpus_are_those_that_torch_sees(monkeypatch, listed, there, names):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    monkeypatch.setattr(launchers.torch.cuda, "device_count", lambda: there)
+    assert launchers.visible_gpus() == names
+    if not names:
+        why = "" if listed is None else re.escape(f" (CUDA_VISIBLE_DEVICES is {listed!r})")
+        with pytest.raises(UserError, match=f"multi_gpu: no GPU is visible{why}; use local"):
+            launchers.launch_multi_gpu([], SweepDirectory("nowhere"), 1)
 
 
 def test_a_compression_that_is_drawn_is_told_at_the_launch(main, spec_file):

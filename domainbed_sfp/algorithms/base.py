@@ -93,6 +93,11 @@ class Algorithm(nn.Module):
         """True once the model is as small as it will be: only then a checkpoint is a candidate for selection."""
         return True
 
+    def final_step(self) -> int | None:
+        """The step of the first record at final compression, as hparams and `total_steps` decide it before training;
+        None where only training can tell. What overrides `at_final_compression` says it too (see `final_step_of`)."""
+        return 0
+
     def exported_bytes(self) -> int | None:
         """Bytes of the tensors in the file that the command `export` writes; None where there is no `export`."""
         from domainbed_sfp.pruning import surgery
@@ -107,6 +112,16 @@ class Algorithm(nn.Module):
         Where channels are masked it is nn.Sequential(featurizer, classifier): `pruning.surgery` takes them out of that.
         """
         raise TypeError(f"{type(self).__name__} does not define export()")
+
+
+def final_step_of(algorithm: Algorithm) -> int | None:
+    """What `final_step` says, unless a class further down has its own `at_final_compression` and none of it: None."""
+    for owner in type(algorithm).__mro__:
+        if "final_step" in vars(owner):
+            return algorithm.final_step()
+        if "at_final_compression" in vars(owner):
+            return None
+    return None
 
 
 class Objective(nn.Module):

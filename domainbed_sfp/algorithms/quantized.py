@@ -269,7 +269,10 @@ class PolicyQuantization(QuantizedAlgorithm):
         return MOST_PROBABLE if self.at_final_compression() else WIDEST_ONLY
 
     def at_final_compression(self) -> bool:
-        return self.step > self.first_policy_step()
+        return self.step > self.final_step()
+
+    def final_step(self) -> int:
+        return self.first_policy_step()
 
     def compute_loss(self, minibatches: Minibatches) -> tuple[Tensor, dict[str, float]]:
         first = self.first_policy_step()

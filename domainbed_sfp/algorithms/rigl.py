@@ -15,7 +15,7 @@ from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPr
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.hparams import RUN_FRACTION, SHARE, Hparam, one_of, only
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.pruning.masks import keep_highest
+from domainbed_sfp.pruning.masks import keep_highest, removed_units
 from domainbed_sfp.pruning.schedules import EXCHANGE_INTERVAL, check_fraction, check_sparsity, exchange_period
 from domainbed_sfp.registry import register
 
@@ -117,10 +117,6 @@ class RigL(ScheduledPruning):
                 f"hparam 'granularity' must be 'weight', got {hparams['granularity']!r}"
             )
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        # Refuses now what cannot be met at the first step.
-        self.densities = layer_densities(
-            self.unit_shapes, 1 - self.schedule.sparsity, self.hparams["sparsity_distribution"]
-        )
 
     def make_schedule(self) -> RigLSchedule:
         return RigLSchedule(
@@ -132,13 +128,22 @@ class RigL(ScheduledPruning):
 
     def choose_alive(self, minibatches: Minibatches, sparsity: float) -> dict[str, Tensor]:
         drawn = scores.random_like(self.unit_shapes, minibatches[0][0].device)
-        return {name: keep_highest({name: drawn[name]}, 1 - self.densities[name])[name] for name in self.unit_shapes}
+        densities = self.densities()
+        return {name: keep_highest({name: drawn[name]}, 1 - densities[name])[name] for name in self.unit_shapes}
 
     def after_backward(self) -> None:
         if self.schedule.moves_at(self.step, self.total_steps):
             self._move_weights(self.schedule.fraction_at(self.step, self.total_steps))
             # An optimizer leaves alone what has no gradient: this step does not train.
             self.optimizer.zero_grad(set_to_none=True)
+
+    def removed_in_the_end(self) -> dict[tuple[str, ...], int]:
+        densities = self.densities()  # refuses at once what cannot be met at the first step
+        return {(name,): removed_units(shape.numel(), 1 - densities[name]) for name, shape in self.unit_shapes.items()}
+
+    def densities(self) -> dict[str, float]:
+        """The density of each layer, by unit name."""
+        return layer_densities(self.unit_shapes, 1 - self.schedule.sparsity, self.hparams["sparsity_distribution"])
 
     def _mask_is_due(self) -> bool:
         return self.step == 0

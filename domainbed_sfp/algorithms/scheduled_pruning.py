@@ -81,16 +81,24 @@ class ScheduledPruning(ObjectiveAlgorithm):
         self.unit_masks = Masks(self.unit_shapes) if self.granularity == "channel" else self.weight_masks
 
     def _check_removes_something(self) -> None:
-        sparsity, counts = self.schedule.sparsity, [shape.numel() for shape in self.unit_shapes.values()]
-        if sparsity == 0 or self.hparams.get("mask_rule", "top_k") != "top_k":
+        sparsity, removed = self.schedule.sparsity, self.removed_in_the_end()
+        if sparsity == 0 or not removed or any(removed.values()):
             return
-        if self.ranking_scope() == "global":
-            counts = [sum(counts)]
-        if not any(removed_units(count, sparsity) for count in counts):
-            what = "network" if self.ranking_scope() == "global" else "largest layer"
-            raise UserError(
-                f"pruning {sparsity:.1%} removes nothing: the {what} has {max(counts)} units; raise hparam 'sparsity'"
-            )
+        what = "network" if self.ranking_scope() == "global" else "largest layer"
+        most = max(self._count(names) for names in removed)
+        raise UserError(f"pruning {sparsity:.1%} removes nothing: the {what} has {most} units; raise hparam 'sparsity'")
+
+    def removed_in_the_end(self) -> dict[tuple[str, ...], int]:
+        """How many units each ranking has removed at final compression, by the names of what it ranks; empty where
+        training decides it."""
+        if self.hparams.get("mask_rule", "top_k") != "top_k":
+            return {}
+        every = tuple(self.unit_shapes)
+        ranked = [every] if self.ranking_scope() == "global" else [(name,) for name in every]
+        return {names: removed_units(self._count(names), self.schedule.sparsity) for names in ranked}
+
+    def _count(self, names: Iterable[str]) -> int:
+        return sum(self.unit_shapes[name].numel() for name in names)
 
     def make_schedule(self) -> Schedule:
         """How many units may live at a step."""
@@ -139,7 +147,10 @@ class ScheduledPruning(ObjectiveAlgorithm):
         return 1 - alive / sum(shape.numel() for shape in self.unit_shapes.values())
 
     def at_final_compression(self) -> bool:
-        return self.step > self.schedule.last_step(self.total_steps)
+        return self.step > self.final_step()
+
+    def final_step(self) -> int:
+        return self.schedule.last_step(self.total_steps)
 
     def get_extra_state(self) -> dict[str, int]:
         return {"step": self.step}

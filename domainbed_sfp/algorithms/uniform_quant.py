@@ -57,7 +57,10 @@ class UniformQuant(QuantizedAlgorithm):
         return min(round(self.hparams["quantize_start"] * self.total_steps), self.total_steps - 1)
 
     def at_final_compression(self) -> bool:
-        return not self.hparams["quantize_start"] or self.step > self.first_step()
+        return not self.hparams["quantize_start"] or self.step > self.final_step()
+
+    def final_step(self) -> int:
+        return self.first_step()
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         if self.hparams["quantize_start"] and self.step == self.first_step():

@@ -123,8 +123,14 @@ class Dataset:
         return []
 
     @classmethod
+    def inspect(cls, data_dir: str | None) -> tuple[dict[str, int], list[str]]:
+        """How many files and folders beside the data are no part of it, by reason (data.images.contents.REASONS); and
+        what a user should know of the files before a run, a line each."""
+        return {}, []
+
+    @classmethod
     def check_files(cls, data_dir: str | None) -> None:
-        """Raises UserError where the files are plainly not there, without reading them."""
+        """Raises UserError where files are missing or laid out in another way, without reading them."""
 
     def __init__(self, environments: list[Environment], num_classes: int, augment: bool = False) -> None:
         self.environments = environments

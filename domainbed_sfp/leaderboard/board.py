@@ -1,9 +1,10 @@
 """The leaderboard before anything is drawn: which entries are ranked together, in what order, and what was before.
 
 Entries are ranked together where the data set (and its data, where the name does not determine them), the selection
-rule and the track agree and both, or neither, saw unlabelled images of the test environment. Self-reported entries are
-listed behind all of these, in tables of their own and without ranks: nobody has checked them. Everything in a ranking
-is measured: numbers that are only published have no entry.
+rule, the track and the tier agree and both, or neither, saw unlabelled images of the test environment. Tiers are ranked
+apart, the highest first, so that nothing that was checked less stands above what was checked more. Self-reported
+entries are listed behind all of these and without ranks: nobody has checked them. Everything in a ranking is measured:
+numbers that are only published have no entry.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from domainbed_sfp import registry
 from domainbed_sfp.analysis.plot_data import FP32_BITOPS
 from domainbed_sfp.analysis.selection import RULES, Rule
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.leaderboard.entries import TIERS, TRACKS, Entry, EntryCell, Result
+from domainbed_sfp.leaderboard.entries import Entry, EntryCell, Result
+from domainbed_sfp.leaderboard.entry_schema import TRACKS
+from domainbed_sfp.leaderboard.tiers import SELF_REPORTED, TIERS
 
 # Of algorithms that no installed package registers.
 UNREGISTERED = "not registered"
@@ -75,15 +78,20 @@ class Ranking:
     rule: Rule
     track: str
     transductive: bool
-    is_verified: bool
+    tier: str
     environments: tuple[str, ...]
     lines: tuple[Line, ...]
 
     @property
+    def is_verified(self) -> bool:
+        """Whether anything was checked, so that there are ranks."""
+        return self.tier != SELF_REPORTED
+
+    @property
     def track_title(self) -> str:
-        """The track, whether the methods are transductive, and whether nobody has checked them."""
+        """The track, whether the methods are transductive, and the tier."""
         kind = ", transductive methods" if self.transductive else ""
-        return f"{self.track} track{kind}" + ("" if self.is_verified else ", self-reported (not ranked)")
+        return f"{self.track} track{kind}, {self.tier}" + ("" if self.is_verified else " (not ranked)")
 
     @property
     def title(self) -> str:
@@ -108,7 +116,7 @@ class Board:
 
 
 def board_of(found: Sequence[Entry]) -> Board:
-    """The board of entries, as `entries.read_all(folder, history=True)` gives them.
+    """The board of entries, as `store.read_all(folder, history=True)` gives them.
 
     Raises UserError where two current entries have one name on a data set.
     """
@@ -123,12 +131,12 @@ def board_of(found: Sequence[Entry]) -> Board:
     rankings = []
     for dataset, digest in sorted({(entry.dataset, _digest(entry) or "") for entry in current}):
         here = [entry for entry in current if (entry.dataset, _digest(entry) or "") == (dataset, digest)]
-        for rule, transductive, track, is_verified in product(RULES, (False, True), TRACKS, (True, False)):
-            kind = (track, transductive, is_verified)
+        for rule, transductive, track, tier in product(RULES, (False, True), TRACKS, TIERS[::-1]):
+            kind = (track, transductive, tier)
             ranked = [
                 entry
                 for entry in here
-                if rule.key in entry.results and (entry.track, entry.transductive, _is_verified(entry)) == kind
+                if rule.key in entry.results and (entry.track, entry.transductive, entry.tier) == kind
             ]
             if ranked:
                 lines = tuple(_lines(ranked, rule, history))
@@ -151,7 +159,9 @@ def family_of(algorithm: str) -> str:
 
 def _lines(ranked: Sequence[Entry], rule: Rule, history: Sequence[Entry]) -> list[Line]:
     """By average, as rounded for readers: equal ones share a rank; those that have none come last."""
-    averages = {entry.name: _average(entry.results[rule.key]) if _is_verified(entry) else -1.0 for entry in ranked}
+    averages = {
+        entry.name: -1.0 if entry.tier == SELF_REPORTED else _average(entry.results[rule.key]) for entry in ranked
+    }
     lines = []
     for entry in sorted(ranked, key=lambda entry: (-averages[entry.name], entry.name)):
         own = averages[entry.name]
@@ -171,10 +181,6 @@ def _environments(lines: Sequence[Line]) -> tuple[str, ...]:
 
 def _average(result: Result) -> float:
     return -1.0 if result.average is None else round(result.average[0], 1)
-
-
-def _is_verified(entry: Entry) -> bool:
-    return entry.tier in TIERS[1:]
 
 
 def _digest(entry: Entry) -> str | None:

@@ -24,6 +24,7 @@ from domainbed_sfp.analysis.display import (
 )
 from domainbed_sfp.analysis.latex import latex_of
 from domainbed_sfp.analysis.markdown import markdown_of
+from domainbed_sfp.leaderboard import tiers
 from domainbed_sfp.leaderboard.board import Board, Line, Ranking
 from domainbed_sfp.leaderboard.entries import as_json
 from domainbed_sfp.leaderboard.schema import printable
@@ -40,9 +41,9 @@ UNVERIFIED_NOTE = (
 NOTES = (
     "Accuracy in percent on held-out environments ± standard error over trials (sample standard deviation / sqrt(n)); "
     f"{ABSENT} where one trial has none.",
-    "Ranks follow the average as shown. Transductive methods, which see unlabelled images of the test environment, and "
-    "the open track are ranked apart. Self-reported entries, of which something could not be checked, have no rank and "
-    "stand in tables of their own behind the others.",
+    "Ranks follow the average as shown. Tiers are ranked apart, the highest first: nothing that was checked less "
+    "stands above what was checked more. So are transductive methods, which see unlabelled images of the test "
+    "environment, and the open track.",
     f"Every accuracy of a verified entry follows from its records, and every cost that is not marked {UNVERIFIED}; "
     "published numbers that nobody measured here are not in it.",
 )
@@ -215,7 +216,7 @@ def grid_of(ranking: Ranking) -> Grid:
     columns.append(("Tier", [Shown(line.entry.tier) for line in lines]))
     if "backbone" in shared_protocol(ranking)[1]:
         columns.append(("Backbone", [Shown(printable(line.entry.protocol["backbone"])) for line in lines]))
-    kind = ("-transductive" if ranking.transductive else "") + ("" if ranking.is_verified else "-self-reported")
+    kind = ("-transductive" if ranking.transductive else "") + f"-{ranking.tier}"
     digest = f"-{ranking.data_digest}" if ranking.data_digest else ""
     name = f"{ranking.dataset}{digest}-{ranking.rule.key}-{ranking.track}{kind}"
     return Grid(
@@ -231,8 +232,8 @@ def grid_of(ranking: Ranking) -> Grid:
 def notes_of(ranking: Ranking) -> tuple[str, ...]:
     """What has to be said about this ranking alone."""
     notes = []
-    if not ranking.is_verified:
-        notes.append("Self-reported: something could not be checked, see each entry's notes. Not ranked.")
+    checked, unchecked = tiers.NOTES[ranking.tier]
+    notes.append(f"{ranking.tier.capitalize()}. Checked: {checked}. Not checked: {unchecked}.")
     if any(cell is None for line in ranking.lines for cell in map(line.cell, ranking.environments)):
         notes.append(f"{MISSING}: not tested. No average is taken over fewer environments, and no rank given.")
     if any(line.entry.standing == RECONSTRUCTION for line in ranking.lines):
@@ -324,6 +325,7 @@ def json_text(board: Board) -> str:
                 "track": ranking.track,
                 "transductive": ranking.transductive,
                 "verified": ranking.is_verified,
+                "tier": ranking.tier,
                 "environments": list(ranking.environments),
                 "rows": [
                     {

@@ -3,7 +3,10 @@
     submission.json             what is submitted: method, protocol per data set, and the numbers that it claims
     records/<run>.jsonl         every record of every run of the grid, without the paths of its author's machine
     masks/<digest>.safetensors  the masks of the checkpoints that the selection rules choose, one bit a weight
-    SHA256SUMS                  of all other files, as `sha256sum` writes it
+    models/<run>.<step>.safetensors
+                                where the author wants them to be evaluated: the models of the same checkpoints
+    SHA256SUMS                  of all other files but the next, as `sha256sum` writes it
+    SIGNATURE                   of SHA256SUMS, where the submission names its author's key
 
 Nothing in a bundle is run, imported or unpickled: texts are parsed as JSON, masks as safetensors, both in bounds, and
 no name inside a file decides what is opened.
@@ -21,8 +24,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp.leaderboard import entries
-from domainbed_sfp.leaderboard.entries import list_of, object_of, or_null
+from domainbed_sfp.leaderboard import entry_schema as entries
+from domainbed_sfp.leaderboard.entry_schema import list_of, object_of, or_null
 from domainbed_sfp.leaderboard.plain_files import open_plain
 from domainbed_sfp.leaderboard.schema import Problem
 from domainbed_sfp.training import EVALUATIONS, TrainArgs
@@ -30,21 +33,27 @@ from domainbed_sfp.training import EVALUATIONS, TrainArgs
 FORMAT = 1
 SUBMISSION = "submission.json"
 SUMS = "SHA256SUMS"
+SIGNATURE = "SIGNATURE"
 RECORDS = "records"
 MASKS = "masks"
+MODELS = "models"
 
 # What a name may be, and how many bytes such a file may have.
 FILES: Mapping[str, int] = {
     r"submission\.json": 2**24,
     r"SHA256SUMS": 2**24,
+    r"SIGNATURE": 200,
     r"records/[A-Za-z0-9][A-Za-z0-9_.-]*\.jsonl": 2**26,
     r"masks/[0-9a-f]{64}\.safetensors": 2**26,
+    r"models/[A-Za-z0-9][A-Za-z0-9_.-]*\.\d{1,10}\.safetensors": 2**30,
 }
 # Of a network that is built anew to count its costs: more would take gigabytes.
 MOST_PARAMETERS = 2**29
 # Read at once where a file is only looked through.
 CHUNK = 2**20
-LAYOUT = f"{SUBMISSION}, {SUMS}, {RECORDS}/<run>.jsonl or {MASKS}/<digest>.safetensors"
+LAYOUT = (
+    f"{SUBMISSION}, {SUMS}, {RECORDS}/<run>.jsonl, {MASKS}/<digest>.safetensors or {MODELS}/<run>.<step>.safetensors"
+)
 # Of all files together, and of all records.
 LARGEST_BUNDLE = 2**33
 LARGEST_RECORDS = 2**30
@@ -67,6 +76,8 @@ _FINGERPRINT = {
     "additionalProperties": {"type": ["string", "integer"], "maxLength": 200},
 }
 _FLAG = {"type": "boolean"}
+# Of a submission: what its records do not say.
+OPTIONAL = ("author", "without_masks")
 
 SUBMISSION_SCHEMA = object_of(
     {
@@ -87,11 +98,15 @@ SUBMISSION_SCHEMA = object_of(
         "environments": list_of(_FINGERPRINT, maxItems=1000),
         "package": entries.PACKAGE,
         "commit": entries.COMMIT,
-    }
+        "author": entries.KEY,
+        "without_masks": {"const": True},
+    },
+    optional=OPTIONAL,
 )
 
 _HPARAMS = {"type": "object", "maxProperties": 500, "additionalProperties": {"type": ["number", "string", "boolean"]}}
 _NUMBER_OR_NULL = {"type": ["number", "null"]}
+_NOT_NEGATIVE = {"type": "number", "minimum": 0, "maximum": entries.LARGEST}
 
 # Arguments of runs are known by name; one that is newer than this table may be any plain value.
 _KNOWN_ARGS: dict[str, Any] = {
@@ -150,28 +165,56 @@ RECORD_SCHEMA: dict[str, Any] = {
             "dense_macs": entries.COUNT,
             "environment": _FINGERPRINT,
             "environments": list_of(entries.ENVIRONMENT_NAME, minItems=2, maxItems=1000, uniqueItems=True),
-            "epoch": {"type": "number", "minimum": 0, "maximum": 2**53},
+            "epoch": {"type": "float", "minimum": 0, "maximum": 2**53},
+            "exported_bytes": or_null(entries.COUNT),
             "final_compression": _FLAG,
             "granularity": entries.TEXT,
             "hparams": _HPARAMS,
+            "images_per_second": _NOT_NEGATIVE,
             "input_shape": list_of({"type": "integer", "minimum": 1, "maximum": 1024}, minItems=3, maxItems=3),
             "macs": entries.COUNT,
             "masks": entries.SHA256,
+            "mem_gb": _NOT_NEGATIVE,
             "parameters": entries.COUNT,
             "precision": {"enum": ["fp32", "bf16"]},
             "sparsity": entries.FRACTION,
             "standing": {"enum": list(entries.STANDINGS)},
             "step": entries.COUNT,
+            "step_time": _NOT_NEGATIVE,
             "surviving_parameters": entries.COUNT,
+            "wall_time": _NOT_NEGATIVE,
             "weights_digest": {"type": "string", "pattern": "^[0-9a-f]{12}$"},
+            **dict.fromkeys(("bitops", "bitops_8bit", "mean_bits"), or_null(_NOT_NEGATIVE)),
         },
-        optional=("code", "granularity", "masks", "weights_digest"),
+        optional=(
+            "bitops",
+            "bitops_8bit",
+            "code",
+            "exported_bytes",
+            "granularity",
+            "images_per_second",
+            "masks",
+            "mean_bits",
+            "mem_gb",
+            "step_time",
+            "wall_time",
+            "weights_digest",
+        ),
     ),
     "maxProperties": 1000,
     "propertyNames": {"maxLength": 120},
-    "patternProperties": {r"^env\d+_(in|out|uda)_acc$": entries.FRACTION, r"^env\d+_degraded$": _DEGRADED},
+    "patternProperties": {
+        r"^env\d+_(in|out|uda)_acc$": entries.FRACTION,
+        r"^env\d+_(bitops|mean_bits)$": or_null(_NOT_NEGATIVE),
+        r"^env\d+_degraded$": _DEGRADED,
+    },
     "additionalProperties": _NUMBER_OR_NULL,
 }
+
+
+def model_file(run: str, step: int) -> str:
+    """The file of a checkpoint's model, by its name in the bundle."""
+    return f"{MODELS}/{run}.{step}.safetensors"
 
 
 @dataclass
@@ -190,7 +233,7 @@ class Tree:
 
     def read(self, name: str) -> bytes:
         """The contents of a file that `sums` names. Raises OSError if it has changed since."""
-        data = b"".join(_chunks(self.root / name, _limit(name) or 0))
+        data = b"".join(_chunks(self.root / name, limit_of(name) or 0))
         self._expect(name, hashlib.sha256(data))
         return data
 
@@ -225,7 +268,7 @@ def read_tree(root: Path) -> Tree:
             tree.problems.append(Problem(str(root), "", f"at most {MOST_FILES:,} files", "more"))
             tree.is_refused = True
             return tree
-        limit, status = _limit(name), entry.stat(follow_symlinks=False)
+        limit, status = limit_of(name), entry.stat(follow_symlinks=False)
         if entry.is_symlink():
             tree.problems.append(Problem(name, "", "a plain file", "a symbolic link"))
         elif stat.S_ISDIR(status.st_mode):
@@ -249,7 +292,7 @@ def read_tree(root: Path) -> Tree:
     for name in () if tree.is_refused else sizes:
         try:
             digest = hashlib.sha256()
-            for chunk in _chunks(root / name, _limit(name) or 0):
+            for chunk in _chunks(root / name, limit_of(name) or 0):
                 digest.update(chunk)
             tree.sums[name] = digest.hexdigest()
         except OSError as error:
@@ -280,9 +323,13 @@ def _file_name(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "folder"
 
 
+# What SHA256SUMS cannot name.
+_UNLISTED = (SUMS, SIGNATURE)
+
+
 def sums_text(sums: Mapping[str, str]) -> str:
     """SHA256SUMS of files by name."""
-    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()) if name != SUMS)
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()) if name not in _UNLISTED)
 
 
 def check_sums(tree: Tree) -> Iterator[Problem]:
@@ -298,7 +345,7 @@ def check_sums(tree: Tree) -> Iterator[Problem]:
         match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
         if match is None:
             yield Problem(SUMS, f"line {number}", "64 hexadecimal digits, two spaces and a name", repr(line[:120]))
-        elif _limit(match[2]) is None or match[2] == SUMS:
+        elif limit_of(match[2]) is None or match[2] in _UNLISTED:
             yield Problem(SUMS, f"line {number}", f"the name of a file of the bundle ({LAYOUT})", repr(match[2][:120]))
         elif match[2] in listed:
             yield Problem(SUMS, f"line {number}", "each file only once", f"{match[2]} again")
@@ -309,11 +356,11 @@ def check_sums(tree: Tree) -> Iterator[Problem]:
             yield Problem(name, "", "a file, because SHA256SUMS names it", "none")
         elif tree.sums[name] != digest:
             yield Problem(name, "SHA-256", f"{digest} (SHA256SUMS)", tree.sums[name])
-    for name in sorted(set(tree.sums) - set(listed) - {SUMS}):
+    for name in sorted(set(tree.sums) - set(listed) - {*_UNLISTED}):
         yield Problem(name, "SHA-256", "a line in SHA256SUMS", "none")
 
 
-def _limit(name: str) -> int | None:
+def limit_of(name: str) -> int | None:
     """How many bytes a file of this name may have; None where no such file belongs into a bundle."""
     return next((limit for pattern, limit in FILES.items() if re.fullmatch(pattern, name)), None)
 
@@ -323,7 +370,7 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
     with os.scandir(folder) as found:
         for entry in sorted(islice(found, MOST_FILES + 1), key=lambda entry: entry.name):
             name = prefix + entry.name
-            if name in (RECORDS, MASKS) and entry.is_dir(follow_symlinks=False):
+            if name in (RECORDS, MASKS, MODELS) and entry.is_dir(follow_symlinks=False):
                 yield from _walk(folder / entry.name, name + "/")
             else:
                 yield name, entry

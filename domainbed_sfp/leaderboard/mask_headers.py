@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from domainbed_sfp.leaderboard.entries import COUNT, list_of, object_of
+from domainbed_sfp.leaderboard.entry_schema import COUNT, list_of, object_of
 from domainbed_sfp.leaderboard.schema import Problem, parse, problems_of
 
 # Bytes of names and shapes: a thousand layers have a tenth of it.
@@ -54,12 +54,13 @@ def shapes_of(data: bytes) -> dict[str, tuple[int, ...]]:
 
 
 def misfits(
-    file: str, declared: Mapping[str, Sequence[int]], parameters: Mapping[str, Sequence[int]], network: str
+    file: str, declared: Mapping[str, Sequence[int]], parameters: Mapping[str, Sequence[int]], expected: str
 ) -> Problem | None:
-    """The first mask that is of no parameter of the network, or of another shape; `parameters` are shapes by name."""
+    """The first mask that is of no parameter, or of another shape; `parameters` are shapes by name, `expected` says
+    whose."""
     for name, shape in declared.items():
         if name not in parameters:
-            return Problem(file, f"mask {name}", f"a parameter of {network}", f"shape {list(shape)}")
+            return Problem(file, f"mask {name}", expected, f"shape {list(shape)}")
         if list(parameters[name]) != list(shape):
             return Problem(file, f"mask {name}", f"a mask of shape {list(parameters[name])}", f"shape {list(shape)}")
     return None

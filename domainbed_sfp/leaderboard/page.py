@@ -17,8 +17,10 @@ from domainbed_sfp import __version__
 from domainbed_sfp.analysis.display import ABSENT, MISSING, RECONSTRUCTION_NOTE
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.files import write_atomically
-from domainbed_sfp.leaderboard import board_formats, entries, tracks
+from domainbed_sfp.leaderboard import board_formats, store, tracks
 from domainbed_sfp.leaderboard.board import BANDS, DENSE, UNKNOWN, Board, board_of
+from domainbed_sfp.leaderboard.entry_schema import SELECTIONS, TRACKS
+from domainbed_sfp.leaderboard.tiers import NOTES, TIERS
 
 # format -> (its title, the file's name)
 FILES: Mapping[str, tuple[str, str]] = {
@@ -37,9 +39,29 @@ def run(args: argparse.Namespace) -> int:
     for name in chosen:
         if name not in FILES:
             raise unknown_name("--format", name, FILES)
+    if args.check:
+        return _check(args, chosen)
     for path in build(args.entries_dir, args.output_dir, chosen):
         print(f"wrote {path}")
     return 0
+
+
+def _check(args: argparse.Namespace, formats: Sequence[str]) -> int:
+    """`build --check`: 1 where an entry is not what its bundle gives, or a file not what the entries give."""
+    # Imported here because a page is built without computing anything.
+    from domainbed_sfp.leaderboard.computing import place_of
+    from domainbed_sfp.leaderboard.rebuilding import check_entries
+
+    checked = check_entries(args.entries_dir, place_of(args), args.recompute)
+    lines = [problem.line() for problem in checked.problems]
+    for path, text in texts(args.entries_dir, args.output_dir, formats).items():
+        if not path.is_file() or path.read_bytes() != text.encode():
+            found = "another" if path.is_file() else "no file"
+            lines.append(f"{path}: expected what the entries give, found {found}; `leaderboard build` makes it")
+    print("\n".join([*lines, f"{len(checked.rebuilt)} entries rebuilt from their bundles"]))
+    if checked.alone:
+        print(f"{len(checked.alone)} without a bundle, checked for consistency alone: {', '.join(checked.alone)}")
+    return 1 if lines else 0
 
 
 def build(entries_dir: str | Path, output_dir: str | Path, formats: Sequence[str]) -> list[Path]:
@@ -48,9 +70,21 @@ def build(entries_dir: str | Path, output_dir: str | Path, formats: Sequence[str
     The same entries give the same bytes. A folder without entries gives a page that says so; one that is not there is
     a UserError.
     """
+    found = texts(entries_dir, output_dir, formats)
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        for path, text in found.items():
+            write_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"--output_dir {str(output_dir)!r} cannot be written: {error.strerror}") from error
+    return list(found)
+
+
+def texts(entries_dir: str | Path, output_dir: str | Path, formats: Sequence[str]) -> dict[Path, str]:
+    """What `build` writes, by path."""
     if not Path(entries_dir).is_dir():
         raise UserError(f"--entries_dir {str(entries_dir)!r} is no folder; `leaderboard add` makes one")
-    board = board_of(entries.read_all(entries_dir, history=True))
+    board = board_of(store.read_all(entries_dir, history=True))
     renderers: Mapping[str, Callable[[Board], str]] = {
         "html": lambda board: html_text(board, [FILES[name] for name in formats if name != "html"]),
         "markdown": board_formats.markdown_text,
@@ -58,14 +92,7 @@ def build(entries_dir: str | Path, output_dir: str | Path, formats: Sequence[str
         "csv": board_formats.csv_text,
         "json": board_formats.json_text,
     }
-    texts = {Path(output_dir) / FILES[name][1]: renderers[name](board) for name in formats}
-    try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        for path, text in texts.items():
-            write_atomically(path, text)
-    except OSError as error:
-        raise UserError(f"--output_dir {str(output_dir)!r} cannot be written: {error.strerror}") from error
-    return list(texts)
+    return {Path(output_dir) / FILES[name][1]: renderers[name](board) for name in formats}
 
 
 def html_text(board: Board, siblings: Sequence[tuple[str, str]] = ()) -> str:
@@ -87,6 +114,8 @@ def html_text(board: Board, siblings: Sequence[tuple[str, str]] = ()) -> str:
         filters=_filters(board),
         siblings=siblings,
         notes=board_formats.NOTES,
+        tiers=TIERS[::-1],
+        tier_notes=NOTES,
         trials_of_closed=tracks.TRIALS,
         reconstruction_note=RECONSTRUCTION_NOTE,
         bitops=any(map(board_formats.has_bitops, board.rankings)),
@@ -125,8 +154,8 @@ def _filters(board: Board) -> list[tuple[str, str, list[tuple[str, str]]]]:
     kinds = {ranking.transductive for ranking in board.rankings}
     return [
         ("dataset", "Data set", _same(dict.fromkeys(ranking.dataset for ranking in board.rankings))),
-        ("rule", "Model selection", sorted(rules, key=lambda rule: entries.SELECTIONS.index(rule[0]))),
-        ("track", "Track", _same(name for name in entries.TRACKS if name in tracks)),
+        ("rule", "Model selection", sorted(rules, key=lambda rule: SELECTIONS.index(rule[0]))),
+        ("track", "Track", _same(name for name in TRACKS if name in tracks)),
         (
             "transductive",
             "Test images in training",
@@ -134,7 +163,7 @@ def _filters(board: Board) -> list[tuple[str, str, list[tuple[str, str]]]]:
         ),
         ("family", "Family", _same(sorted({line.family for line in lines}))),
         ("band", "Sparsity", _same(name for name in (DENSE, *BANDS, UNKNOWN) if name in bands)),
-        ("tier", "Tier", _same(name for name in entries.TIERS if name in found)),
+        ("tier", "Tier", _same(name for name in TIERS if name in found)),
     ]
 
 

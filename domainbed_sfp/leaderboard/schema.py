@@ -17,6 +17,8 @@ from domainbed_sfp.strict_json import unique_names
 
 # Longer values are cut where a problem tells them.
 SHOWN = 160
+# And what is said of them.
+LONGEST_WORDS = 400
 # So many problems of one document are told: a document of nothing else must not fill the memory.
 MOST_PROBLEMS = 200
 # Nothing that is written here is nested deeper than this; python's own limit is met in the midst of something else.
@@ -36,12 +38,22 @@ def _unique_items(_: Any, is_wanted: bool, instance: Any, __: Any) -> Iterator[j
         yield jsonschema.ValidationError("an item twice")
 
 
-# JSON Schema takes 5.0 for an integer; range() does not.
+# JSON Schema takes 5.0 for an integer; range() does not. A fraction that is the integer 1 is not what a run writes.
 _Validator = jsonschema.validators.extend(
     jsonschema.Draft202012Validator,
     {"pattern": _pattern, "uniqueItems": _unique_items},
-    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int),
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
+        {"integer": lambda _, value: type(value) is int, "float": lambda _, value: type(value) is float}
+    ),
 )
+
+# A whole number beyond this is no count, seed or hparam, and none that every reader can hold.
+LARGEST_INTEGER = 2**63 - 1
+
+_TYPES = {
+    "array": "a list", "boolean": "true or false", "float": "a number with a decimal point",
+    "integer": "a whole number", "null": "null", "number": "a number", "object": "an object", "string": "text",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,10 @@ class Problem:
     field: str
     expected: str
     found: str
+
+    def __post_init__(self) -> None:
+        for name in ("field", "expected", "found"):  # an error may repeat a stranger's value whole
+            object.__setattr__(self, name, _cut(getattr(self, name), LONGEST_WORDS))
 
     def line(self) -> str:
         """The problem for people, on one line and without what would steer a terminal: names come from strangers."""
@@ -70,20 +86,37 @@ def shown(value: Any) -> str:
     return _cut(json.dumps(value, default=str))
 
 
+def counted(value: Any) -> str:
+    """A number as a problem tells it, its thousands apart; other values as `shown` tells them."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"{value:,}" if is_number else shown(value)
+
+
 def parse(data: bytes) -> Any:
-    """The value of a JSON text in UTF-8. Raises ValueError for anything else: NaN, infinity, a name that an object
-    has twice, too deep a nesting, half a character (a lone surrogate, which no file can hold)."""
+    """The value of a JSON text in UTF-8. Raises ValueError for anything else: NaN, infinity, a whole number beyond
+    LARGEST_INTEGER, a name that an object has twice, too deep a nesting, half a character (a lone surrogate, which no
+    file can hold)."""
 
     def constant(name: str) -> Any:
-        raise ValueError(f"{name} is not JSON")
+        raise ValueError(f"{_cut(name)} is not JSON")
 
     def finite(text: str) -> float:
         number = float(text)
         return number if math.isfinite(number) else constant(text)
 
+    def bounded(text: str) -> int:
+        digits = len(text.lstrip("-"))
+        if digits > len(str(LARGEST_INTEGER)) or abs(int(text)) > LARGEST_INTEGER:
+            raise ValueError(f"a whole number of {digits:,} digits, at most {LARGEST_INTEGER:,} can be one")
+        return int(text)
+
     try:
         value = json.loads(
-            data.decode("utf-8"), parse_constant=constant, parse_float=finite, object_pairs_hook=unique_names
+            data.decode("utf-8"),
+            parse_constant=constant,
+            parse_float=finite,
+            parse_int=bounded,
+            object_pairs_hook=unique_names,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -136,23 +169,27 @@ def _field(path: Iterable[str | int], prefix: str) -> str:
     return text
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+def _cut(text: str, longest: int = SHOWN) -> str:
+    return text if len(text) <= longest else text[:longest] + "..."
 
 
 def _expected(error: Any) -> str:
     value: Any = error.validator_value
     words = {
-        "type": lambda: " or ".join([value] if isinstance(value, str) else value),
+        "type": lambda: " or ".join(_TYPES[one] for one in ([value] if isinstance(value, str) else value)),
         "enum": lambda: "one of " + ", ".join(map(str, value)),
         "const": lambda: shown(value),
-        "pattern": lambda: f"text like {value}",
-        "minimum": lambda: f"at least {value}",
-        "maximum": lambda: f"at most {value}",
-        "minItems": lambda: f"at least {value} of them",
-        "maxItems": lambda: f"at most {value} of them",
-        "maxProperties": lambda: f"at most {value} fields",
-        "maxLength": lambda: f"at most {value} characters",
+        "pattern": lambda: error.schema.get("description") or f"text like {value}",
+        "minimum": lambda: f"at least {value:,}",
+        "maximum": lambda: f"at most {value:,}",
+        "exclusiveMinimum": lambda: f"more than {value:,}",
+        "exclusiveMaximum": lambda: f"less than {value:,}",
+        "minItems": lambda: f"at least {value:,} of them",
+        "maxItems": lambda: f"at most {value:,} of them",
+        "minProperties": lambda: f"at least {value:,} fields",
+        "maxProperties": lambda: f"at most {value:,} fields",
+        "minLength": lambda: f"at least {value:,} characters",
+        "maxLength": lambda: f"at most {value:,} characters",
         "uniqueItems": lambda: "each only once",
     }
     return words[error.validator]() if error.validator in words else _cut(str(error.message))

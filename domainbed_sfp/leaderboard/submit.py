@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from domainbed_sfp.analysis.tables import environment_names
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.files import write_atomically
 from domainbed_sfp.hparams import checked_overrides, recorded_overrides
-from domainbed_sfp.leaderboard import bundle, summary, validation
+from domainbed_sfp.leaderboard import bundle, models, signing, summary, validation
 from domainbed_sfp.leaderboard.schema import problems_of
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.pruning import mask_files
@@ -31,16 +31,28 @@ SHOWN = 20
 
 def run(args: argparse.Namespace) -> int:
     """Makes the bundle, validates it as a judge would, and says what it holds."""
-    outcome = submit(args.input_dir, args.algorithm, args.output, args.name)
+    outcome = submit(
+        args.input_dir, args.algorithm, args.output, args.name, args.with_models, args.author_key, args.without_masks
+    )
     sys.stdout.write(validation.text_of(outcome))
     return 0
 
 
-def submit(input_dir: str, row: str, output: str, name: str | None = None) -> validation.Validation:
-    """Gathers a row's records and masks into the folder `output`, which appears whole or not at all.
+def submit(
+    input_dir: str,
+    row: str,
+    output: str,
+    name: str | None = None,
+    with_models: bool = False,
+    author_key: str | None = None,
+    without_masks: bool = False,
+) -> validation.Validation:
+    """Gathers a row's records and masks, and the selected models where they are asked for, into the folder `output`,
+    which appears whole or not at all, signed with the key of a file where there is one.
+    A row whose masks are gone can be submitted without them: it is self-reported.
 
-    Raises UserError where the sweep is not complete, has no such row, or would not pass validation; and where `output`
-    exists.
+    Raises UserError where the sweep is not complete, has no such row, did not keep a selected model, or would not pass
+    validation; and where `output` exists.
     """
     target = Path(output)
     if target.exists() or target.is_symlink():
@@ -52,9 +64,18 @@ def submit(input_dir: str, row: str, output: str, name: str | None = None) -> va
     try:
         (part / bundle.RECORDS).mkdir(parents=True)
         runs = [_take_records(Path(input_dir) / directory, part) for directory in directories]
-        _take_masks(Path(input_dir), runs, part)
+        for run, step in _selected(runs):
+            if not without_masks:
+                _take_masks(Path(input_dir), run, step, part)
+            if with_models:
+                is_last = step == run.records[-1]["step"]
+                models.take(Path(input_dir) / run.name, run.name, step, is_last, part)
         document = summary.document_of(name or label, runs)
-        _check_name(document)
+        if without_masks:
+            document["without_masks"] = True
+        if author_key is not None:
+            document["author"] = signing.public_key(author_key)
+        _check_name(document, runs)
         write_atomically(part / bundle.SUBMISSION, json.dumps(document, indent=1, sort_keys=True) + "\n")
         sums = {
             file.relative_to(part).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -62,6 +83,9 @@ def submit(input_dir: str, row: str, output: str, name: str | None = None) -> va
             if file.is_file()
         }
         write_atomically(part / bundle.SUMS, bundle.sums_text(sums))
+        if author_key is not None:
+            signature = signing.sign(author_key, (part / bundle.SUMS).read_bytes())
+            write_atomically(part / bundle.SIGNATURE, signature + "\n")
         for file in part.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)
@@ -152,40 +176,47 @@ def _forget_places(record: dict[str, Any]) -> None:
         args["hparams"] = json.dumps(plain, sort_keys=True)
 
 
-def _take_masks(input_dir: Path, runs: list[SubmittedRun], part: Path) -> None:
-    """The masks of every checkpoint that a selection rule chooses."""
-    by_name = {run.name: run for run in runs}
+def _selected(runs: list[SubmittedRun]) -> list[tuple[SubmittedRun, int]]:
+    """Every checkpoint that a selection rule chooses, as run and step."""
+    by_name, found = {run.name: run for run in runs}, {}
     for dataset in sorted({run.run.dataset for run in runs}):
         results = summary.results_of([run.run for run in runs if run.run.dataset == dataset])
         for choice in (choice for _, choices in results.values() for choice in choices):
             step = choice.run.steps[choice.checkpoint]
-            record = next(one for one in by_name[choice.run.directory].records if one["step"] == step)
-            if "masks" not in record:
-                if record["sparsity"] > 0:
-                    raise UserError(
-                        f"{input_dir / choice.run.directory / records.RESULTS}: the record of step {step} has sparsity "
-                        f"{record['sparsity']:g} but no masks; runs of earlier versions did not keep them: train anew"
-                    )
-                continue
-            source = input_dir / choice.run.directory / mask_files.FOLDER / (record["masks"] + mask_files.SUFFIX)
-            target = part / bundle.MASKS / source.name
-            target.parent.mkdir(exist_ok=True)
-            try:
-                shutil.copyfile(source, target)
-            except FileNotFoundError:
-                raise UserError(f"{source} is missing: the masks of step {step}, which its record names") from None
+            found[choice.run.directory, step] = (by_name[choice.run.directory], step)
+    return list(found.values())
 
 
-def _check_name(document: Mapping[str, Any]) -> None:
-    if taken := summary.taken_name(document["name"], document["algorithm"]):
+def _take_masks(input_dir: Path, run: SubmittedRun, step: int, part: Path) -> None:
+    """The masks of a selected checkpoint."""
+    record = next(one for one in run.records if one["step"] == step)
+    if "masks" not in record:
+        if record["sparsity"] > 0:
+            raise UserError(
+                f"{input_dir / run.name / records.RESULTS}: the record of step {step} has sparsity "
+                f"{record['sparsity']:g} but no masks; runs of earlier versions did not keep them: train "
+                "anew"
+            )
+        return
+    source = input_dir / run.name / mask_files.FOLDER / (record["masks"] + mask_files.SUFFIX)
+    target = part / bundle.MASKS / source.name
+    target.parent.mkdir(exist_ok=True)
+    try:
+        shutil.copyfile(source, target)
+    except FileNotFoundError:
         raise UserError(
-            f"--name {document['name']!r} is that of algorithm {taken!r}, and this is a row of "
-            f"{document['algorithm']!r}; choose another"
-        )
+            f"{source} is missing: the masks of step {step}, which its record names; "
+            "without them (--without_masks) the row is self-reported"
+        ) from None
+
+
+def _check_name(document: Mapping[str, Any], runs: Sequence[SubmittedRun]) -> None:
     for problem in problems_of("submission", document, bundle.SUBMISSION_SCHEMA):
         raise UserError(
             f"{problem.line()}; --name gives the leaderboard's name" if problem.field == "name" else problem.line()
         )
+    if wrong := summary.wrong_name(document["name"], [one.run for one in runs]):
+        raise UserError(f"--name: expected {wrong[0]}, got {wrong[1]}; this is a row of {document['algorithm']}")
 
 
 def _finite(value: Any) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from domainbed_sfp import registry
 from domainbed_sfp.analysis.jobs import Account, Job
@@ -17,7 +20,8 @@ from domainbed_sfp.analysis.selection import RULES, Choice
 from domainbed_sfp.analysis.tables import build_report
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.hparams import recorded_overrides
-from domainbed_sfp.leaderboard.bundle import FORMAT
+from domainbed_sfp.leaderboard import names
+from domainbed_sfp.leaderboard.bundle import FORMAT, OPTIONAL
 from domainbed_sfp.leaderboard.entries import EntryCell, Result, Trial, result_as_json
 from domainbed_sfp.records import Run
 
@@ -37,10 +41,28 @@ class SubmittedRun:
         return run.dataset, run.test_envs, run.hparams_seed, run.trial_seed
 
 
-def taken_name(name: str, algorithm: str) -> str | None:
-    """The registered algorithm whose name an entry of another algorithm would bear, alone or before settings."""
-    plain = name.split(" (")[0].strip().lower()
-    return next((one for one in registry.names() if one.lower() == plain and one != algorithm), None)
+def digests_of(runs: Sequence[SubmittedRun]) -> list[str]:
+    """What tells runs from others whatever they are called: SHA-256 of each one's accuracies on what it trained on, in
+    all records, sorted. They decide nothing, so that who raises others leaves them. A run in which they never move is
+    left out: networks that have collapsed can give the same ones."""
+    found = set()
+    for run in runs:
+        rows = np.delete(run.run.in_acc, run.run.test_envs, axis=1).tolist()
+        if any(row != rows[0] for row in rows):
+            told = json.dumps([run.run.dataset, run.run.test_envs, run.run.steps, rows])
+            found.add(hashlib.sha256(told.encode()).hexdigest())
+    return sorted(found)
+
+
+def wrong_name(name: str, runs: Sequence[Run]) -> tuple[str, str] | None:
+    """What is expected of the name of a row with these runs and what is found, None where it is right."""
+    settings: dict[str, list[Any]] = {}
+    for one in runs:
+        facts = {**one.args, **conditions(one), **one.hparams}
+        for key, value in facts.items():
+            if value not in (values := settings.setdefault(key, [])):
+                values.append(value)
+    return names.wrong_name(name, runs[0].algorithm, registry.names(), settings)
 
 
 def document_of(name: str, runs: Sequence[SubmittedRun], claimed: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -82,6 +104,7 @@ def document_of(name: str, runs: Sequence[SubmittedRun], claimed: Mapping[str, A
         "environments": [json.loads(text) for text in sorted(made)],
         "package": f"domainbed_sfp {packages.most_common(1)[0][0]}",
         "commit": commits.most_common(1)[0][0],
+        **{name: claimed[name] for name in OPTIONAL if claimed and name in claimed},
     }
 
 

@@ -158,15 +158,21 @@ class OneShotSchedule:
 class _Rounds:
     """A schedule that prunes at some steps and rests in between."""
 
+    rounds: int
+
+    def step_of(self, index: int, total_steps: int) -> int:
+        """The step of pruning `index`, 0 .. rounds - 1, within the run."""
+        raise TypeError(f"{type(self).__name__} does not define step_of(index, total_steps)")
+
     def steps(self, total_steps: int) -> list[int]:
         """The step of each pruning, within the run."""
-        raise TypeError(f"{type(self).__name__} does not define steps(total_steps)")
+        return [self.step_of(index, total_steps) for index in range(self.rounds)]
 
     def first_step(self, total_steps: int) -> int:
-        return self.steps(total_steps)[0]
+        return self.step_of(0, total_steps)
 
     def last_step(self, total_steps: int) -> int:
-        return self.steps(total_steps)[-1]
+        return self.step_of(self.rounds - 1, total_steps)
 
 
 @dataclass(frozen=True)
@@ -191,10 +197,8 @@ class RoundSchedule(_Rounds):
         if self.rounds < 1:
             raise UserError(f"hparam 'rounds': expected at least 1, got {self.rounds}")
 
-    def steps(self, total_steps: int) -> list[int]:
-        """The step of each pruning, within the run."""
-        last = total_steps - 1
-        return [min(round(self.end * total_steps * i / self.rounds), last) for i in range(1, self.rounds + 1)]
+    def step_of(self, index: int, total_steps: int) -> int:
+        return min(round(self.end * total_steps * (index + 1) / self.rounds), total_steps - 1)
 
     def at(self, step: int, total_steps: int) -> float:
         done = sum(step >= pruning for pruning in self.steps(total_steps))
@@ -222,10 +226,9 @@ class StairSchedule(_Rounds):
         if self.rounds < 1:
             raise UserError(f"hparam 'prune_rounds': expected at least 1, got {self.rounds}")
 
-    def steps(self, total_steps: int) -> list[int]:
-        """The step of each pruning, within the run."""
+    def step_of(self, index: int, total_steps: int) -> int:
         gap = (self.end - self.start) / max(1, self.rounds - 1)
-        return [min(round((self.start + gap * i) * total_steps), total_steps - 1) for i in range(self.rounds)]
+        return min(round((self.start + gap * index) * total_steps), total_steps - 1)
 
     def at(self, step: int, total_steps: int) -> float:
         done = sum(step >= pruning for pruning in self.steps(total_steps))

@@ -58,6 +58,8 @@ def launch(
         get_dataset_class(dataset).check_files(data_dir)
         if differences := get_dataset_class(dataset).differences(data_dir):
             print(f"warning: {not_as_published(dataset, differences)}", file=sys.stderr)
+        for line in get_dataset_class(dataset).inspect(data_dir)[1]:
+            print(line, file=sys.stderr)
     for name, algorithms in drawn_compression(spec).items():
         print(
             f"warning: hparam {name!r} is drawn for {', '.join(dict.fromkeys(algorithms))}: such a row mixes networks "

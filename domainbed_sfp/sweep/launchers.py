@@ -71,7 +71,9 @@ def launch_multi_gpu(tasks: Sequence[Task], directory: SweepDirectory, slots: in
     """Runs the jobs on all GPUs, at least one at a time on each."""
     gpus = visible_gpus()
     if not gpus:
-        raise UserError("--command_launcher multi_gpu: no GPU is visible; use local")
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = "" if listed is None else f" (CUDA_VISIBLE_DEVICES is {listed!r})"
+        raise UserError(f"--command_launcher multi_gpu: no GPU is visible{why}; use local")
     return _LocalLaunch(tasks, directory, max(slots, len(gpus)), gpus).run()
 
 
@@ -111,11 +113,16 @@ def usable_cores() -> int:
 
 
 def visible_gpus() -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES, one per GPU that this process may use."""
+    """Names for CUDA_VISIBLE_DEVICES, one per GPU that this process may use.
+
+    CUDA uses the devices of that list up to the first that is not there (-1, an empty name, a number too high), and
+    none where one is named twice: torch says how many that leaves.
+    """
+    count = torch.cuda.device_count()
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return [name for name in listed.split(",") if name]
-    return [str(index) for index in range(torch.cuda.device_count())]
+    if listed is None:
+        return [str(index) for index in range(count)]
+    return [name.strip() for name in listed.split(",")][:count]
 
 
 @dataclass

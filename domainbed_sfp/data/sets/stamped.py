@@ -179,6 +179,10 @@ class Stamped(Dataset):
     def differences(cls, data_dir: str | None) -> list[str]:
         return cls.PHOTOGRAPHS.differences(data_dir)
 
+    @classmethod
+    def inspect(cls, data_dir: str | None) -> tuple[dict[str, int], list[str]]:
+        return cls.PHOTOGRAPHS.inspect(data_dir)
+
 
 @dataset("StampedPACS")
 class StampedPACS(Stamped):

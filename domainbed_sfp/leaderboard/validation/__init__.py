@@ -15,16 +15,25 @@ from pathlib import Path
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard.bundle import SUBMISSION, SUMS, Tree, read_tree
 from domainbed_sfp.leaderboard.schema import MOST_PROBLEMS
+from domainbed_sfp.leaderboard.validation.compression import check_same_final_step
 from domainbed_sfp.leaderboard.validation.context import Bundle, Check
 from domainbed_sfp.leaderboard.validation.costs import check_costs
-from domainbed_sfp.leaderboard.validation.grid import check_copies, check_grid, check_jobs, check_method
+from domainbed_sfp.leaderboard.validation.grid import (
+    check_copies,
+    check_file_names,
+    check_grid,
+    check_jobs,
+    check_method,
+)
+from domainbed_sfp.leaderboard.validation.models import check_models
 from domainbed_sfp.leaderboard.validation.reading import check_sums, read_records, read_submission
-from domainbed_sfp.leaderboard.validation.report import Validation, json_of, text_of
+from domainbed_sfp.leaderboard.validation.report import Validation, json_of, refusal_json, text_of
 from domainbed_sfp.leaderboard.validation.runs import check_runs
+from domainbed_sfp.leaderboard.validation.signature import check_signature
 from domainbed_sfp.leaderboard.validation.submission import check_submission
 from domainbed_sfp.records import RESULTS
 
-__all__ = ["CHECKS", "Bundle", "Validation", "json_of", "text_of", "validate"]
+__all__ = ["CHECKS", "Bundle", "Validation", "json_of", "refusal_json", "text_of", "validate"]
 
 # So many problems of a bundle are told: past them the list would be the largest thing in memory.
 MOST_TOLD = 50 * MOST_PROBLEMS
@@ -33,13 +42,17 @@ CHECKS: tuple[Check, ...] = (
     check_sums,
     read_submission,
     read_records,
+    check_file_names,
     check_runs,
+    check_same_final_step,
     check_jobs,
     check_copies,
     check_method,
     check_grid,
     check_submission,
     check_costs,
+    check_models,
+    check_signature,
 )
 
 
@@ -78,4 +91,5 @@ def _check(root: Path, tree: Tree) -> Validation:
         submission=bundle.document,
         runs=bundle.runs,
         sums=tree.sums.get(SUMS, ""),
+        tree=tree,
     )

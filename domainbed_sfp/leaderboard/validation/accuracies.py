@@ -47,6 +47,11 @@ def check_accuracies(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         yield from _shares(run, env, sizes)
     if splits and None not in facts.sizes:
         yield from _epochs(run, min(sizes["in"] for sizes in splits.values()))
+    smallest = min((sizes["in"] for env, sizes in splits.items() if env not in run.run.test_envs), default=None)
+    batch = run.run.hparams.get("batch_size")
+    if smallest is not None and type(batch) is int and batch > smallest:
+        words = f"at most {smallest:,}, the samples of the smallest training environment"
+        yield Problem(file, "line 1.hparams.batch_size", words, f"{batch:,}")
 
 
 def _splits(run: SubmittedRun, facts: Facts) -> dict[int, Mapping[str, int]]:

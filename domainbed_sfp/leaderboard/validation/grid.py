@@ -25,18 +25,29 @@ def check_jobs(bundle: Bundle) -> Iterator[Problem]:
         jobs.setdefault(run.job, records_of(run))
 
 
+def check_file_names(bundle: Bundle) -> Iterator[Problem]:
+    """No two files differ by capitals alone: some disks would keep one of them."""
+    seen: dict[str, str] = {}
+    for name in sorted(bundle.tree.sums):
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            yield Problem(name, "", f"a name that differs from {other} by more than capitals", "the same letters")
+
+
 def check_copies(bundle: Bundle) -> Iterator[Problem]:
-    """No run is another trial's under a new name: trials split the samples anew. A run whose accuracies never move is
-    let pass: a network that has collapsed can give the same ones twice."""
+    """No run is another's under a new name: trials split the samples anew, and every job has a seed of its own. A run
+    whose numbers never move is let pass: a network that has collapsed can give the same ones twice."""
     seen: dict[tuple[Any, ...], SubmittedRun] = {}
     for run in bundle.runs:
-        rows = [(*inner, *outer) for inner, outer in zip(run.run.in_acc.tolist(), run.run.out_acc.tolist())]
-        if len(set(rows)) < 2:
-            continue
-        other = seen.setdefault((run.run.dataset, run.run.test_envs, *rows), run)
-        if other.run.trial_seed != run.run.trial_seed:
-            words = f"accuracies of its own, not all those of {records_of(other)}, another trial's"
-            yield Problem(records_of(run), "accuracies", words, "the same in every record")
+        accuracies = [(*inner, *outer) for inner, outer in zip(run.run.in_acc.tolist(), run.run.out_acc.tolist())]
+        losses = [(record.get("loss"),) for record in run.records]
+        for name, rows in (("accuracies", accuracies), ("loss", losses)):
+            if len(set(rows)) < 2:
+                continue
+            other = seen.setdefault((run.run.dataset, run.run.test_envs, name, *rows), run)
+            if other.job != run.job:
+                words = f"numbers of its own, not all those of {records_of(other)}, another run's"
+                yield Problem(records_of(run), name, words, "the same in every record")
 
 
 def check_method(bundle: Bundle) -> Iterator[Problem]:

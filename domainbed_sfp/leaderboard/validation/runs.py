@@ -1,4 +1,4 @@
-"""What a single run says: seed, steps, compression and the bounds of costs."""
+"""Everything about a run that does not depend on others."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from domainbed_sfp.leaderboard import bundle as layout
 from domainbed_sfp.leaderboard.schema import Problem, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.accuracies import check_accuracies
+from domainbed_sfp.leaderboard.validation.bits import check_bits
+from domainbed_sfp.leaderboard.validation.compression import check_final_flags, check_model_stays, check_sparsity
 from domainbed_sfp.leaderboard.validation.context import Bundle, RunCheck, records_of
-from domainbed_sfp.leaderboard.validation.settings import check_hparams
-from domainbed_sfp.records import SPARSITY_ASKED
-from domainbed_sfp.seeds import seed_hash
+from domainbed_sfp.leaderboard.validation.settings import check_arguments, check_fields, check_hparams
 
 
 def check_runs(bundle: Bundle) -> Iterator[Problem]:
@@ -29,15 +29,6 @@ def check_runs(bundle: Bundle) -> Iterator[Problem]:
             yield from check(bundle, run)
 
 
-def check_seed(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
-    """The seed is DomainBed's hash of what the run is."""
-    args = run.run.args
-    seed = seed_hash(args["dataset"], args["algorithm"], args["test_envs"], args["hparams_seed"], args["trial_seed"])
-    if args["seed"] != seed:
-        formula = "seed_hash(dataset, algorithm, test_envs, hparams_seed, trial_seed)"
-        yield Problem(records_of(run), "line 1.args.seed", f"{seed}, which is {formula}", shown(args["seed"]))
-
-
 def check_steps(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
     """A record at every checkpoint, and no other."""
     args, cls = run.run.args, get_dataset_class(run.run.dataset)
@@ -49,8 +40,10 @@ def check_steps(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
     found = [record["step"] for record in run.records]
     expected = sorted({*range(0, steps, every), steps - 1})
     if run.run.evaluate == "final":
+        known = bundle.expected.get(run.name)
+        first = found[0] if known is None or known.final_step is None else known.final_step
         # What is left out are checkpoints before final compression, which no rule of selection may choose.
-        expected = [step for step in expected if step in found or step == steps - 1]
+        expected = [step for step in expected if step >= first or step == steps - 1]
     if found != expected:
         differ = next((i for i, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
         told = [f"{shown(some[differ]) if differ < len(some) else 'the end'}" for some in (expected, found)]
@@ -67,25 +60,28 @@ def check_cost_bounds(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
                 yield Problem(records_of(run), f"line {number}.{part}", words, f"{record[part]:,}")
 
 
-def check_compression(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
-    """The run comes to its final compression, and has there the sparsity that was asked for."""
-    if not any(record["final_compression"] for record in run.records):
-        yield Problem(records_of(run), "final_compression", "true in one record at least", "false in all")
-    asked = run.run.hparams.get("sparsity")
-    if not isinstance(asked, float) or run.run.hparams.get("mask_rule", "top_k") != "top_k":
-        return
+def check_times(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+    """Time does not run backwards."""
+    earlier = 0.0
     for number, record in enumerate(run.records, start=1):
-        if record["final_compression"] and abs(record["sparsity"] - asked) > SPARSITY_ASKED:
-            words = f"{asked:g}, which hparam sparsity asks for, at final compression (within {SPARSITY_ASKED})"
-            yield Problem(records_of(run), f"line {number}.sparsity", words, shown(record["sparsity"]))
+        if (now := record.get("wall_time", earlier)) < earlier:
+            yield Problem(
+                records_of(run), f"line {number}.wall_time", f"at least {earlier}, that of the line before", shown(now)
+            )
             return
+        earlier = now
 
 
 OF_A_RUN: tuple[RunCheck, ...] = (
-    check_seed,
+    check_arguments,
+    check_hparams,
     check_steps,
+    check_times,
     check_accuracies,
     check_cost_bounds,
-    check_compression,
-    check_hparams,
+    check_fields,
+    check_final_flags,
+    check_model_stays,
+    check_sparsity,
+    check_bits,
 )

@@ -1,22 +1,39 @@
-"""The hparams of a run are the draw of its seeds, under the overrides that it declares."""
+"""The settings of a run: arguments, hparams, and the fields of records that follow from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
-import torch
-
-from domainbed_sfp import hparams, registry
+from domainbed_sfp import hparams, registry, training
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import bundle as layout
 from domainbed_sfp.leaderboard.schema import Problem, parse, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
+from domainbed_sfp.leaderboard.validation.networks import Expected, Refused, TooLarge, key_of
+from domainbed_sfp.seeds import seed_hash
+
+
+def check_arguments(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+    """The seed is DomainBed's hash of what the run is, and `train` takes the arguments."""
+    args = run.run.args
+    seed = seed_hash(args["dataset"], args["algorithm"], args["test_envs"], args["hparams_seed"], args["trial_seed"])
+    if args["seed"] != seed:
+        formula = "seed_hash(dataset, algorithm, test_envs, hparams_seed, trial_seed)"
+        yield Problem(records_of(run), "line 1.args.seed", f"{seed}, which is {formula}", shown(args["seed"]))
+    try:
+        training.check_settings(training.TrainArgs(**{n: v for n, v in args.items() if n in TAKEN}))
+    except UserError as error:
+        yield Problem(records_of(run), "line 1.args", "settings that `train` takes", str(error))
+
+
+TAKEN = frozenset(training.TrainArgs.__dataclass_fields__)
 
 
 def check_hparams(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
-    """Overrides are in their ranges, the other hparams drawn, and the algorithm's standing is the registered one."""
+    """The hparams are the draw of the run's seeds under the overrides that it declares, and a network can be built by
+    them. What that says of the records is kept in `bundle.expected`."""
     file, args = records_of(run), run.run.args
     try:
         overrides = _overrides(args["hparams"])
@@ -26,25 +43,48 @@ def check_hparams(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         return
     yield from _places(file, overrides, run.run.hparams)
     try:
-        info = registry.get(args["algorithm"])
+        registry.get(args["algorithm"])
     except UserError as error:
         bundle.cannot(f"hparams, masks and costs of {args['algorithm']}: {error}; install the package that has it")
         return
-    words = f"hparams of {args['algorithm']}, in their ranges"
     try:
         drawn = hparams.resolve_hparams(
             args["algorithm"], args["dataset"], args["hparams_seed"], args["trial_seed"], overrides
         )
     except Exception as error:  # values from a stranger can be anything
         bundle.unfit.add(run.name)
-        yield Problem(file, "line 1.args.hparams", words, str(error))
+        yield Problem(file, "line 1.args.hparams", _in_ranges(run), str(error))
         return
-    if refused := _refusal(info, drawn, args["dataset"]):
-        bundle.unfit.add(run.name)
-        yield Problem(file, "line 1.args.hparams", words, refused)
-    yield from _differing(bundle, run, drawn, overrides)
-    if run.records[0]["standing"] != info.standing:
-        yield Problem(file, "line 1.standing", info.standing, run.records[0]["standing"])
+    differing = list(_differing(bundle, run, drawn, overrides))
+    yield from differing
+    if not differing:
+        yield from _expect(bundle, run)
+
+
+def check_fields(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+    """The fields of records that follow from arguments, hparams and the algorithm's registration."""
+    first, file, expected = run.records[0], records_of(run), bundle.expected.get(run.name)
+    granularity = run.run.hparams.get("granularity")
+    if first.get("granularity") != granularity:
+        words = "no such field" if granularity is None else f"{shown(granularity)}, as in hparams"
+        yield Problem(file, "line 1.granularity", words, shown(first.get("granularity")))
+    if (asked := run.run.args["precision"]) not in ("auto", first["precision"]):
+        yield Problem(file, "line 1.precision", f"{shown(asked)}, as in args", shown(first["precision"]))
+    weights = run.run.hparams.get("weights")
+    if "weights_digest" in first and weights in layout.WEIGHTS:
+        words = f"no such field with weights {weights}"
+        yield Problem(file, "line 1.weights_digest", words, shown(first["weights_digest"]))
+    if run.run.algorithm in registry.names():
+        standing = registry.get(run.run.algorithm).standing
+        if first["standing"] != standing:
+            yield Problem(file, "line 1.standing", f"{shown(standing)}, as registered", shown(first["standing"]))
+    if expected and (expected.code is None) != ("code" not in first):
+        words = (
+            f"no such field: {run.run.algorithm} is this project's own"
+            if expected.code is None
+            else f"the hash of the package that has {run.run.algorithm}"
+        )
+        yield Problem(file, "line 1.code", words, shown(first.get("code")) if "code" in first else "nothing")
 
 
 def _overrides(text: str | None) -> dict[str, Any]:
@@ -63,6 +103,10 @@ def _places(file: str, overrides: Mapping[str, Any], own: Mapping[str, Any]) -> 
                 yield Problem(file, f"line 1.{where}.{name}", words, shown(values[name]))
 
 
+def _in_ranges(run: SubmittedRun) -> str:
+    return f"hparams of {run.run.algorithm}, in their ranges"
+
+
 def _differing(
     bundle: Bundle, run: SubmittedRun, drawn: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> Iterator[Problem]:
@@ -70,7 +114,8 @@ def _differing(
     seeds = f"the draw of hparams_seed {args['hparams_seed']} and trial_seed {args['trial_seed']}"
     for name in sorted({*drawn, *own}):
         there, found = drawn.get(name), own.get(name)
-        if there != found or isinstance(there, bool) != isinstance(found, bool):
+        # 64.0 is no batch size, and neither is true.
+        if there != found or type(there) is not type(found):
             source = "args.hparams" if name in overrides else seeds
             expected = f"{shown(there)}, {source}" if name in drawn else "no such hparam"
             told = "nothing" if found is None else shown(found)
@@ -84,19 +129,25 @@ def _kind(value: Any) -> type:
     return float if type(value) is int else type(value)
 
 
-def _refusal(info: registry.AlgorithmInfo, values: Mapping[str, Any], dataset: str) -> str | None:
-    """Why an algorithm does not take these hparams, None where it does: it checks most ranges when it is made. A small
-    network serves, if the defaults do with it: the run's own may need a package that is not here."""
-    small = {"backbone": "mnist_cnn", "weights": "none"}
-    usual = hparams.resolve_hparams(info.name, dataset)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            info.cls((3, 8, 8), 4, 3, {**values, **small})
-            return None
-        except Exception as error:  # values from a stranger can be anything
-            refused = str(error) or type(error).__name__
-        try:
-            info.cls((3, 8, 8), 4, 3, {**usual, **small})
-        except Exception:  # it needs another network: nothing can be said
-            return None
-    return refused
+def _expect(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+    """Builds the run's network, or finds one of the same settings among the earlier ones."""
+    key = key_of(run)
+    if key not in bundle.by_settings:
+        bundle.by_settings[key] = yield from _expectation(bundle, run)
+    if (expected := bundle.by_settings[key]) is not None:
+        bundle.expected[run.name] = expected
+
+
+def _expectation(bundle: Bundle, run: SubmittedRun) -> Generator[Problem, None, Expected | None]:
+    try:
+        return bundle.network_of(run).expected()
+    except TooLarge as error:
+        words = f"a network of at most {layout.MOST_PARAMETERS:,} parameters"
+        yield Problem(records_of(run), "line 1.hparams.backbone", words, str(error))
+    except Refused as error:
+        bundle.unfit.add(run.name)
+        yield Problem(records_of(run), "line 1.args.hparams", _in_ranges(run), str(error))
+    except Exception as error:  # an optional package that is not here, or what a stranger's class raises
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        bundle.cannot(f"masks and costs of {run.run.algorithm}: its network cannot be built here ({reason})")
+    return None

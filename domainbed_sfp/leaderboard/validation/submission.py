@@ -27,9 +27,8 @@ def check_submission(bundle: Bundle) -> Iterator[Problem]:
     bundle.document = summary.document_of(claimed["name"] if claimed else "submission", bundle.runs, claimed)
     if claimed is not None:
         yield from _differing(bundle, bundle.document, claimed)
-        if taken := summary.taken_name(claimed["name"], bundle.document["algorithm"]):
-            words = f"a name of its own, not that of algorithm {taken}"
-            yield Problem(SUBMISSION, "name", words, shown(claimed["name"]))
+        if wrong := summary.wrong_name(claimed["name"], [one.run for one in bundle.runs]):
+            yield Problem(SUBMISSION, "name", *wrong)
     if len(codes := {run.records[0].get("code") for run in bundle.runs}) > 1:
         yield Problem(RECORDS, "code", "one version of the algorithm's package in all runs", f"{len(codes)}")
 
@@ -43,9 +42,9 @@ def differences(expected: Any, found: Any, path: tuple[str | int, ...] = ()) -> 
         for index, (one, other) in enumerate(zip(expected, found)):
             yield from differences(one, other, (*path, index))
     else:
-        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (expected, found))
-        same = math.isclose(expected, found, rel_tol=ROUNDING, abs_tol=ROUNDING) if numbers else expected == found
-        if not same or isinstance(expected, bool) != isinstance(found, bool):
+        is_float = type(expected) is type(found) is float
+        same = math.isclose(expected, found, rel_tol=ROUNDING, abs_tol=ROUNDING) if is_float else expected == found
+        if not same or type(expected) is not type(found):
             yield path, expected, found
 
 
