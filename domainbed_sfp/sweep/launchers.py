@@ -22,7 +22,7 @@ from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.progress import LOG_INTERVAL, bar
 from domainbed_sfp.sweep.job import PROGRAM, Job
-from domainbed_sfp.sweep.jobs import State, SweepDirectory
+from domainbed_sfp.sweep.jobs import WAY_ON, State, SweepDirectory
 from domainbed_sfp.sweep.processes import JobProcess
 from domainbed_sfp.training import LOCK, AlreadyRunning
 
