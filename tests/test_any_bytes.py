@@ -21,7 +21,7 @@ from safetensors.torch import save
 from synthetic_entries import many
 
 from domainbed_sfp import checkpoints, exported, hparams, networks, records, registry, runs
-from domainbed_sfp.analysis import collect
+from domainbed_sfp.analysis import collect, degraded, rank_convergence
 from domainbed_sfp.data.cache import cached_images
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import entries, page, validation
@@ -146,7 +146,11 @@ def test_hparams(text):
 
 # a sweep on disk -----------------------------------------------------------------------------------------------------
 
-RECORD = record((0.5, 0.5, 0.5, 0.5), sparsity=0.5, macs=10, final_compression=True, environments=["a", "b"])
+RECORD = record(
+    (0.5, 0.5, 0.5, 0.5), sparsity=0.5, macs=10, final_compression=True, environments=["a", "b"], input_shape=[1, 2, 2],
+    env0_degraded=[{"degradation": "none", "severity": 0, "samples": 4, "accuracy": 0.5, "mean_bits": 4.0}],
+    rank_tau_env0=0.5, rank_overlap_env0=0.5,
+)  # fmt: skip
 SWEEP = {
     "format": 1, "protocol": {"task": "domain_generalization", "steps": 5, "holdout_fraction": 0.2},
     "jobs": [{"name": "x", "dataset": "Tiny", "algorithm": "ERM", "test_envs": [0], "hparams_seed": 0, "trial_seed": 0,
@@ -167,6 +171,8 @@ def test_records(tmp_path, data):
     (run / "results.jsonl").write_bytes(json.dumps(RECORD).encode() + b"\n" + data)
     answered(lambda: _collected(tmp_path))
     answered(lambda: (records.is_done(run), records.last_step(run), records.last_record(run)))
+    answered(lambda: degraded.cases_of(tmp_path, print))
+    answered(lambda: rank_convergence.agreement_rows(tmp_path, print))
 
 
 @EXAMPLES
