@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from processes import Command
 from test_training import assert_one_line_error, make_tree
 
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.sweep import launchers
+from domainbed_sfp.sweep import capacity, launchers
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs, read_spec, shipped_specs
 
@@ -105,11 +106,8 @@ def test_same_seeds_and_results_as_single_runs(main, tmp_path, spec_file):
         assert one["env2_in_acc"] == two["env2_in_acc"] and one["args"]["seed"] == two["args"]["seed"]
 
 
-def _start(tmp_path: Path, spec_file: Path, *options: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "domainbed_sfp", "sweep", "launch", str(spec_file), "--output_dir", "out", *options],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def _start(tmp_path: Path, spec_file: Path) -> Command:
+    return Command("sweep", "launch", spec_file, "--output_dir", "out", "--jobs", 1, folder=tmp_path)
 
 
 def _wait_for(condition, seconds: float = 90) -> None:
@@ -131,7 +129,7 @@ def test_interrupted_sweep_continues_in_the_middle_of_a_run(main, tmp_path, spec
     assert "2 jobs: 0 done, 1 incomplete, 1 not launched." in status
     process = _start(tmp_path, spec_file)
     _wait_for(lambda: "Continuing at step" in (checkpoint.parent / "out.txt").read_text())
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     deleted = main("sweep", "delete_incomplete", spec_file, "--output_dir", "out", "--skip_confirmation")
     assert "Deleted 1 jobs!" in deleted.stdout and not job_dirs(tmp_path / "out")
@@ -382,8 +380,8 @@ def test_gpus_are_those_that_torch_sees(monkeypatch, listed, there, names):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if listed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    monkeypatch.setattr(launchers.torch.cuda, "device_count", lambda: there)
-    assert launchers.visible_gpus() == names
+    monkeypatch.setattr(capacity.torch.cuda, "device_count", lambda: there)
+    assert capacity.visible_gpus() == names
     if not names:
         why = "" if listed is None else re.escape(f" (CUDA_VISIBLE_DEVICES is {listed!r})")
         with pytest.raises(UserError, match=f"multi_gpu: no GPU is visible{why}; use local"):

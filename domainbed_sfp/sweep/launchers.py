@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from domainbed_sfp import records
@@ -21,6 +20,7 @@ from domainbed_sfp.core import locks, surroundings
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.progress import LOG_INTERVAL, bar
+from domainbed_sfp.sweep.capacity import usable_cores, visible_gpus
 from domainbed_sfp.sweep.job import PROGRAM, Job
 from domainbed_sfp.sweep.jobs import WAY_ON, State, SweepDirectory
 from domainbed_sfp.sweep.processes import JobProcess
@@ -105,24 +105,6 @@ def job_environment(slot: int, slots: int, gpus: Sequence[str]) -> dict[str, str
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     return environment
-
-
-def usable_cores() -> int:
-    """Cores this process may use; where the system does not tell, all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def visible_gpus() -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES, one per GPU that this process may use.
-
-    CUDA uses the devices of that list up to the first that is not there (-1, an empty name, a number too high), and
-    none where one is named twice: torch says how many that leaves.
-    """
-    count = torch.cuda.device_count()
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is None:
-        return [str(index) for index in range(count)]
-    return [name.strip() for name in listed.split(",")][:count]
 
 
 @dataclass
