@@ -90,6 +90,9 @@ def _checked(saved: Any) -> dict[str, Any]:
     """The contents of a model.pkl, with what they must hold. Raises ValueError, or KeyError for what is missing."""
     if not isinstance(saved, dict):
         raise ValueError(f"it holds a {type(saved).__name__}")
+    parts = ("model_input_shape", "model_num_classes", "model_num_domains", "model_hparams", "args", "model_dict")
+    if missing := [name for name in parts if name not in saved]:
+        raise KeyError(missing[0])
     for name in ("model_hparams", "args", "model_dict"):
         if not isinstance(saved[name], dict):
             raise ValueError(f"{name} is a {type(saved[name]).__name__}")

@@ -627,7 +627,7 @@ def test_logs_lie_in_the_folder_whatever_its_name(main, fake, tmp_path, folder):
     (tmp_path / "spec.yaml").write_text(SPEC)
     launched = ["--command_launcher", "slurm", "--skip_confirmation"]
     main("sweep", "launch", "spec.yaml", "--output_dir", folder, *launched)
-    script = (fake.folder / "script100").read_text()
+    script = fake.scripts[0]
     (batch,) = (tmp_path / folder / "slurm").glob("sfp-*")
     for kind in ("output", "error"):
         (written,) = shlex.split(re.search(f"^#SBATCH --{kind}=(.*)", script, re.M)[1])
@@ -656,7 +656,7 @@ def test_any_option_of_sbatch_and_commands_before_a_job(sweep, fake):
         "module load cuda",
         "a=b",
     )
-    script = (fake.folder / "script100").read_text()
+    script = fake.scripts[0]
     for line in (
         "#SBATCH --qos=high",
         "#SBATCH --constraint='a100|h100'",
