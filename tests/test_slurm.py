@@ -628,13 +628,15 @@ def test_logs_lie_in_the_folder_whatever_its_name(main, fake, tmp_path, folder):
     launched = ["--command_launcher", "slurm", "--skip_confirmation"]
     main("sweep", "launch", "spec.yaml", "--output_dir", folder, *launched)
     script = fake.scripts[0]
-    (batch,) = (tmp_path / folder / "slurm").glob("sfp-*")
+    batch = tmp_path / folder / "slurm" / re.search("--job-name=(.*)", script)[1]
+    assert batch.is_dir()
     for kind in ("output", "error"):
         (written,) = shlex.split(re.search(f"^#SBATCH --{kind}=(.*)", script, re.M)[1])
         assert Path(written).parent == Path(str(batch).replace("%", "%%"))
-    words = shlex.split(script.splitlines()[-2])
+    words = shlex.split(script.splitlines()[-1])
     assert words[0] == "srun" and Path(words[words.index("--output") + 1]).parent == Path(written).parent
-    assert str(batch) in words
+    assert str(batch) in words and len(list(batch.glob("*submission.sh"))) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"spec.yaml", "fake_slurm", folder}
 
 
 @pytest.mark.parametrize("folder", ["back\\slash", "line\nend"])
