@@ -322,8 +322,8 @@ class _Run:
         torch.backends.cudnn.benchmark = False
         self._print_head()
 
-        cache_dir = Path(args.cache_dir) if args.cache_dir else None
-        self.dataset: Dataset = dataset_class.build(args.data_dir, self.hparams, args.seed, cache_dir)
+        # Before images are decoded, which may take an hour.
+        dataset_class.check_files(args.data_dir)
         self.data_digest = dataset_class.data_digest(args.data_dir)
         if self.data_digest and (differences := dataset_class.differences(args.data_dir)):
             print(f"warning: {not_as_published(args.dataset, differences)}", file=sys.stderr)
@@ -331,6 +331,8 @@ class _Run:
         for line in remarks:
             print(line, file=sys.stderr)
         self._refuse_other_data()
+        cache_dir = Path(args.cache_dir) if args.cache_dir else None
+        self.dataset: Dataset = dataset_class.build(args.data_dir, self.hparams, args.seed, cache_dir)
         self.splits = self._split()
         self.loader, self.unlabeled_loader = self._loaders()
 

@@ -658,7 +658,7 @@ def test_a_zip_that_cannot_fit_is_not_begun(small_pacs, tmp_path, monkeypatch):
 def test_two_commands_for_one_data_set_do_not_meet(small_pacs, tmp_path):
     lock = tmp_path / "data" / ".downloads" / "PACS.lock"
     lock.parent.mkdir(parents=True)
-    with FileLock(lock), pytest.raises(UserError, match="another command is putting PACS"):
+    with FileLock(lock), pytest.raises(UserError, match="another process is putting PACS"):
         command.download("PACS", tmp_path / "data", [str(pacs_zip(tmp_path))])
 
 

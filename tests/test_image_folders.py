@@ -19,6 +19,8 @@ from domainbed_sfp.data.images import layout
 from domainbed_sfp.data.images.contents import HIDDEN, is_hidden, scan
 from domainbed_sfp.data.images.published import tree_problems, unlike_published
 from domainbed_sfp.errors import UserError, look_alike, spelled
+from domainbed_sfp.leaderboard.bundle import RECORD_SCHEMA
+from domainbed_sfp.leaderboard.schema import problems_of
 
 TINY = verify._counted("PACS", ("cat", "dog"), {"art": (2, 1), "map": (1, 3), "photo": (1, 1), "web": (2, 2)})
 
@@ -168,6 +170,15 @@ def test_training_says_and_records_what_is_left_out(main, tmp_path):
     assert after[-1]["left_out"] == {"hidden": 2, "extension": 1, "empty": 1}
     assert [record["data_digest"] for record in after] == [record["data_digest"] for record in before]
     assert after[-1]["env0_in_acc"] == before[-1]["env0_in_acc"]
+
+
+def test_a_bundle_may_say_what_was_left_out():
+    told = RECORD_SCHEMA["properties"]["left_out"]
+    assert "left_out" not in RECORD_SCHEMA["required"]
+    assert list(problems_of("records/a.jsonl", {"hidden": 2, "empty": 1}, told)) == []
+    assert list(problems_of("records/a.jsonl", {"hidden": -1}, told)) and list(
+        problems_of("records/a.jsonl", {"x": 1}, told)
+    )
 
 
 # Layouts --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from test_training import assert_one_line_error, make_tree
 
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.sweep import capacity, launchers
+from domainbed_sfp.sweep import capacity, commands, launchers
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs, read_spec, shipped_specs
 
@@ -43,6 +44,21 @@ def spec_file(tmp_path):
     file = tmp_path / "spec.yaml"
     file.write_text(SPEC)
     return file
+
+
+@pytest.fixture(scope="module")
+def launched_once(tmp_path_factory):
+    """A finished sweep of SPEC."""
+    root = tmp_path_factory.mktemp("launched")
+    (root / "spec.yaml").write_text(SPEC)
+    assert commands.launch(read_spec(str(root / "spec.yaml")), None, str(root / "out"), ask=False) == 0
+    return root / "out"
+
+
+@pytest.fixture
+def launched(launched_once, tmp_path):
+    """A copy of it in `out`, to be changed."""
+    return Path(shutil.copytree(launched_once, tmp_path / "out"))
 
 
 def job_dirs(folder: Path) -> list[Path]:
@@ -89,8 +105,7 @@ def test_trials_can_begin_later():
     assert [job for job in make_jobs(spec, None) if job.trial_seed >= 3] == later
 
 
-def test_same_seeds_and_results_as_single_runs(main, tmp_path, spec_file):
-    main("sweep", "launch", spec_file, "--output_dir", "out")
+def test_same_seeds_and_results_as_single_runs(main, tmp_path, spec_file, launched):
     printed = main("sweep", "launch", spec_file, "--output_dir", "other", "--command_launcher", "dummy").stdout
     commands = [line.split(" -m domainbed_sfp ")[1] for line in printed.splitlines() if " train " in line]
     assert len(commands) == 2
@@ -195,8 +210,7 @@ def test_a_running_job_is_seen_by_its_lock(tmp_path):
     assert directory.state(job).value == "Incomplete"
 
 
-def test_a_sweep_may_grow_but_not_change_its_protocol(main, tmp_path, spec_file):
-    main("sweep", "launch", spec_file, "--output_dir", "out")
+def test_a_sweep_may_grow_but_not_change_its_protocol(main, tmp_path, spec_file, launched):
     main("sweep", "launch", spec_file, "--output_dir", "out", "--algorithms", "Random")
     manifest = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert sorted({job["algorithm"] for job in manifest["jobs"]}) == ["ERM", "Magnitude", "Random"]
@@ -293,8 +307,7 @@ def test_a_sweep_over_a_folder_is_a_sweep_over_its_images(main, tmp_path):
     assert_one_line_error(again, "holds another sweep", "data of Folder")
 
 
-def test_status_knows_the_jobs_of_a_launched_sweep(main, tmp_path, spec_file):
-    main("sweep", "launch", spec_file, "--output_dir", "out")
+def test_status_knows_the_jobs_of_a_launched_sweep(main, tmp_path, spec_file, launched):
     with_spec, without = (main("sweep", "status", *spec, "--output_dir", "out") for spec in ([spec_file], []))
     assert without.stdout == with_spec.stdout and "Done: out/" in without.stdout
     told = main("sweep", "status", spec_file, "--output_dir", "nowhere").stderr
@@ -302,14 +315,12 @@ def test_status_knows_the_jobs_of_a_launched_sweep(main, tmp_path, spec_file):
 
 
 @pytest.mark.parametrize("left", [None, "", '{"step": 0, "los'])
-def test_a_done_run_whose_records_are_gone_is_computed_again(main, tmp_path, spec_file, left):
-    launch = ("sweep", "launch", spec_file, "--output_dir", "out")
-    main(*launch)
+def test_a_done_run_whose_records_are_gone_is_computed_again(main, tmp_path, spec_file, launched, left):
     results = sorted((tmp_path / "out").glob("*/results.jsonl"))[0]
     whole = results.read_text()
     results.unlink() if left is None else results.write_text(left)
     assert "Incomplete: " in main("sweep", "status", spec_file, "--output_dir", "out").stdout
-    main(*launch)
+    main("sweep", "launch", spec_file, "--output_dir", "out")
     assert len(results.read_text().splitlines()) == len(whole.splitlines()) and (results.parent / "done").exists()
 
 
@@ -431,8 +442,9 @@ def test_an_incomplete_copy_of_a_known_data_set_is_told_and_kept_apart(main, tmp
     assert f"data {digest}" in main("collect", "--input_dir", "out", "--selection", "training-domain").stdout
 
 
-def test_delete_incomplete_says_what_it_deletes_and_leaves_what_collect_counts(main, tmp_path, spec_file, monkeypatch):
-    main("sweep", "launch", spec_file, "--output_dir", "out")
+def test_delete_incomplete_says_what_it_deletes_and_leaves_what_collect_counts(
+    main, tmp_path, spec_file, launched, monkeypatch
+):
     one, two = job_dirs(tmp_path / "out")
     for folder in (one, two):
         text = (folder / "results.jsonl").read_text()
@@ -468,3 +480,11 @@ def test_delete_incomplete_says_what_it_deletes_and_leaves_what_collect_counts(m
 )
 def test_numbers_beyond_all_bounds(main, spec_file, options, parts):
     assert_one_line_error(main("sweep", "launch", spec_file, "--output_dir", "out", *options, check=False), *parts)
+
+
+def test_multi_gpu_without_a_gpu_leaves_nothing_behind(main, tmp_path, spec_file, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setattr(capacity.torch.cuda, "device_count", lambda: 0)
+    told = main("sweep", "launch", spec_file, "--output_dir", "out", "--command_launcher", "multi_gpu", check=False)
+    assert told.returncode == 2 and "no GPU is visible (CUDA_VISIBLE_DEVICES is '-1')" in told.stderr
+    assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from domainbed_sfp.sweep import slurm, slurm_batches
 from domainbed_sfp.sweep.capacity import choose_slots, usable_cores, usable_memory, visible_gpus
 from domainbed_sfp.sweep.job import Job, command_line
 from domainbed_sfp.sweep.jobs import State, SweepDirectory, amount, failure_reason
-from domainbed_sfp.sweep.launchers import Task, get_launcher, job_environment
+from domainbed_sfp.sweep.launchers import Task, get_launcher, job_environment, required_gpus
 from domainbed_sfp.sweep.slurm import SlurmOptions
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
 from domainbed_sfp.sweep.spec import SweepSpec, check_rows, default_datasets, drawn_compression, make_jobs, read_spec
@@ -57,6 +57,8 @@ def launch(
         slurm_options = slurm_options or SlurmOptions()
         slurm.check(slurm_options)
         start = partial(start, options=slurm_options)
+    elif launcher == "multi_gpu":
+        required_gpus()  # before anything is written
     jobs = make_jobs(spec, data_dir)
     for dataset in spec.datasets:
         get_dataset_class(dataset).check_files(data_dir)

@@ -69,11 +69,7 @@ def launch_local(tasks: Sequence[Task], directory: SweepDirectory, slots: int) -
 
 def launch_multi_gpu(tasks: Sequence[Task], directory: SweepDirectory, slots: int) -> Outcome:
     """Runs the jobs on all GPUs, at least one at a time on each."""
-    gpus = visible_gpus()
-    if not gpus:
-        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-        why = "" if listed is None else f" (CUDA_VISIBLE_DEVICES is {listed!r})"
-        raise UserError(f"--command_launcher multi_gpu: no GPU is visible{why}; use local")
+    gpus = required_gpus()
     return _LocalLaunch(tasks, directory, max(slots, len(gpus)), gpus).run()
 
 
@@ -105,6 +101,16 @@ def job_environment(slot: int, slots: int, gpus: Sequence[str]) -> dict[str, str
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     return environment
+
+
+def required_gpus() -> list[str]:
+    """As `visible_gpus`; a UserError where there is none."""
+    gpus = visible_gpus()
+    if not gpus:
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = "" if listed is None else f" (CUDA_VISIBLE_DEVICES is {listed!r})"
+        raise UserError(f"--command_launcher multi_gpu: no GPU is visible{why}; use local")
+    return gpus
 
 
 @dataclass
