@@ -204,8 +204,9 @@ def submit_array(
             # submitit prints what sbatch says; it belongs into our one line.
             with contextlib.redirect_stderr(io.StringIO()):
                 array = executor._submit_command(_command(batch, options)).job_id
-            for script in Path(scratch).glob("*.sh"):
-                shutil.copy(script, batch)
+            with contextlib.suppress(OSError):  # the jobs are SLURM's now; the script is for those who look
+                for script in Path(scratch).glob("*.sh"):
+                    shutil.copy(script, batch)
             return array
     except OSError as error:
         raise _unwritable(root, f"{slurm_batches.FOLDER}/{name}", error) from error
