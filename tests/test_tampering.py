@@ -150,6 +150,7 @@ FIELDS: Table = {
     "weights without a file": ("dense", fields(weights_digest="0123456789ab"), "weights_digest", "no such field"),
     "a better standing": ("channels", fields(standing="reference"), "standing", '"published", as registered'),
     "other images": ("dense", fields(data_digest="mine"), "data_digest", "null"),
+    "a GPU that was none": ("dense", inside("args", device="cuda:0"), "environment.device", "the name of a GPU, as in arg"),
     "smaller images": ("dense", fields(input_shape=[3, 4, 4]), "input_shape", "[3, 8, 8]"),
     "environments renamed": ("dense", fields(environments=["a", "b", "c"]), "environments", "95%"),
     "another epoch": ("dense", fields(LAST, epoch=7.0), "epoch", "0.1"),
