@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from submission_bundles import (
@@ -42,15 +43,17 @@ PROTOCOL = f"datasets/{DATASET}/protocol"
 
 
 @pytest.fixture(scope="session")
-def bundle_of(tmp_path_factory):
-    """The honest bundle of a family, made when it is first asked for."""
+def bundle_of(tmp_path_factory, worker_id):
+    """The honest bundle of a family, made when it is first asked for, once for all of pytest's workers."""
     register_strangers()
-    made: dict[str, Path] = {}
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "families"
+    root.mkdir(exist_ok=True)
 
     def of(family: str) -> Path:
-        if family not in made:
-            made[family] = make(tmp_path_factory.mktemp("family"), family)
-        return made[family]
+        folder = root / family.replace(" ", "_")
+        with FileLock(f"{folder}.lock"):
+            return folder / "bundle" if (folder / "bundle").exists() else make(folder, family)
 
     return of
 
