@@ -1,7 +1,7 @@
 """Does the best allocation of bit-widths depend on an image's quality? DQMQ's premise, tested by itself.
 
     python benchmarks/allocations.py run --output FILE.jsonl [--dataset FullColoredDigits] [--test_env 2] [--seeds 8]
-        [--bits 3] [--steps 200] [--finetune 80] [--samples 400] [--hparams JSON] [--data_dir DIR]
+        [--bits 3] [--steps 150] [--finetune 40] [--samples 250] [--hparams JSON] [--data_dir DIR]
     python benchmarks/allocations.py report FILE.jsonl [--output PAGE.md]
 
 For each seed a network is trained at 8 bits on images of which half are degraded. Of it, each static allocation whose
@@ -324,9 +324,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs.add_argument("--seeds", type=int, default=8, help="how many")
     runs.add_argument("--first_seed", type=int, default=FIRST_SEED, help="several files can be joined into one")
     runs.add_argument("--bits", type=int, nargs="+", default=[3])
-    runs.add_argument("--steps", type=int, default=200, help="at 8 bits")
-    runs.add_argument("--finetune", type=int, default=80, help="steps of each allocation")
-    runs.add_argument("--samples", type=int, default=400, help="images of the test environment")
+    runs.add_argument("--steps", type=int, default=150, help="at 8 bits")
+    runs.add_argument("--finetune", type=int, default=40, help="steps of each allocation")
+    runs.add_argument("--samples", type=int, default=250, help="images of the test environment")
     runs.add_argument("--hparams", default='{"backbone": "mnist_cnn_bn", "batch_size": 32}')
     runs.set_defaults(command=run)
     reports = commands.add_parser("report", help="the page of what a run found")

@@ -1,7 +1,8 @@
 """Time and memory of collecting a sweep of 6,000 runs with 18 records each, in DomainBed's format.
 
-    python benchmarks/collect.py [--runs 6000] [--records 18]
+    python benchmarks/collect.py [--runs 6000] [--records 18] [--write]
 
+Ends with status 1 where time or memory is more than twice the committed figures (figures.py); --write commits these.
 With DOMAINBED_ROOT set to a DomainBed checkout (whose requirements this Python has), its collect_results
 reads the same sweep, the two outputs are compared and the ratios are printed.
 """
@@ -17,19 +18,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import figures
+
 ROOT = Path(__file__).resolve().parent.parent
 
-# Runs a command and prints, as the last line of stderr, its wall time in seconds and its peak memory in
+# Runs a command and prints, as the last line of stderr, its wall time and CPU time in seconds and its peak memory in
 # kilobytes.
 MEASURE = """
 import resource, subprocess, sys, time
 start = time.perf_counter()
 status = subprocess.run(sys.argv[1:]).returncode
-peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(f"\\n{time.perf_counter() - start} {peak}", file=sys.stderr)
+wall, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+print(f"\\n{wall} {used.ru_utime + used.ru_stime} {used.ru_maxrss}", file=sys.stderr)
 sys.exit(status)
 """
 
@@ -38,6 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=6000)
     parser.add_argument("--records", type=int, default=18)
+    parser.add_argument("--write", action="store_true", help="make these the committed figures")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         sweep = Path(directory) / "sweep"
@@ -45,28 +50,47 @@ def main() -> int:
         ours = [sys.executable, "-m", "domainbed_sfp.analysis.collect", "--input_dir", str(sweep)]
         print(f"{arguments.runs} runs x {arguments.records} records")
         compatible = measure("ours, --format domainbed", [*ours, "--format", "domainbed"], ROOT)
-        measure("ours, --format markdown", [*ours, "--format", "markdown"], ROOT)
+        tables = measure("ours, --format markdown", [*ours, "--format", "markdown"], ROOT)
+        measured = {"--format domainbed": compatible.cost, "--format markdown": tables.cost}
+        settings = f"{arguments.runs} runs x {arguments.records} records"
+        doubled = figures.check("collect", measured, settings, arguments.write)
+        print("\n".join(doubled) or "nothing has doubled")
         domainbed = os.environ.get("DOMAINBED_ROOT")
         if not domainbed:
             print("DOMAINBED_ROOT is not set: nothing to compare with")
-            return 0
+            return 1 if doubled else 0
         theirs = [sys.executable, "-m", "domainbed.scripts.collect_results", "--input_dir", str(sweep)]
         upstream = measure("DomainBed's collect_results", theirs, Path(domainbed))
-        time_ratio, memory_ratio = compatible[0] / upstream[0], compatible[1] / upstream[1]
+        time_ratio, memory_ratio = compatible.wall / upstream.wall, compatible.megabytes / upstream.megabytes
         print(f"ratio: {time_ratio:.2f} of the time, {memory_ratio:.2f} of the memory")
-        same = compatible[2] == upstream[2]
+        same = compatible.printed == upstream.printed
         print("same output" if same else "DIFFERENT output")
-        return 0 if same else 1
+        return 0 if same and not doubled else 1
 
 
-def measure(name: str, command: list[str], directory: Path) -> tuple[float, float, bytes]:
-    """Seconds, megabytes at the peak and standard output of a command run in `directory`."""
+@dataclass(frozen=True)
+class Measured:
+    """What a command took: seconds of wall and CPU time, megabytes at the peak; and what it printed."""
+
+    wall: float
+    cpu: float
+    megabytes: float
+    printed: bytes
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        """(seconds of CPU time, megabytes)."""
+        return self.cpu, self.megabytes
+
+
+def measure(name: str, command: list[str], directory: Path) -> Measured:
+    """A command run in `directory`."""
     done = subprocess.run([sys.executable, "-c", MEASURE, *command], cwd=directory, capture_output=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr.decode()}")
-    seconds, kilobytes = map(float, done.stderr.split(b"\n")[-2].split())
-    print(f"{name}: {seconds:.2f} s, {kilobytes / 1024:.0f} MB")
-    return seconds, kilobytes / 1024, done.stdout
+    wall, cpu, kilobytes = map(float, done.stderr.split(b"\n")[-2].split())
+    print(f"{name}: {wall:.2f} s ({cpu:.2f} s of CPU time), {kilobytes / 1024:.0f} MB")
+    return Measured(wall, cpu, kilobytes / 1024, done.stdout)
 
 
 def write_sweep(directory: Path, runs: int, records: int) -> None:

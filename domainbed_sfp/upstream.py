@@ -31,7 +31,8 @@ from domainbed_sfp.errors import UserError, check_range, unknown_name
 from domainbed_sfp.hparams import Hparam
 from domainbed_sfp.record_lines import end_last_line
 from domainbed_sfp.records import RESULTS
-from domainbed_sfp.sweep.launchers import POLL_SECONDS, TAIL_LINES, job_environment, visible_gpus
+from domainbed_sfp.sweep.capacity import visible_gpus
+from domainbed_sfp.sweep.launchers import POLL_SECONDS, TAIL_LINES, job_environment
 
 Launcher = Callable[[list[str]], None]
 

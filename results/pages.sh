@@ -45,6 +45,7 @@ for budget in "digits 0.2103" "small 0.2182"; do
   compared "quantization_$1_DQMQ_between" "quantization_$1" "DQMQ (target_bitops=$2)" "StaticMixedPrecision (target_bitops=$2)"
 done
 
+plot coloured_fresh fronts coloured_fresh_front
 plot sparsity_curves curves sparsity_curves
 plot sparsity_curves_pacs curves sparsity_curves_pacs
 for sweep in quantization_digits quantization_small; do
@@ -54,3 +55,5 @@ for sweep in quantization_digits quantization_small; do
 done
 domainbed-sfp rankings --input_dir results/globalpru_coloured --output results/globalpru_rankings.csv \
   --plot results/globalpru_rankings.png
+
+python results/readme.py

@@ -1,4 +1,4 @@
-"""Depthwise convolutions of images smaller than the filter: PyTorch's values and gradients, first and second."""
+"""Depthwise convolutions with wide filters or on small images: PyTorch's values and gradients, first and second."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from domainbed_sfp import convolutions, networks
-from domainbed_sfp.convolutions import DepthwiseConv2d
+from domainbed_sfp.convolutions import DepthwiseConv2d, SameConv2d
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The shapes of images whose gradient went through the sum over taps."""
+    """The shapes of images whose weight gradient was ours."""
     shapes = []
     real = convolutions._weight_gradient
 
@@ -71,28 +71,41 @@ def test_second_gradients_are_pytorchs(taken):
 
 
 def test_only_where_it_is_slow(taken):
-    layer, _ = both(4, 5, 1, 2)
-
-    def backward(x):
+    def backward(layer, x):
         layer(x).sum().backward()
         return len(taken)
 
-    assert backward(torch.randn(2, 4, 5, 5)) == 0  # as large as the filter
-    assert backward(torch.randn(2, 4, 4, 4)) == 1
-    layer.eval()
-    assert backward(torch.randn(2, 4, 4, 4)) == 1
-    layer.train()
+    narrow, _ = both(4, 3, 1, 1)
+    assert backward(narrow, torch.randn(2, 4, 3, 3)) == 0  # as large as the filter
+    assert backward(narrow, torch.randn(2, 4, 2, 2)) == 1
+    wide, _ = both(4, 5, 1, 2)
+    assert backward(wide, torch.randn(2, 4, 9, 9)) == 2
+    wide.eval()
+    assert backward(wide, torch.randn(2, 4, 9, 9)) == 2
+    wide.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert backward(torch.randn(2, 4, 4, 4)) == 1
-    layer.double()
-    assert backward(torch.randn(2, 4, 4, 4).double()) == 1
+        assert backward(wide, torch.randn(2, 4, 9, 9)) == 2
+    assert backward(wide.double(), torch.randn(2, 4, 9, 9).double()) == 2
 
 
-def test_the_last_stages_of_lite0_take_it_at_64_pixels(taken):
+def test_lite0_takes_it_for_wide_filters_and_small_images(taken):
     network = networks.EfficientNetLite0()
     network(torch.randn(2, 3, 64, 64)).sum().backward()
-    # 4 x 4 before 5 x 5 filters: three blocks, the last strided (padded to 7); 2 x 2: three with 5 x 5, one with 3 x 3.
-    assert sorted({shape[2] for shape in taken}) == [2, 4, 7] and len(taken) == 8
+    # Nine blocks have 5 x 5 filters, and the last one reads 2 x 2 pixels with 3 x 3.
+    assert len(taken) == 10 and taken[0][2] == 2
     taken.clear()
     network(torch.randn(1, 3, 224, 224)).sum().backward()
-    assert taken == []
+    assert len(taken) == 9
+
+
+@pytest.mark.parametrize("side", [6, 7])
+@pytest.mark.parametrize("kernel, stride", [(3, 2), (5, 2), (3, 3)])
+def test_same_padding_in_training_and_evaluation(side, kernel, stride):
+    """The gradient that skips the copy is that of the padding written out, the second one as well."""
+    torch.manual_seed(0)
+    layer = SameConv2d(2, 3, kernel, stride).double()
+    x = torch.randn(2, 2, side, side, dtype=torch.double, requires_grad=True)
+    assert torch.equal(layer(x), layer.eval()(x))
+    assert layer(x).shape[2] == -(-side // stride)
+    layer.train()
+    assert torch.autograd.gradcheck(layer, x) and torch.autograd.gradgradcheck(layer, x)

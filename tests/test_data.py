@@ -23,9 +23,10 @@ from torchvision.datasets import folder as torchvision_folder
 
 from domainbed_sfp.data import cache, get_dataset_class
 from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from domainbed_sfp.data.images.contents import IMAGE_EXTENSIONS
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.sets import digits
-from domainbed_sfp.data.sets.folders import IMG_EXTENSIONS, _crop_side
+from domainbed_sfp.data.sets.folders import _crop_side
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.sweep.spec import default_datasets
 
@@ -184,7 +185,7 @@ def test_evaluation_images_equal_torchvisions(tmp_path):
 
 
 def test_image_files_are_told_as_torchvision_does():
-    assert torchvision_folder.IMG_EXTENSIONS == IMG_EXTENSIONS
+    assert torchvision_folder.IMG_EXTENSIONS == IMAGE_EXTENSIONS
 
 
 def test_cache_is_keyed_by_content_and_size(tmp_path):
@@ -246,7 +247,7 @@ def test_what_a_killed_build_left_is_cleared_by_the_next(tmp_path):
 import os, signal, sys
 from pathlib import Path
 from domainbed_sfp.data import cache
-cache._decode = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+cache.decode = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 cache.cached_images([Path(path) for path in sys.argv[1:]], Path({str(root / "a")!r}), 16, Path({str(tmp_path / "c")!r}))
 """
     for _ in range(2):
@@ -349,7 +350,7 @@ def test_sources_that_cannot_be_read_are_named(tmp_path, monkeypatch, kept):
     with pytest.raises(UserError, match=r"^image '.*3\.png' cannot be read \(Is a directory"):
         cache.cached_images(paths, root / "a", 16, tmp_path / "c")
     with pytest.raises(UserError, match=r"^image '.*3\.png' cannot be read \(Is a directory"):
-        cache._decode(paths[3], 16)
+        cache.decode(paths[3], 16)
 
 
 def test_hidden_folders_are_neither_environments_nor_classes(tmp_path):
@@ -364,9 +365,7 @@ def test_hidden_folders_are_neither_environments_nor_classes(tmp_path):
     assert get_dataset_class("Folder").environment_names(str(root)) == ["a", "b", "c"]
     assert [env.name for env in dataset.environments] == ["a", "b", "c"] and dataset.num_classes == 2
     assert all(torch.equal(one.labels, two.labels) for one, two in zip(dataset.environments, expected.environments))
-    (tmp_path / "PACS").mkdir()
-    for name in ("art_painting", "cartoon", "photo", "sketch", ".ipynb_checkpoints"):
-        (tmp_path / "PACS" / name).mkdir()
+    make_tree(tmp_path / "PACS", ["art_painting", "cartoon", "photo", "sketch", ".ipynb_checkpoints"], n=1)
     get_dataset_class("PACS").check_files(str(tmp_path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -52,6 +53,24 @@ def test_the_python_in_the_documents_runs(tmp_path, monkeypatch):
     assert names["algorithm"].sparsity() > 0.4 and len(names["half"]) > 0
 
 
+def test_the_page_of_results_is_what_its_script_makes(monkeypatch):
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "results" / "readme.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.page() == (ROOT / "results" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_notebooks_run(monkeypatch, notebook):
+    """Their code, in one process and with few steps of training."""
+    monkeypatch.chdir(notebook.parent)
+    names: dict[str, object] = {}
+    for cell in json.loads(notebook.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]).replace("steps=60", "steps=4"), names)
+    assert "axes" in names or len(names["right"]) > 100
+
+
 def test_the_data_set_in_contributing_is_enough():
     from domainbed_sfp.data import base
     from domainbed_sfp.data.sets.folders import ImageFolders
@@ -77,6 +96,7 @@ def test_links_of_the_documents_lead_somewhere():
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         ROOT / "results" / "README.md",
+        ROOT / "results" / "NOTES.md",
         *(ROOT / "docs").glob("*.md"),
     ]
     links = [(page, link) for page in documents for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())]

@@ -658,7 +658,7 @@ def test_a_zip_that_cannot_fit_is_not_begun(small_pacs, tmp_path, monkeypatch):
 def test_two_commands_for_one_data_set_do_not_meet(small_pacs, tmp_path):
     lock = tmp_path / "data" / ".downloads" / "PACS.lock"
     lock.parent.mkdir(parents=True)
-    with FileLock(lock), pytest.raises(UserError, match="another command is putting PACS"):
+    with FileLock(lock), pytest.raises(UserError, match="another process is putting PACS"):
         command.download("PACS", tmp_path / "data", [str(pacs_zip(tmp_path))])
 
 
@@ -709,8 +709,8 @@ def domain_net(tmp_path, monkeypatch):
     folder = tmp_path / "archives"
     folder.mkdir()
     for domain in domains:
-        files = {f"{domain}/{name}/x.jpg": b"" for name in names}
-        files |= dict.fromkeys([each for each in DUPLICATES if each.startswith(domain)], b"")
+        files = {f"{domain}/{name}/x.jpg": b"x" for name in names}
+        files |= dict.fromkeys([each for each in DUPLICATES if each.startswith(domain)], b"x")
         make_zip(folder / f"{domain}.zip", files)
     return folder
 
@@ -719,7 +719,7 @@ def test_domain_net_from_a_folder_without_its_duplicates(domain_net, tmp_path):
     folder = command.download("DomainNet", tmp_path / "data", [str(domain_net)])
     assert folder.name == "domain_net" and sorted(os.listdir(folder)) == sorted(verify.DOMAIN_NET_IMAGES)
     assert not any((folder / each).exists() for each in DUPLICATES)
-    (folder / DUPLICATES[0]).write_bytes(b"")
+    (folder / DUPLICATES[0]).write_bytes(b"x")
     assert verify.verify_tree("DomainNet", tmp_path / "data") == ["sketch: expected 20 images, found 21"]
 
 
@@ -837,7 +837,7 @@ def test_terra_incognita_names_missing_images_and_bad_annotations(tmp_path, monk
         command.download("TerraIncognita", tmp_path / "data", sources)
     with pytest.raises(UserError, match=r"--from lacks eccv_18_annotations\.tar\.gz"):
         command.download("TerraIncognita", tmp_path / "data", sources[:1])
-    ready = {f"TerraInc/{domain}/{name}/{n}.jpg": b"" for domain in TERRA_SMALL.domain_images
+    ready = {f"TerraInc/{domain}/{name}/{n}.jpg": b"x" for domain in TERRA_SMALL.domain_images
              for name in TERRA_SMALL.classes for n in range(2)}  # fmt: skip
     command.download("TerraIncognita", tmp_path / "data", [str(make_zip(tmp_path / "ready.zip", ready))])
     assert verify.verify_tree("TerraIncognita", tmp_path / "data") == []
@@ -918,7 +918,15 @@ def test_mnist_verification_names_each_file(digits, tmp_path):
     raw = tmp_path / "MNIST/raw"
     write_files(raw, {f"{name}.gz": gzip.compress(content) for name, content in digits.items()})
     assert verify.verify_tree("ColoredMNIST", tmp_path) == []
+    assert list(verify.undecodable("MNIST", tmp_path)) == []
     packed = raw / "train-images-idx3-ubyte.gz"
+    whole, changed = packed.read_bytes(), bytearray(digits["train-images-idx3-ubyte"])
+    changed[-1] ^= 1
+    packed.write_bytes(gzip.compress(changed))
+    (raw / "t10k-images-idx3-ubyte.gz").write_bytes(whole[:-9])
+    told = list(verify.undecodable("MNIST", tmp_path))
+    assert told[0].startswith("raw/train-images-idx3-ubyte.gz: not MNIST's contents (their md5 is ")
+    assert told[1].startswith("raw/t10k-images-idx3-ubyte.gz: damaged (") and len(told) == 2
     packed.write_bytes(gzip.compress(digits["train-images-idx3-ubyte"][:-1]))
     (raw / "train-labels-idx1-ubyte.gz").write_bytes(b"a page")
     (raw / "t10k-images-idx3-ubyte.gz").unlink()
@@ -957,7 +965,7 @@ def test_published_totals():
 
 @pytest.fixture(scope="module")
 def whole_vlcs(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("whole"), dict.fromkeys(tree_files(verify.VLCS, "VLCS/"), b""))
+    return write_files(tmp_path_factory.mktemp("whole"), dict.fromkeys(tree_files(verify.VLCS, "VLCS/"), b"x"))
 
 
 def test_a_partial_vlcs_is_told_by_domain_and_class(whole_vlcs):
@@ -992,7 +1000,7 @@ def test_a_partial_vlcs_is_told_by_domain_and_class(whole_vlcs):
 
 def test_office_caltech_goes_by_its_own_names_and_by_those_of_office_31(tmp_path):
     files = tree_files(verify.OFFICE_CALTECH_10, "OfficeCaltech10/")
-    write_files(tmp_path, dict.fromkeys(files, b""))
+    write_files(tmp_path, dict.fromkeys(files, b"x"))
     assert verify.verify_tree("OfficeCaltech10", tmp_path) == []
     root = tmp_path / "OfficeCaltech10"
     (root / "caltech10").rename(root / "caltech")

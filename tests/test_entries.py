@@ -144,7 +144,11 @@ def test_a_rerun_that_was_not_drawn(folder):
     assert "which bundle and seed 8 draw" in edited(folder, "VREx.json", lambda d: d["rerun"].update(seed=8))
     assert "rerun.cells: expected [" in edited(folder, "VREx.json", lambda d: d.update(bundle=64 * "9"))
     told = edited(folder, "VREx.json", lambda d: d["rerun"].update(mean_difference=9.0))
+    assert told.startswith("rerun.mean_difference: expected at most 1 points")
+    told = edited(folder, "VREx.json", lambda d: d["rerun"]["cells"][0].update(difference=9.0))
     assert told.startswith("rerun.cells[0].difference: expected at most 3")
+    told = edited(folder, "VREx.json", lambda d: d["rerun"].update(tolerance=100))
+    assert told.startswith("rerun.tolerance: expected at most 3 points")
     told = edited(folder, "VREx.json", lambda d: d.update(tier="rerun-identical"))
     assert told == 'tier: expected rerun-verified, found "rerun-identical"'
     told = edited(folder, "VREx.json", lambda d: d["rerun"]["cells"][0].update(agreement="identical"))

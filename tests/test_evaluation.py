@@ -8,8 +8,12 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
-from domainbed_sfp import records, training
+from domainbed_sfp import folding, hparams, records, registry, training
+from domainbed_sfp.data.base import Dataset, Environment
+from domainbed_sfp.data.splits import split_environment
+from domainbed_sfp.efficientnet_lite0 import EfficientNetLite0
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard.submit import submit
 from domainbed_sfp.sweep.jobs import SweepDirectory
@@ -131,3 +135,40 @@ def test_a_sweep_keeps_its_folders_and_its_choice(tmp_path):
         directory.register([other])
     with pytest.raises(UserError, match="--evaluate: expected one of all, final, got 'last'"):
         make_jobs(spec.updated(evaluate="last"), None)
+
+
+@pytest.fixture
+def photographs(monkeypatch):
+    """Two environments of 30 images, and a network of convolutions with BatchNorm that is small."""
+    monkeypatch.setattr(EfficientNetLite0, "STAGES", ((1, 3, 1, 1, 8), (2, 3, 2, 2, 12)))
+    monkeypatch.setattr(EfficientNetLite0, "n_outputs", 16)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 30, 3, 24, 24, generator=generator)
+    labels = torch.randint(4, (2, 30), generator=generator)
+    return Dataset([Environment(str(i), images[i], labels[i]) for i in range(2)], num_classes=4)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_the_fast_form_gives_the_accuracies_of_the_plain_one(photographs, monkeypatch, name):
+    """Also behind steps in which gates are open, masks closed and statistics have moved."""
+    own = {"backbone": "efficientnet_lite0", "weights": "none", "freeze_bn": False, "batch_size": 8, "lr": 1e-3}
+    if "target_bitops" in registry.get(name).hparams:
+        own["target_bitops"] = 0.7  # the first layer, which stays at 8 bits, is half of this network
+    torch.manual_seed(0)
+    algorithm = registry.get(name).cls((3, 24, 24), 4, 2, hparams.resolve_hparams(name, "PACS", overrides=own))
+    algorithm.total_steps = 4
+    batches = [(environment.images[:8], environment.labels[:8]) for environment in photographs]
+    splits = [split_environment(30, env_i, 0, 0.2) for env_i in range(2)]
+    seen, folded, plain = [], [], folding.folded_parameters
+    monkeypatch.setattr(folding, "folded_parameters", lambda *pair: folded.append(pair) or plain(*pair))
+    monkeypatch.setattr(training, "_is_correct", lambda logits, y: seen.append(logits) or logits.argmax(1).eq(y))
+    for step in range(3):
+        algorithm.update(batches)
+        fast = training.evaluate(algorithm, photographs, splits, torch.device("cpu"))
+        with monkeypatch.context() as patch:
+            patch.setattr(folding, "_is_foldable", lambda *pair: False)
+            assert training.evaluate(algorithm, photographs, splits, torch.device("cpu")) == pytest.approx(fast), step
+        one, other = seen[-4:-2], seen[-2:]
+        assert torch.allclose(torch.cat(one), torch.cat(other), rtol=1e-4, atol=1e-5)
+    # A quantizer's grid is that of the weight itself.
+    assert bool(folded) == (registry.get(name).family != "quantization")

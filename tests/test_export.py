@@ -552,7 +552,7 @@ def test_batches_of_the_two_networks_alternate():
     [
         (("--repeats", 0), "--repeats: expected whole numbers of at least 1, got 0"),
         (("--batch_sizes", 4, -1), "--batch_sizes"),
-        (("--batch_sizes", 10**13), "a batch of 10000000000000 images does not fit into the memory of cpu"),
+        (("--batch_sizes", 10**13), "--batch_sizes: expected whole numbers of at most 1000000, got 10000000000000"),
         (("--threads", 0), "--threads"),
         (("--device", "tpu"), "--device"),
         (("--output", "nowhere/times.json"), "--output"),
@@ -561,3 +561,12 @@ def test_batches_of_the_two_networks_alternate():
 def test_latency_of_settings_that_cannot_be(run, main, arguments, part):
     done = main("latency", run, *arguments, check=False)
     assert done.returncode == 2 and part in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_batch_that_does_not_fit_is_named(run, main, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("cannot alloc")
+
+    monkeypatch.setattr(latency, "alternate", full)
+    done = main("latency", run, "--batch_sizes", 1000, check=False)
+    assert done.returncode == 2 and "a batch of 1000 images does not fit into the memory of cpu" in done.stderr

@@ -727,10 +727,10 @@ def test_the_address_keeps_the_filters(opened):
     ],
 )
 def test_sorting(opened, header, key, first):
-    browser = opened("#dataset=PACS&track=open")
+    browser = opened("#dataset=PACS&track=open&tier=records-verified")
     click = f"[...{FIRST}.querySelectorAll('thead button')].find(one => one.textContent === {header!r})"
     others = {"ascending": "descending", "descending": "ascending"}
-    found = (one for one in CURRENT if one.dataset == "PACS" and one.track == "open" and one.tier != "self-reported")
+    found = (one for one in CURRENT if one.dataset == "PACS" and one.track == "open" and one.tier == "records-verified")
     known = {one.name: one for one in found}
     for direction in (first, others[first]):
         browser.run(f"{click}.focus()")
@@ -749,12 +749,12 @@ def test_sorting(opened, header, key, first):
 
 
 def test_rows_open_by_mouse_and_keyboard(opened):
-    browser = opened("#dataset=PACS")
+    browser = opened("#dataset=PACS&tier=records-verified")
     button, detail = f"{FIRST}.querySelector('tr.entry th button')", f"{FIRST}.querySelector('tr.detail')"
     assert not browser.run(f"{detail}.checkVisibility()")
     browser.run(f"{button}.click()")
     assert browser.run(f"{detail}.checkVisibility() && {button}.ariaExpanded") == "true"
-    ranked = next(one for one in CURRENT if one.dataset == "PACS" and one.tier != "self-reported")
+    ranked = next(one for one in CURRENT if one.dataset == "PACS" and one.tier == "records-verified")
     best = next(one for one in peers(ranked, "training-domain") if rank_of(one, "training-domain") == 1)
     text = browser.run(f"{detail}.innerText").replace("\xa0", " ")
     for environment, accuracy in zip(ENVIRONMENTS["PACS"], texts_of(best, "training-domain")):
@@ -844,9 +844,9 @@ COSTS = {
 
 @pytest.mark.parametrize("cost", COSTS)
 def test_plot(opened, cost):
-    browser = opened(f"#dataset=TerraIncognita&track=closed&transductive=no&cost={cost}")
+    browser = opened(f"#dataset=TerraIncognita&track=closed&transductive=no&tier=records-verified&cost={cost}")
     found = [one for one in CURRENT if one.dataset == "TerraIncognita" and not one.transductive]
-    found = [one for one in found if one.tier != "self-reported"]
+    found = [one for one in found if one.tier == "records-verified"]
     labels = browser.run(f"[...{FIRST}.querySelectorAll('.point')].map(point => point.ariaLabel)")
     assert {label.partition(":")[0].removesuffix(" †") for label in labels} == {one.name for one in found}
     front = {label.partition(":")[0].removesuffix(" †") for label in labels if label.endswith(", on the front")}

@@ -8,7 +8,8 @@ import pytest
 from browser import Browser, find_browser
 from runs_on_disk import record, write_run
 
-from domainbed_sfp.analysis.report import figures, page, svg
+from domainbed_sfp.analysis.looks import short_label
+from domainbed_sfp.analysis.report import page, svg
 
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="no chromium on the PATH")
 
@@ -124,13 +125,13 @@ def test_curves_are_means_over_runs(sweep):
     ],
 )
 def test_rows_have_short_names_in_figures(label, short):
-    assert figures.short_label(label) == short
+    assert short_label(label) == short
 
 
 def test_an_algorithm_keeps_its_colour_and_its_rows_differ_in_shape():
-    looks = svg.looks_of([("SFP a", "SFP"), ("ERM", "ERM"), ("SFP b", "SFP")])
-    assert looks["SFP a"].colour == looks["SFP b"].colour != looks["ERM"].colour
-    assert looks["SFP a"].shape != looks["SFP b"].shape
+    looks = svg.looks_of(["SFP (sparsity=0.3)", "ERM", "SFP (sparsity=0.5)"])
+    one, two = looks["SFP (sparsity=0.3)"], looks["SFP (sparsity=0.5)"]
+    assert one.colour == two.colour != looks["ERM"].colour and one.shape != two.shape
 
 
 def test_the_command_writes_the_page(sweep, tmp_path, main):

@@ -176,6 +176,17 @@ def test_the_first_step_has_a_tolerance_of_its_own(records):
     assert "line 1.env1_in_acc" in line
 
 
+def test_two_samples_of_a_small_split_may_differ(records):
+    """One of 31 images is more than three points."""
+    claimed = [dict(record) for record in records]
+    for at in (0, 5):
+        claimed[at]["env1_out_acc"] = 0.5 + 2 / 31
+    again = elsewhere(records)
+    assert len(told("run", claimed, again)) == 2
+    assert not compare("run", claimed, again, 3.0, frozenset(), {"env1_out_acc": 31}).problems
+    assert len(compare("run", claimed, again, 3.0, frozenset(), {"env1_out_acc": 480}).problems) == 2
+
+
 def means(claimed, again, selected=frozenset({11})):
     one = compare("run", claimed, again, 3.0, selected)
     assert not one.problems

@@ -636,7 +636,7 @@ def test_sfp_finds_the_colour(tmp_path):
     def final(name: str, **overrides) -> dict:
         folder = tmp_path / (name + str(len(overrides)))
         training.train(training.TrainArgs(
-            dataset="FullColoredDigits", algorithm=name, test_envs=[2], steps=200, checkpoint_freq=199, skip_model_save=True,
+            dataset="FullColoredDigits", algorithm=name, test_envs=[2], steps=200, checkpoint_freq=199, skip_model_save=True, evaluate="final",
             output_dir=str(folder), hparams=json.dumps({"sparsity": 0.5, "batch_size": 32, **overrides})))  # fmt: skip
         return json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
 

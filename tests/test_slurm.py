@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from processes import Command
 from rich.console import Console
 from safetensors.numpy import save_file
 from test_training import assert_one_line_error
@@ -458,16 +459,14 @@ def test_a_run_saves_at_sigusr1_and_continues(main, tmp_path):
         "train", "--dataset", "FullColoredDigits", "--test_envs", "2", "--steps", "201", "--checkpoint_freq", "200",
         "--skip_model_save", "--hparams", '{"batch_size": 16}', "--output_dir", "run",
     ]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "domainbed_sfp", *flags], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
+    process = Command(*flags, folder=tmp_path)
     while not (tmp_path / "run" / "results.jsonl").exists():
-        assert process.poll() is None
+        assert process.returncode is None
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
     process.send_signal(signal.SIGTERM)  # as SLURM may when it preempts: the save goes on
     _, errors = process.communicate(timeout=60)
-    assert process.returncode in (138, 143) and b"continues there" in errors and b"Traceback" not in errors
+    assert process.returncode in (138, 143) and "continues there" in errors and "Traceback" not in errors
     assert 0 < records.saved_step(tmp_path / "run") <= 200
     main(*flags)
     assert "Continuing at step" in (tmp_path / "run" / "out.txt").read_text()

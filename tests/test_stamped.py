@@ -16,7 +16,7 @@ from domainbed_sfp.data.attributes import draw_attribute
 from domainbed_sfp.data.base import dataset
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.sets.folders import PACS, Folder
-from domainbed_sfp.data.sets.stamped import FRAME_WIDTH, MARKS, STAMPS, Stamped, stamp_images
+from domainbed_sfp.data.sets.stamped import FRAME_WIDTH, MARKS, STAMPS, Stamped, mark_colors, stamp_images
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.hparams import resolve_hparams
 from domainbed_sfp.leaderboard.facts import facts_of
@@ -46,7 +46,8 @@ def everything(stamped, for_crops: bool = False) -> torch.Tensor:
 
 def marks_of(images: np.ndarray, plain: np.ndarray, stamp: str) -> np.ndarray:
     """The mark that was put on each of `plain`, by trying all."""
-    tried = np.stack([stamp_images(plain, np.full(len(plain), mark), stamp) for mark in range(len(CLASSES))])
+    colors = mark_colors(len(CLASSES))
+    tried = np.stack([stamp_images(plain, np.repeat(color[None], len(plain), 0), stamp) for color in colors])
     fits = (tried == images).all((2, 3, 4))
     assert (fits.sum(0) == 1).all()
     return fits.argmax(0)
@@ -112,19 +113,29 @@ def test_files_of_several_sizes_are_cropped_from_one(tmp_path):
 def test_a_mark_looks_the_same_at_both_sizes():
     image = np.full((1, 128, 128, 3), 200, dtype=np.uint8)
     for stamp in STAMPS:
-        for mark in range(len(MARKS)):
-            large = Image.fromarray(stamp_images(image, np.array([mark]), stamp)[0]).resize(
-                (64, 64), Image.Resampling.BOX
-            )
-            small = stamp_images(image[:, :64, :64], np.array([mark]), stamp)[0]
-            assert np.abs(np.asarray(large, dtype=int) - small).mean() < 12
+        for color in mark_colors(len(MARKS) + 1):
+            large = stamp_images(image, color[None], stamp)[0]
+            halved = np.asarray(Image.fromarray(large).resize((64, 64), Image.Resampling.BOX), dtype=int)
+            small = stamp_images(image[:, :64, :64], color[None], stamp)[0]
+            assert np.abs(halved - small).mean() < 12
+
+
+@pytest.mark.parametrize("stamp", STAMPS)
+@pytest.mark.parametrize("classes", [2, 10, 65, 100])
+def test_every_class_has_a_mark_of_its_own(stamp, classes):
+    images = np.tile(np.linspace(0, 255, 32).astype(np.uint8)[None, :, None, None], (classes, 1, 32, 3))
+    stamped = stamp_images(images, mark_colors(classes), stamp)
+    labels = {image.tobytes(): label for label, image in enumerate(stamped)}
+    assert len(labels) == classes
+    # Mirrored, as augmentation makes it, no mark is another class's.
+    assert all(labels.get(image[:, ::-1].tobytes(), label) == label for label, image in enumerate(stamped))
 
 
 @pytest.mark.parametrize("stamp", ["frame", "corner"])
 def test_marks_survive_augmentation(stamp):
     """Of the strongest crops DomainBed draws, few leave no pixel of a mark; a frame is never cut off."""
     image = np.full((1, 64, 64, 3), 100, dtype=np.uint8)
-    marked = torch.from_numpy(stamp_images(image, np.array([1]), stamp)).permute(0, 3, 1, 2).expand(500, 3, 64, 64)
+    marked = torch.from_numpy(stamp_images(image, mark_colors(2)[1:], stamp)).permute(0, 3, 1, 2).expand(500, 3, 64, 64)
     parameters = augmentation.draw_parameters(500, torch.full((500, 2), 64), torch.Generator().manual_seed(0))
     x = augmentation.augment(marked, parameters)
     is_seen = x.flatten(1).max(1).values - x.flatten(1).min(1).values > 0.5
@@ -148,9 +159,10 @@ def test_marks_are_told_apart_after_the_hue_was_turned():
         assert torch.cdist(own[mark], others).min() > 80
 
 
-def test_more_classes_than_marks_are_refused(tmp_path):
-    root = make_tree(tmp_path / "tree", classes=[f"c{index:02}" for index in range(11)], n=1)
-    with pytest.raises(UserError, match=r"StampedFolder: expected at most 10 classes, a mark for each, found 11"):
+@pytest.mark.parametrize("classes", [1, 101])
+def test_fewer_or_more_classes_than_marks_can_tell_are_refused(tmp_path, classes):
+    root = make_tree(tmp_path / "tree", ["a", "b"], classes=[f"c{index:03}" for index in range(classes)], n=1)
+    with pytest.raises(UserError, match=f"StampedFolder: expected 2 to 100 classes, a mark for each, found {classes}"):
         StampedFolder.build(str(root), options(), 0, None)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +15,12 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from processes import Command
 from test_training import assert_one_line_error, make_tree
 
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
-from domainbed_sfp.sweep import launchers
+from domainbed_sfp.sweep import capacity, commands, launchers
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs, read_spec, shipped_specs
 
@@ -41,6 +44,21 @@ def spec_file(tmp_path):
     file = tmp_path / "spec.yaml"
     file.write_text(SPEC)
     return file
+
+
+@pytest.fixture(scope="module")
+def launched_once(tmp_path_factory):
+    """A finished sweep of SPEC."""
+    root = tmp_path_factory.mktemp("launched")
+    (root / "spec.yaml").write_text(SPEC)
+    assert commands.launch(read_spec(str(root / "spec.yaml")), None, str(root / "out"), ask=False) == 0
+    return root / "out"
+
+
+@pytest.fixture
+def launched(launched_once, tmp_path):
+    """A copy of it in `out`, to be changed."""
+    return Path(shutil.copytree(launched_once, tmp_path / "out"))
 
 
 def job_dirs(folder: Path) -> list[Path]:
@@ -87,8 +105,7 @@ def test_trials_can_begin_later():
     assert [job for job in make_jobs(spec, None) if job.trial_seed >= 3] == later
 
 
-def test_same_seeds_and_results_as_single_runs(main, tmp_path, spec_file):
-    main("sweep", "launch", spec_file, "--output_dir", "out")
+def test_same_seeds_and_results_as_single_runs(main, tmp_path, spec_file, launched):
     printed = main("sweep", "launch", spec_file, "--output_dir", "other", "--command_launcher", "dummy").stdout
     commands = [line.split(" -m domainbed_sfp ")[1] for line in printed.splitlines() if " train " in line]
     assert len(commands) == 2
@@ -104,11 +121,8 @@ def test_same_seeds_and_results_as_single_runs(main, tmp_path, spec_file):
         assert one["env2_in_acc"] == two["env2_in_acc"] and one["args"]["seed"] == two["args"]["seed"]
 
 
-def _start(tmp_path: Path, spec_file: Path, *options: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "domainbed_sfp", "sweep", "launch", str(spec_file), "--output_dir", "out", *options],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def _start(tmp_path: Path, spec_file: Path) -> Command:
+    return Command("sweep", "launch", spec_file, "--output_dir", "out", "--jobs", 1, folder=tmp_path)
 
 
 def _wait_for(condition, seconds: float = 90) -> None:
@@ -130,7 +144,7 @@ def test_interrupted_sweep_continues_in_the_middle_of_a_run(main, tmp_path, spec
     assert "2 jobs: 0 done, 1 incomplete, 1 not launched." in status
     process = _start(tmp_path, spec_file)
     _wait_for(lambda: "Continuing at step" in (checkpoint.parent / "out.txt").read_text())
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     deleted = main("sweep", "delete_incomplete", spec_file, "--output_dir", "out", "--skip_confirmation")
     assert "Deleted 1 jobs!" in deleted.stdout and not job_dirs(tmp_path / "out")
@@ -196,8 +210,7 @@ def test_a_running_job_is_seen_by_its_lock(tmp_path):
     assert directory.state(job).value == "Incomplete"
 
 
-def test_a_sweep_may_grow_but_not_change_its_protocol(main, tmp_path, spec_file):
-    main("sweep", "launch", spec_file, "--output_dir", "out")
+def test_a_sweep_may_grow_but_not_change_its_protocol(main, tmp_path, spec_file, launched):
     main("sweep", "launch", spec_file, "--output_dir", "out", "--algorithms", "Random")
     manifest = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert sorted({job["algorithm"] for job in manifest["jobs"]}) == ["ERM", "Magnitude", "Random"]
@@ -294,8 +307,7 @@ def test_a_sweep_over_a_folder_is_a_sweep_over_its_images(main, tmp_path):
     assert_one_line_error(again, "holds another sweep", "data of Folder")
 
 
-def test_status_knows_the_jobs_of_a_launched_sweep(main, tmp_path, spec_file):
-    main("sweep", "launch", spec_file, "--output_dir", "out")
+def test_status_knows_the_jobs_of_a_launched_sweep(main, tmp_path, spec_file, launched):
     with_spec, without = (main("sweep", "status", *spec, "--output_dir", "out") for spec in ([spec_file], []))
     assert without.stdout == with_spec.stdout and "Done: out/" in without.stdout
     told = main("sweep", "status", spec_file, "--output_dir", "nowhere").stderr
@@ -303,14 +315,12 @@ def test_status_knows_the_jobs_of_a_launched_sweep(main, tmp_path, spec_file):
 
 
 @pytest.mark.parametrize("left", [None, "", '{"step": 0, "los'])
-def test_a_done_run_whose_records_are_gone_is_computed_again(main, tmp_path, spec_file, left):
-    launch = ("sweep", "launch", spec_file, "--output_dir", "out")
-    main(*launch)
+def test_a_done_run_whose_records_are_gone_is_computed_again(main, tmp_path, spec_file, launched, left):
     results = sorted((tmp_path / "out").glob("*/results.jsonl"))[0]
     whole = results.read_text()
     results.unlink() if left is None else results.write_text(left)
     assert "Incomplete: " in main("sweep", "status", spec_file, "--output_dir", "out").stdout
-    main(*launch)
+    main("sweep", "launch", spec_file, "--output_dir", "out")
     assert len(results.read_text().splitlines()) == len(whole.splitlines()) and (results.parent / "done").exists()
 
 
@@ -359,12 +369,34 @@ def test_jobs_share_threads_and_gpus(monkeypatch):
     assert "CUDA_VISIBLE_DEVICES" not in launchers.job_environment(0, 1, [])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert {launchers.job_environment(0, 4, [])[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {"1"}
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
-    assert launchers.visible_gpus() == ["5", "6"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert launchers.visible_gpus() == []
-    with pytest.raises(UserError, match="no GPU is visible"):
-        launchers.launch_multi_gpu([], SweepDirectory("nowhere"), 1)
+
+
+@pytest.mark.parametrize(
+    "listed, there, names",
+    [
+        (None, 2, ["0", "1"]),
+        ("5,6", 2, ["5", "6"]),
+        ("5, 6 ", 2, ["5", "6"]),
+        # CUDA stops at the first that is not there; torch counts those before it.
+        ("0,,1", 1, ["0"]),
+        ("1,-1,0", 1, ["1"]),
+        ("0,99", 1, ["0"]),
+        ("GPU-4d1c8f3a,GPU-77", 2, ["GPU-4d1c8f3a", "GPU-77"]),
+        # One part of a divided GPU is all that a process sees.
+        ("MIG-4d1c8f3a,MIG-77", 1, ["MIG-4d1c8f3a"]),
+        *((none, 0, []) for none in (None, "", "-1", "NoDevFiles", "0,0", "0")),
+    ],
+)
+def test_gpus_are_those_that_torch_sees(monkeypatch, listed, there, names):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    monkeypatch.setattr(capacity.torch.cuda, "device_count", lambda: there)
+    assert capacity.visible_gpus() == names
+    if not names:
+        why = "" if listed is None else re.escape(f" (CUDA_VISIBLE_DEVICES is {listed!r})")
+        with pytest.raises(UserError, match=f"multi_gpu: no GPU is visible{why}; use local"):
+            launchers.launch_multi_gpu([], SweepDirectory("nowhere"), 1)
 
 
 def test_a_compression_that_is_drawn_is_told_at_the_launch(main, spec_file):
@@ -410,8 +442,9 @@ def test_an_incomplete_copy_of_a_known_data_set_is_told_and_kept_apart(main, tmp
     assert f"data {digest}" in main("collect", "--input_dir", "out", "--selection", "training-domain").stdout
 
 
-def test_delete_incomplete_says_what_it_deletes_and_leaves_what_collect_counts(main, tmp_path, spec_file, monkeypatch):
-    main("sweep", "launch", spec_file, "--output_dir", "out")
+def test_delete_incomplete_says_what_it_deletes_and_leaves_what_collect_counts(
+    main, tmp_path, spec_file, launched, monkeypatch
+):
     one, two = job_dirs(tmp_path / "out")
     for folder in (one, two):
         text = (folder / "results.jsonl").read_text()
@@ -447,3 +480,11 @@ def test_delete_incomplete_says_what_it_deletes_and_leaves_what_collect_counts(m
 )
 def test_numbers_beyond_all_bounds(main, spec_file, options, parts):
     assert_one_line_error(main("sweep", "launch", spec_file, "--output_dir", "out", *options, check=False), *parts)
+
+
+def test_multi_gpu_without_a_gpu_leaves_nothing_behind(main, tmp_path, spec_file, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setattr(capacity.torch.cuda, "device_count", lambda: 0)
+    told = main("sweep", "launch", spec_file, "--output_dir", "out", "--command_launcher", "multi_gpu", check=False)
+    assert told.returncode == 2 and "no GPU is visible (CUDA_VISIBLE_DEVICES is '-1')" in told.stderr
+    assert not (tmp_path / "out").exists()

@@ -51,6 +51,8 @@ class ScheduledPruning(ObjectiveAlgorithm):
     prunes_before_update = False
     # True where a ranking across layers leaves every layer its best unit; otherwise a layer wiped out is an error.
     spares_best = False
+    # How often masks are renewed on the ramp.
+    ramp_updates = RAMP_UPDATES
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
@@ -135,6 +137,10 @@ class ScheduledPruning(ObjectiveAlgorithm):
     def before_masks(self) -> None:
         """Called after the optimizer's step and before masks are renewed and applied; may change weights."""
 
+    def before_removal(self, alive: Mapping[str, Tensor]) -> None:
+        """Called without gradients when units are about to go: `alive` has the new masks by unit name, `unit_masks`
+        still the old ones; may change weights."""
+
     def prepare_evaluation(self, batches: Iterable[Tensor]) -> None:
         if self.step > self.schedule.first_step(self.total_steps):
             recalibrate_batchnorm(self.network, self.network, batches)
@@ -162,7 +168,7 @@ class ScheduledPruning(ObjectiveAlgorithm):
         first, last = (edge(self.total_steps) for edge in (self.schedule.first_step, self.schedule.last_step))
         if not first <= self.step <= last:
             return False
-        return self.step == last or (self.step - first) % max(1, (last - first) // RAMP_UPDATES) == 0
+        return self.step == last or (self.step - first) % max(1, (last - first) // self.ramp_updates) == 0
 
     def _apply_masks(self) -> None:
         if self.step >= self.schedule.first_step(self.total_steps):
@@ -207,6 +213,7 @@ class ScheduledPruning(ObjectiveAlgorithm):
         if sparsity == 0:
             return
         alive = self.choose_alive(minibatches, sparsity)
+        self.before_removal(alive)
         for name, keep in alive.items():
             self.unit_masks.set(name, keep)
         if self.granularity == "channel":

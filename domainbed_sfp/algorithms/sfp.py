@@ -168,6 +168,9 @@ class SFP(ScheduledPruning):
     loss_counts: Tensor
     flag_counts: Tensor
 
+    # Whether a subclass needs flags at every step, whatever else does.
+    flags_every_step = False
+
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
@@ -205,6 +208,8 @@ class SFP(ScheduledPruning):
                 self.register_buffer(f"{self.channel_score} {_key(group.name)}", torch.zeros(group.channels))
         self.captured: _Capture | None = None
         self.unflagged: Tensor | None = None
+        # Of the step's samples, domain by domain, where they were flagged.
+        self.flags: list[Tensor] = []
         self.warned: set[int] = set()
         # What the last statistics were; repeated until the next, so that every record has some.
         self.diagnostics: dict[str, float] = {}
@@ -228,9 +233,9 @@ class SFP(ScheduledPruning):
             or self.hparams["removal"] == "soft"
             or (self.is_pretrained and since <= self._refresh_every() and bool(self.layers))
         )
-        if not due and self.hparams["risk_weight"] == 1:
+        if not due and self.hparams["risk_weight"] == 1 and not self.flags_every_step:
             return super().compute_loss(minibatches)
-        flags = self._flag(minibatches)
+        self.flags = flags = self._flag(minibatches)
         if not due:
             return self._weighted_loss(minibatches, flags)
         with _Capture(self) as self.captured:
@@ -307,7 +312,7 @@ class SFP(ScheduledPruning):
         """Bool [N] per domain: which samples seem to rest on a spurious attribute."""
         self.reference.eval()
         self.diagnostics = {name: value for name, value in self.diagnostics.items() if not name.startswith("flag")}
-        logits = self.reference(torch.cat([x for x, _ in minibatches]))
+        logits = self.reference_logits(torch.cat([x for x, _ in minibatches]))
         flags = []
         for domain, (part, batch) in enumerate(zip(logits.split([len(y) for _, y in minibatches]), minibatches)):
             losses = F.cross_entropy(part, batch[1], reduction="none")
@@ -335,6 +340,10 @@ class SFP(ScheduledPruning):
                 if truth.any():
                     self.diagnostics[f"flag_recall_domain{domain}"] = hits / truth.sum().item()
         return flags
+
+    def reference_logits(self, x: Tensor) -> Tensor:
+        """Logits [N, K] of the frozen copy."""
+        return self.reference(x)
 
     def _thresholds(self, domain: int) -> Tensor:
         """[K]: below which loss a sample of the domain and class is flagged, kappa times the mean loss of the domain

@@ -24,8 +24,9 @@ from ..files import write_output
 from ..layout import run_files
 from ..records import Warn, is_done, last_record
 from .display import ABSENT, RECONSTRUCTION_NOTE, daggered
+from .looks import COLOURS
 from .methods import Method, alike, label_methods, method_of
-from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
+from .plots import LINES, SUFFIXES, figure_style, image_bytes
 from .rows import RECONSTRUCTION
 from .statistics import paired_test
 

@@ -1,6 +1,6 @@
 """Figures of a report: Pareto fronts, accuracy against sparsity, critical differences; the numbers as CSV beside.
 
-Colours are those of Okabe & Ito ("Color Universal Design", 2008), told apart with any colour vision; marker, filling
+Colours are those of `looks`, told apart with any colour vision; marker, filling
 and line style differ too, so that a figure survives a grey printer. One panel is as wide as a column of a paper.
 matplotlib is the extra `plots`.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, unknown_name
 from ..files import write_atomically
 from .display import daggered, magnitude
+from .looks import COLOURS, colour_of, short_label
 from .plot_data import AVERAGE, CurvePoint, RankPoint, csv_of, curve_points, front_points, rank_points
 from .selection import RULES
 from .statistics import ALPHA, Ranking
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
-# Without their yellow, which is too light for thin lines on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 LINES = ("-", "--", ":", "-.")
 
 _COLUMN_INCHES = 3.5
 _PAGE_INCHES = 7.0
 _PANEL_HEIGHT = 2.5
+_NAMED_HEIGHT = 3.2
+_NAME_LENGTH = 28  # letters of a name beside a point; longer ones go into the legend
 _LINE_HEIGHT = 0.145
 _POINTS_PER_CHARACTER = 3.7  # of a 7 point font, on the safe side
 
@@ -117,7 +118,8 @@ def _fronts(report: Report) -> tuple[Figure, Sequence[Any], list[str]]:
     points, said = front_points(report)
     looks = _Looks((point.row, point.standing) for point in points)
     panels = list(dict.fromkeys(point.dataset for point in points))
-    figure, axes = _panels(len(panels), looks)
+    figure, axes = _panels(len(panels), looks, named=True)
+    drawn: list[tuple[Axes, list[tuple[float, float, str]]]] = []
     name = {"macs": "surviving MACs", "bitops": "BitOPs"}[points[0].cost_name]
     for axis, dataset in zip(axes, panels):
         here = [point for point in points if point.dataset == dataset]
@@ -142,6 +144,7 @@ def _fronts(report: Report) -> tuple[Figure, Sequence[Any], list[str]]:
             axis.locator_params(axis="x", nbins=5)
         for point, place in zip(here, places):
             axis.errorbar(place, point.accuracy, yerr=point.std_err, linestyle="none", **looks.of(point.row))
+        drawn.append((axis, [(place, point.accuracy, point.row) for point, place in zip(here, places)]))
         axis.xaxis.set_major_formatter(lambda value, _: magnitude(value))
         axis.xaxis.set_minor_formatter("")
         axis.set_title(_title(f"{dataset} ({_environments(here[0].environments)})"))
@@ -149,7 +152,11 @@ def _fronts(report: Report) -> tuple[Figure, Sequence[Any], list[str]]:
     title = f"Accuracy against {name}; the line is the Pareto front; {_ASIDE}"
     if any(point.single_precision for point in points):
         title += ". Networks that are not quantized count 32 x 32 BitOPs a MAC"
-    _finish(figure, axes, looks, report, title)
+    _finish(figure, axes, report, title)
+    figure.draw_without_rendering()  # so that points have their place
+    unnamed = {name for axis, places in drawn for name in _name_points(axis, places, looks)}
+    if unnamed:
+        _legend(figure, looks, [name for name in looks.names if name in unnamed], lines=False)
     return figure, points, said
 
 
@@ -181,11 +188,10 @@ def _curves(report: Report) -> tuple[Figure, Sequence[Any], list[str]]:
     _finish(
         figure,
         axes,
-        looks,
         report,
         f"Accuracy against sparsity; {_ASIDE}",
-        lines=True,
     )
+    _legend(figure, looks, looks.names, lines=True)
     return figure, points, said
 
 
@@ -290,25 +296,24 @@ def _draw_ranks(
 
 
 class _Looks:
-    """A colour, marker and line style for every name, the same in all panels."""
+    """A colour, marker and line style for every name, the same in all panels; the colour is its algorithm's, and names
+    of one colour differ in marker and line."""
 
     def __init__(self, names: Any) -> None:
         self.standings: dict[str, str | None] = dict(names)
         self.names = list(self.standings)
-        self.count = len(self.names)
 
-    def position(self, name: str) -> int:
-        return self.names.index(name)
+    def _turn(self, name: str) -> int:
+        """How many names before this one have its colour."""
+        before = self.names[: self.names.index(name)]
+        return sum(colour_of(other) == colour_of(name) for other in before)
 
     def of(self, name: str) -> dict[str, Any]:
         """Arguments of errorbar and of a legend's handle."""
-        index = self.position(name)
-        turn = index // len(COLOURS)
-        colour = COLOURS[index % len(COLOURS)]
+        turn, colour = self._turn(name), colour_of(name)
         return {
             "color": colour,
-            # The turn shifts the markers: a colour that comes back has another one.
-            "marker": _MARKERS[(index + turn) % len(_MARKERS)],
+            "marker": _MARKERS[(COLOURS.index(colour) + turn) % len(_MARKERS)],
             "markerfacecolor": "white" if turn % 2 else colour,
             "markeredgewidth": 0.9,
             "elinewidth": 0.8,
@@ -316,19 +321,67 @@ class _Looks:
         }
 
     def line_style(self, name: str) -> Any:
-        return LINES[self.position(name) // len(COLOURS) % len(LINES)]
+        return LINES[self._turn(name) % len(LINES)]
 
-    def legend(self, lines: bool) -> tuple[list[Any], list[str]]:
+    def legend(self, lines: bool, names: Sequence[str] | None = None) -> tuple[list[Any], list[str]]:
         from matplotlib.lines import Line2D
 
         handles = []
-        for name in self.names:
+        names = self.names if names is None else names
+        for name in names:
             look = {key: value for key, value in self.of(name).items() if key not in ("elinewidth", "capsize")}
             handles.append(Line2D([], [], linestyle=self.line_style(name) if lines else "none", **look))
-        return handles, [self.shown(name) for name in self.names]
+        return handles, [self.shown(name) for name in names]
+
+    def label(self, name: str) -> str:
+        """The name beside a point."""
+        return daggered(short_label(name), self.standings[name])
 
     def shown(self, name: str) -> str:
-        return "\n".join(textwrap.wrap(daggered(name, self.standings[name]), 58, break_long_words=False))
+        """The name in a legend."""
+        return "\n".join(textwrap.wrap(self.label(name), 58, break_long_words=False))
+
+
+def _name_points(axis: Axes, points: Sequence[tuple[float, float, str]], looks: _Looks) -> list[str]:
+    """Writes names beside points (x, y, name) where there is room; returns those that found none, or are long.
+
+    Places are tried in display coordinates, right, left, above and below; a name may cover no mark and no other name.
+    """
+    from matplotlib.patheffects import withStroke
+
+    size = 6.5
+    halo = [withStroke(linewidth=1.8, foreground="white")]
+    pixels = axis.figure.dpi / 72
+    spots = [tuple(axis.transData.transform((x, y))) for x, y, _ in points]
+    taken = [(x - 4 * pixels, y - 4 * pixels, x + 4 * pixels, y + 4 * pixels) for x, y in spots]
+    frame = axis.get_window_extent()
+    unnamed = []
+    for (x, y), point in sorted(zip(spots, points), key=lambda entry: -entry[0][1]):
+        text = looks.label(point[2])
+        wide, high = 0.56 * size * len(text) * pixels, 1.15 * size * pixels
+        gap = 5 * pixels
+        for left, low, ha, va, dx, dy in (
+            (x + gap, y - high / 2, "left", "center", 5, 0),
+            (x - gap - wide, y - high / 2, "right", "center", -5, 0),
+            (x - wide / 2, y + gap, "center", "bottom", 0, 5),
+            (x - wide / 2, y - gap - high, "center", "top", 0, -5),
+        ):
+            box = (left, low, left + wide, low + high)
+            inside = frame.x0 <= box[0] and box[2] <= frame.x1 and frame.y0 <= box[1] and box[3] <= frame.y1
+            if (
+                inside
+                and len(text) <= _NAME_LENGTH
+                and not any(b[0] < box[2] and box[0] < b[2] and b[1] < box[3] and box[1] < b[3] for b in taken)
+            ):
+                taken.append(box)
+                axis.annotate(
+                    text, point[:2], (dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=size,
+                    color=colour_of(point[2]), path_effects=halo,
+                )  # fmt: skip
+                break
+        else:
+            unnamed.append(point[2])
+    return unnamed
 
 
 def _side_by_side(
@@ -357,16 +410,19 @@ def _side_by_side(
     return places
 
 
-def _panels(count: int, looks: _Looks) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels, a column wide for one and a page for more, and room for the legend below."""
+def _panels(count: int, looks: _Looks, named: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels and room for the legend below; `named`: for points with their names beside them,
+    which take room themselves. A column wide for one panel, a page for more and for names."""
     from matplotlib.figure import Figure
 
     columns = 1 if count == 1 else 2 if count in (2, 4) else 3
     rows = math.ceil(count / columns)
-    width = _COLUMN_INCHES if columns == 1 else _PAGE_INCHES
+    width = _COLUMN_INCHES if columns == 1 and not named else _PAGE_INCHES
     labels = [looks.shown(name) for name in looks.names]
     lines = sum(label.count("\n") + 1 for label in labels) / _legend_columns(labels, width)
-    height = rows * _PANEL_HEIGHT + _LINE_HEIGHT * (math.ceil(lines) + 1) + 0.3
+    height = rows * (_NAMED_HEIGHT if named else _PANEL_HEIGHT) + 0.3
+    if not named:
+        height += _LINE_HEIGHT * (math.ceil(lines) + 1)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for unused in axes[count:]:
@@ -379,9 +435,7 @@ def _legend_columns(labels: Sequence[str], width: float) -> int:
     return max(1, min(len(labels), int(width * 72 / (longest * _POINTS_PER_CHARACTER + 34))))
 
 
-def _finish(
-    figure: Figure, axes: Sequence[Axes], looks: _Looks, report: Report, title: str, lines: bool = False
-) -> None:
+def _finish(figure: Figure, axes: Sequence[Axes], report: Report, title: str) -> None:
     for axis in axes:
         axis.set_ylabel("Accuracy (%)")
         axis.grid(axis="y", color="0.9", linewidth=0.5)
@@ -390,12 +444,15 @@ def _finish(
     width = figure.get_size_inches()[0]
     text = f"{title}. Bars: standard error over trials. {_selection(report)}."
     figure.suptitle("\n".join(textwrap.wrap(text, int(width * 72 / _POINTS_PER_CHARACTER))), fontsize=7)
-    handles, labels = looks.legend(lines)
+
+
+def _legend(figure: Figure, looks: _Looks, names: Sequence[str], lines: bool) -> None:
+    handles, labels = looks.legend(lines, names)
     figure.legend(
         handles,
         labels,
         loc="outside lower center",
-        ncols=_legend_columns(labels, width),
+        ncols=_legend_columns(labels, figure.get_size_inches()[0]),
         frameon=False,
         handlelength=2.2,
         columnspacing=1.0,

@@ -20,8 +20,9 @@ from ..errors import UserError, unknown_name
 from ..files import write_output
 from ..layout import run_files
 from ..records import Warn, read_records
+from .looks import COLOURS
 from .methods import method_of, plain_number
-from .plots import COLOURS, LINES, SUFFIXES, figure_style, image_bytes
+from .plots import LINES, SUFFIXES, figure_style, image_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

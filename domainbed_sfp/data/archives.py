@@ -20,12 +20,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from domainbed_sfp.data.disk import disk_error, require_space
+from domainbed_sfp.data.images.contents import is_hidden
 from domainbed_sfp.errors import UserError
 
 CHUNK_BYTES = 1 << 20
-
-# What macOS and Windows file managers leave in archives, as folders or files: never part of a data set.
-JUNK = {"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini"}
 
 DAMAGED = (
     zipfile.BadZipFile,
@@ -104,7 +102,7 @@ def _require_room(archive: Path, destination: Path) -> None:
 
 
 def members(archive: Path) -> Iterator[Member]:
-    """The files of an archive in their order, junk of file managers left out."""
+    """The files of an archive in their order, what systems and tools leave there left out."""
     if zipfile.is_zipfile(archive):
         yield from _zip_members(archive)
     elif tarfile.is_tarfile(archive):
@@ -173,7 +171,8 @@ def _tar_member(archive: Path, opened: tarfile.TarFile, link: PurePosixPath, tar
 
 
 def _checked(archive: Path, name: str) -> PurePosixPath | None:
-    """The relative path that `name` stands for, None for junk; ArchiveError when it would leave the tree."""
+    """The relative path that `name` stands for, None for what a system or a tool left there; ArchiveError when it
+    would leave the tree."""
     # Archives made on Windows may hold backslashes; treating them as separators everywhere is the safe side.
     posix = name.replace("\\", "/")
     path = PurePosixPath(posix)
@@ -181,7 +180,7 @@ def _checked(archive: Path, name: str) -> PurePosixPath | None:
         raise ArchiveError(archive, f"member {name!r} has an absolute path; refused")
     if ".." in path.parts or "\0" in name:
         raise ArchiveError(archive, f"member {name!r} leads out of the folder; refused")
-    if not path.parts or any(part in JUNK or part.startswith("._") for part in path.parts):
+    if not path.parts or any(is_hidden(part) for part in path.parts):
         return None
     return path
 

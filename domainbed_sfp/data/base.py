@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from domainbed_sfp import plugins
 from domainbed_sfp.data import augmentation
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.hparams import Hparam
@@ -123,8 +125,14 @@ class Dataset:
         return []
 
     @classmethod
+    def inspect(cls, data_dir: str | None) -> tuple[dict[str, int], list[str]]:
+        """How many files and folders beside the data are no part of it, by reason (data.images.contents.REASONS); and
+        what a user should know of the files before a run, a line each."""
+        return {}, []
+
+    @classmethod
     def check_files(cls, data_dir: str | None) -> None:
-        """Raises UserError where the files are plainly not there, without reading them."""
+        """Raises UserError where files are missing or laid out in another way, without reading them."""
 
     def __init__(self, environments: list[Environment], num_classes: int, augment: bool = False) -> None:
         self.environments = environments
@@ -185,7 +193,9 @@ def dataset_names() -> list[str]:
     return sorted(_datasets, key=lambda name: (not _datasets[name].EMBEDDED, name))
 
 
+@functools.cache
 def _load() -> None:
     package = importlib.import_module("domainbed_sfp.data.sets")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"domainbed_sfp.data.sets.{module.name}")
+    plugins.load_all(plugins.DATASETS, "data sets")

@@ -20,15 +20,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from domainbed_sfp.core import locks, surroundings
+from domainbed_sfp.data.images.decoding import decode, unreadable
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.files import write_atomically
 from domainbed_sfp.progress import progress
 
-# Part of every key: raise it when the stored form changes.
-FORMAT = "1"
+# Part of every key: raise it when the stored form or the decoding changes. 2: images of more than 8 bits are scaled.
+FORMAT = "2"
 
 
 def default_cache_dir() -> Path:
@@ -116,21 +116,14 @@ def _stat(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _file_digest(path: Path) -> bytes:
     try:
         return hashlib.sha256(path.read_bytes()).digest()
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    target = f", a link to {os.readlink(path)!r}," if path.is_symlink() else ""
-    return UserError(
-        f"image {str(path)!r}{target} cannot be read ({error.strerror or error}); make it readable or remove it"
-    )
+        raise unreadable(path, error) from error
 
 
 def _load(entry: Path, count: int, size: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -163,14 +156,14 @@ def _build(entry: Path, paths: Sequence[Path], title: str, size: int) -> None:
         images = _allocate(target / "images.npy", (len(paths), size, size, 3))
         sizes = np.zeros((len(paths), 2), dtype=np.int32)
 
-        def decode(index: int) -> None:
-            images[index], sizes[index] = _decode(paths[index], size)
+        def store(index: int) -> None:
+            images[index], sizes[index] = decode(paths[index], size)
 
         # PIL releases the interpreter's lock while it decodes and resizes.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             try:
                 for _ in progress(
-                    pool.map(decode, range(len(paths))), len(paths), f"decoding {title} at {size} px", "images"
+                    pool.map(store, range(len(paths))), len(paths), f"decoding {title} at {size} px", "images"
                 ):
                     pass
             except BaseException:
@@ -208,15 +201,3 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
         elif shutil.disk_usage(path.parent).free < array.nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return array
-
-
-def _decode(path: Path, size: int) -> tuple[np.ndarray, tuple[int, int]]:
-    try:
-        with Image.open(path) as image:
-            original = image.size
-            pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise _unreadable(path, error) from error
-        raise UserError(f"image {str(path)!r} cannot be decoded ({error}); replace the file or remove it") from error
-    return pixels, original

@@ -41,8 +41,10 @@ from domainbed_sfp.data.verify import (
     domain_net_facts,
     folder_problems,
     image_tree,
+    left_out,
     shortened,
     summary,
+    undecodable,
     verify,
     verify_tree,
 )
@@ -125,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE_OR_URL",
         help="a copy of the public archive (all of them where there are several), or a folder with them",
     )
-    parser.add_argument("--verify_only", action="store_true", help="count what is there; fetch nothing")
+    parser.add_argument("--verify_only", action="store_true", help="count and decode what is there; fetch nothing")
     parser.add_argument("--force", action="store_true", help="replace the folder that is there")
 
 
@@ -133,13 +135,16 @@ def run(args: argparse.Namespace) -> int:
     """The command: 0 when the data set is complete in the end; raises UserError otherwise."""
     dataset, data_dir = dataset_name(args.dataset), Path(args.data_dir)
     if args.verify_only:
-        problems = verify_tree(dataset, data_dir)
+        # Pixels are looked at only where all files are there: a fetch that broke off is told at once.
+        problems = verify_tree(dataset, data_dir) or list(undecodable(dataset, data_dir))
+        folder = dataset_folder(dataset, data_dir)
         for line in shortened(problems):
+            print(line)
+        if line := left_out(dataset, folder):
             print(line)
         if problems:
             number = f"{len(problems):,} problem{'s' * (len(problems) > 1)}"
             raise UserError(f"{dataset} in {data_dir} is not complete: {number}")
-        folder = dataset_folder(dataset, data_dir)
     else:
         folder = download(dataset, data_dir, args.sources, force=args.force)
     print("\n".join(summary(dataset, folder)))

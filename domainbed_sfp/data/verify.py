@@ -1,46 +1,29 @@
 """Says what a data set's folder lacks: images per domain and class, against published counts.
 
-Facts only; nothing here downloads or writes. Counting follows torchvision's ImageFolder: every folder below
-the root is a domain, every folder below a domain a class, and images are told by their file extension.
+Facts only; nothing here downloads or writes. What counts as a domain, a class or an image is what training takes for
+one (`images/contents.py`).
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 from domainbed_sfp.data.disk import disk_error
+from domainbed_sfp.data.images.contents import scan
+from domainbed_sfp.data.images.published import ImageTree, layout_hint, tree_problems
 from domainbed_sfp.errors import UserError, unknown_name
 
-# torchvision.datasets.folder.IMG_EXTENSIONS.
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Problems told one by one; the rest become a number.
 SHOWN_PROBLEMS = 10
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class ImageTree:
-    """A data set of the layout FOLDER/DOMAIN/CLASS/IMAGE and how many images it is known to have."""
-
-    folder: str
-    classes: tuple[str, ...]
-    # None where only the total is published.
-    domain_images: Mapping[str, int | None]
-    # domain -> class -> images, where published.
-    class_images: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    # Published sizes of the whole where they differ, DomainBed's paper first. Fewer images than the smallest
-    # are an error, a number that differs from the paper's is worth a note.
-    totals: tuple[int, ...] = ()
-    # What copies in circulation call a folder -> its name here. Both must sort to the same place: labels are positions.
-    synonyms: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,12 +116,16 @@ OFFICE_CALTECH_10 = _counted(
 )
 
 # Locations and categories: domainbed/scripts/download.py at b93c22a1cfc3. Totals: DomainBed's paper, and what
-# users count in today's archive (khanrc/miro issue 9, after DomainBed issue 58).
+# users count in today's archive (khanrc/miro issue 9, after DomainBed issue 58); its four locations as papers that
+# used it state them.
 TERRA_INCOGNITA = ImageTree(
     "terra_incognita",
     ("bird", "bobcat", "cat", "coyote", "dog", "empty", "opossum", "rabbit", "raccoon", "squirrel"),
     dict.fromkeys(("location_100", "location_38", "location_43", "location_46")),
     totals=(24_788, 24_330),
+    domain_images_of={
+        24_330: {"location_100": 4_741, "location_38": 9_736, "location_43": 3_970, "location_46": 5_883}
+    },
 )
 
 # Domain totals: the clipart, infograph, ... archives of ai.bu.edu/M3SDA (48,833, 53,201, 75,759, 172,500,
@@ -247,41 +234,39 @@ def folder_problems(dataset: str, folder: Path) -> list[str]:
         tree = image_tree(dataset)
         if tree is None:
             return list(_mnist_problems(folder))
-        return list(_image_problems(tree, count_images(folder)))
+        problems = list(tree_problems(tree, count_images(folder)))
+        if problems and (hint := layout_hint(tree, folder)):
+            problems.insert(0, f"{folder.name}: not laid out as published{hint}")
+        return problems
     except OSError as error:
         raise disk_error(error, f"reading {folder}") from error
 
 
-def unlike_published(dataset: str, images: Mapping[str, Sequence[int]]) -> list[str]:
-    """Where counts of images differ from the published ones, a line a domain; empty where they agree or none are known.
-
-    Args:
-        images: numbers by class, for each domain by its folder's name; both in sorted order, which is how environments
-            and labels are numbered. Names are not compared: they change nothing.
-    """
-    tree = image_tree(dataset)
-    if tree is None:
-        return []
-    found = {domain: sum(numbers) for domain, numbers in images.items()}
-    differences = []
-    for (domain, numbers), (name, expected) in zip(images.items(), sorted(tree.domain_images.items())):
-        by_class = [number for _, number in sorted(tree.class_images.get(name, {}).items())]
-        if expected is not None and found[domain] != expected:
-            differences.append(f"{domain} has {found[domain]:,} images of {expected:,}")
-        elif by_class and list(numbers) != by_class:
-            differences.append(f"{domain} has other numbers of images in its classes")
-    total = sum(found.values())
-    if tree.totals and total < min(tree.totals):
-        differences.append(f"{total:,} images of {min(tree.totals):,}")
-    return differences
-
-
 def count_images(folder: Path) -> dict[str, dict[str, int]]:
-    """Images by domain and class below `folder`, every folder counted, in sorted order."""
-    return {
-        domain.name: {each.name: _images_below(each.path) for each in _folders(domain.path)}
-        for domain in _folders(folder)
-    }
+    """Images by domain and class below `folder`, in sorted order."""
+    return scan(folder).counts()
+
+
+def left_out(dataset: str, folder: Path) -> str:
+    """One line on what in the data set's folder is no part of it; empty where nothing is."""
+    found = scan(folder).left_out if image_tree(dataset) and folder.is_dir() else None
+    return str(found) if found else ""
+
+
+def undecodable(dataset: str, data_dir: str | os.PathLike[str]) -> Iterator[str]:
+    """The files of `dataset` below `data_dir` whose contents training could not use, a line each with the reason."""
+    folder = dataset_folder(dataset_name(dataset), Path(data_dir))
+    if image_tree(dataset_name(dataset)) is None:
+        yield from _other_digits(folder)
+        return
+    # numpy and PIL are loaded only when pixels are looked at.
+    from domainbed_sfp.data.images.decoding import why_undecodable
+    from domainbed_sfp.progress import progress
+
+    files = [file.path for file in scan(folder).files()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reasons = progress(pool.map(why_undecodable, files), len(files), f"decoding {dataset}", "images")
+        yield from (reason for reason in reasons if reason)
 
 
 def summary(dataset: str, folder: Path) -> list[str]:
@@ -299,50 +284,6 @@ def summary(dataset: str, folder: Path) -> list[str]:
     return lines
 
 
-def _image_problems(tree: ImageTree, found: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    counts = {domain: _renamed(tree, classes) for domain, classes in _renamed(tree, found).items()}
-    for domain, expected in tree.domain_images.items():
-        if domain not in counts:
-            wanted = f" ({expected:,} images expected)" if expected is not None else ""
-            yield f"{domain}: the domain's folder is missing{wanted}"
-            continue
-        yield from _domain_problems(tree, domain, counts[domain])
-    for domain in counts:
-        if domain not in tree.domain_images:
-            # Environments are numbered by the sorted folders, so one more shifts their numbers.
-            yield f"{domain}: unexpected folder (the domains are {', '.join(tree.domain_images)})"
-    total = sum(sum(classes.values()) for classes in counts.values())
-    if tree.totals and total < min(tree.totals):
-        yield f"all domains: expected at least {min(tree.totals):,} images, found {total:,}"
-
-
-def _renamed(tree: ImageTree, found: Mapping[str, _T]) -> dict[str, _T]:
-    """`found` by the tree's own names; a synonym beside what it stands for stays, as one folder too many."""
-    own = {name: tree.synonyms.get(name, name) for name in found}
-    return {name if own[name] != name and own[name] in found else own[name]: value for name, value in found.items()}
-
-
-def _domain_problems(tree: ImageTree, domain: str, counts: Mapping[str, int]) -> Iterator[str]:
-    by_class = tree.class_images.get(domain, {})
-    for name in tree.classes:
-        expected = by_class.get(name)
-        wanted = f" ({expected:,} images expected)" if expected is not None else ""
-        if name not in counts:
-            yield f"{domain}/{name}: the class's folder is missing{wanted}"
-        elif expected is not None and counts[name] != expected:
-            yield f"{domain}/{name}: expected {expected:,} images, found {counts[name]:,}"
-        elif counts[name] == 0:
-            yield f"{domain}/{name}: the class has no image"
-    for name in counts:
-        if name not in tree.classes:
-            # Labels are numbered by the sorted folders, so one more shifts them.
-            yield f"{domain}/{name}: unexpected folder"
-    total = tree.domain_images[domain]
-    found = sum(counts.get(name, 0) for name in tree.classes)
-    if not by_class and total is not None and found != total:
-        yield f"{domain}: expected {total:,} images, found {found:,}"
-
-
 def _mnist_problems(folder: Path) -> Iterator[str]:
     for name, expected in MNIST_FILES.items():
         plain, packed = folder / "raw" / name, folder / "raw" / f"{name}.gz"
@@ -352,6 +293,22 @@ def _mnist_problems(folder: Path) -> Iterator[str]:
             yield from _idx_problems(packed, _unpacked_size(packed), expected)
         else:
             yield f"raw/{name} (or {name}.gz) is missing ({expected.size:,} bytes expected)"
+
+
+def _other_digits(folder: Path) -> Iterator[str]:
+    for name, expected in MNIST_FILES.items():
+        plain = folder / "raw" / name
+        path = plain if plain.is_file() else plain.with_name(f"{name}.gz")
+        digest = hashlib.md5()
+        try:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as opened:
+                while chunk := opened.read(1 << 20):
+                    digest.update(chunk)
+        except (OSError, EOFError, zlib.error) as error:
+            yield f"raw/{path.name}: damaged ({error})"
+        else:
+            if digest.hexdigest() != expected.md5:
+                yield f"raw/{path.name}: not MNIST's contents (their md5 is {digest.hexdigest()}, not {expected.md5})"
 
 
 def _idx_problems(path: Path, size: int, expected: IdxFile) -> Iterator[str]:
@@ -386,14 +343,3 @@ def _parent_hint(dataset: str, data_dir: Path) -> str:
     if all((data_dir / each).is_dir() for each in inside):
         return f"; {data_dir} itself looks like it: call it {name} and pass its parent folder"
     return ""
-
-
-def _folders(path: str | Path) -> list[os.DirEntry[str]]:
-    with os.scandir(path) as entries:
-        return sorted((entry for entry in entries if entry.is_dir()), key=lambda entry: entry.name)
-
-
-def _images_below(path: str) -> int:
-    return sum(
-        name.lower().endswith(IMAGE_EXTENSIONS) for _, _, names in os.walk(path, followlinks=True) for name in names
-    )

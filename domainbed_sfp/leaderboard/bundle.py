@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from domainbed_sfp.data.images.contents import REASONS
 from domainbed_sfp.leaderboard import entry_schema as entries
 from domainbed_sfp.leaderboard.entry_schema import list_of, object_of, or_null
 from domainbed_sfp.leaderboard.plain_files import open_plain
@@ -172,6 +173,7 @@ RECORD_SCHEMA: dict[str, Any] = {
             "hparams": _HPARAMS,
             "images_per_second": _NOT_NEGATIVE,
             "input_shape": list_of({"type": "integer", "minimum": 1, "maximum": 1024}, minItems=3, maxItems=3),
+            "left_out": object_of(dict.fromkeys(REASONS, entries.COUNT), optional=tuple(REASONS)),
             "macs": entries.COUNT,
             "masks": entries.SHA256,
             "mem_gb": _NOT_NEGATIVE,
@@ -193,6 +195,7 @@ RECORD_SCHEMA: dict[str, Any] = {
             "exported_bytes",
             "granularity",
             "images_per_second",
+            "left_out",
             "masks",
             "mean_bits",
             "mem_gb",

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from domainbed_sfp.leaderboard.bundle import RECORD_SCHEMA, RECORDS
@@ -25,12 +26,15 @@ Record = Mapping[str, Any]
 # Points of accuracy by which a record may differ on another machine: of step 0, and of any other.
 FIRST_TOLERANCE = 1.0
 TOLERANCE = 3.0
+# Of a small split so many samples may differ: one can be more than a point.
+SAMPLES = 2
 # In the mean over all records but the first, where the noise of single ones is gone and what was added to all is not.
 MEAN_TOLERANCE = 1.0
 
 # What says where a record was made, and how long it took.
 PLACE = ("environment", "commit", "code")
-_APART = {*VOLATILE_FIELDS, *PLACE, "args"}
+# Files beside the data are as many as a copy of it happens to have.
+_APART = {*VOLATILE_FIELDS, *PLACE, "args", "left_out"}
 # What training decides: a channel more or less. The rest of a record's own fields is the same anywhere.
 _SIZES = re.compile(r"surviving_parameters|macs|exported_bytes|(env\d+_)?(bitops|mean_bits)")
 _SIZE_TOLERANCE = 0.05
@@ -61,7 +65,12 @@ class Comparison:
 
 
 def compare(
-    name: str, claimed: Sequence[Record], again: Sequence[Record], tolerance: float, selected: frozenset[int]
+    name: str,
+    claimed: Sequence[Record],
+    again: Sequence[Record],
+    tolerance: float,
+    selected: frozenset[int],
+    sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> Comparison:
     """Compares the records of a run with those of its second computation.
 
@@ -70,6 +79,7 @@ def compare(
         claimed: its records in the bundle; `again` as many of them, from the first on.
         tolerance: points of accuracy, of all records but the first.
         selected: steps that a selection rule chose.
+        sizes: of the splits, by the names of their accuracies, where they are known.
     """
     outcome, file = Comparison(name), f"{RECORDS}/{name}.jsonl"
     pairs = list(zip(claimed, again))
@@ -89,7 +99,7 @@ def compare(
         outcome.problems = [Problem(file, where, expected + words, told) for where, expected, told in exact]
         return outcome
     outcome.agreement = AGREEMENTS[1]
-    rules = _Elsewhere(tolerance)
+    rules = _Elsewhere(tolerance, sizes)
     words = ", as computed again on another machine or commit"
     outcome.problems = [
         Problem(file, where, expected + words, told) for where, expected, told in _differing(file, pairs, rules.allows)
@@ -118,7 +128,9 @@ def check_means(comparisons: Sequence[Comparison], tolerance: float) -> tuple[fl
     return fmean(found[UNSEEN]) if found.get(UNSEEN) else 0.0, problems
 
 
-def compare_model(name: str, number: int, claimed: Record, again: Record) -> Comparison:
+def compare_model(
+    name: str, number: int, claimed: Record, again: Record, sizes: Mapping[str, int] = MappingProxyType({})
+) -> Comparison:
     """Compares a record, the `number`th of run `name`, with the evaluation of its model: what follows from the model's
     state is the same anywhere; accuracies differ by a few samples, and what is measured of images by rounding."""
     outcome = Comparison(name)
@@ -128,7 +140,7 @@ def compare_model(name: str, number: int, claimed: Record, again: Record) -> Com
             continue
         if (match := _ACCURACY.fullmatch(field_name)) and old is not None and new is not None:
             outcome.difference = max(outcome.difference, 100 * abs(old - new))
-            is_alike = 100 * abs(old - new) <= FIRST_TOLERANCE + 1e-9
+            is_alike = 100 * abs(old - new) <= points_allowed(FIRST_TOLERANCE, sizes.get(field_name))
         elif _DEGRADED.fullmatch(field_name):
             is_alike = old is not None and new is not None and _alike_copies(old, new)
         else:
@@ -198,6 +210,7 @@ class _Elsewhere:
     """What may differ, and by how much, between two machines."""
 
     tolerance: float
+    sizes: Mapping[str, int]
 
     def allows(self, name: str, step: int, old: Any, new: Any) -> bool:
         if _same(name, step, old, new):
@@ -205,7 +218,8 @@ class _Elsewhere:
         if old is None or new is None:
             return False
         if _ACCURACY.fullmatch(name):
-            return 100 * abs(old - new) <= (self.tolerance if step else min(FIRST_TOLERANCE, self.tolerance)) + 1e-9
+            points = self.tolerance if step else min(FIRST_TOLERANCE, self.tolerance)
+            return 100 * abs(old - new) <= points_allowed(points, self.sizes.get(name))
         if _DEGRADED.fullmatch(name):
             return _alike_copies(old, new)
         if name == "sparsity":
@@ -214,6 +228,11 @@ class _Elsewhere:
             return abs(old - new) <= _SIZE_TOLERANCE * max(abs(old), abs(new))
         # Two sets of masks of about the same size: `macs` and `surviving_parameters` compare them.
         return name == "masks" or (name not in RECORD_SCHEMA["properties"] and _alike_numbers(old, new))
+
+
+def points_allowed(tolerance: float, size: int | None) -> float:
+    """Points by which the accuracy of a split may differ."""
+    return max(tolerance, 100 * SAMPLES / size if size and tolerance else 0.0) + 1e-9
 
 
 def _alike_numbers(old: float, new: float) -> bool:

@@ -16,7 +16,7 @@ from domainbed_sfp import environment, networks, registry, training
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard.bundle import WEIGHTS
-from domainbed_sfp.leaderboard.facts import facts_of
+from domainbed_sfp.leaderboard.facts import facts_of, split_sizes
 from domainbed_sfp.leaderboard.schema import shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 
@@ -83,6 +83,20 @@ def hours_of(runs: Sequence[SubmittedRun], steps: int | None, evaluations: int |
         batch = int(run.run.hparams["batch_size"])
         seconds += trained * STEP_SECONDS + macs / speed * (PASSES * trained * batch * domains + evaluated)
     return seconds / 3600
+
+
+def sizes_of(run: SubmittedRun) -> dict[str, int]:
+    """How many samples each split of a run has, by the name of its accuracy; nothing where that is not known here."""
+    facts, args = facts_of(run.run.dataset), run.run.args
+    return {
+        f"env{env}_{split}_acc": count
+        for env, size in enumerate(facts.sizes if facts else ())
+        if size is not None
+        for split, count in split_sizes(
+            size, env in run.run.test_envs, args["holdout_fraction"], args["uda_holdout_fraction"]
+        ).items()
+        if count
+    }
 
 
 def args_of(run: SubmittedRun, place: Place, folder: str) -> training.TrainArgs:

@@ -20,6 +20,7 @@ from domainbed_sfp.analysis.protocol import conditions_of
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import names, tracks
+from domainbed_sfp.leaderboard.comparing import MEAN_TOLERANCE, TOLERANCE, points_allowed
 from domainbed_sfp.leaderboard.drawing import draw
 from domainbed_sfp.leaderboard.entry_schema import AGREEMENTS
 from domainbed_sfp.leaderboard.facts import Facts, facts_of, split_sizes
@@ -213,9 +214,14 @@ def _citations(entry: Entry) -> Told:
         if (found := sorted(cell["run"] for cell in again["cells"])) != drawn:
             words = f"{shown(drawn)}, which bundle and seed {again['seed']} draw"
             yield "rerun.cells", words, shown(found)
+        if abs(again["mean_difference"]) > MEAN_TOLERANCE:
+            yield "rerun.mean_difference", f"at most {MEAN_TOLERANCE:g} points", shown(again["mean_difference"])
+        if again["tolerance"] > TOLERANCE:
+            yield "rerun.tolerance", f"at most {TOLERANCE:g} points", shown(again["tolerance"])
+        limit = points_allowed(again["tolerance"], _smallest_split(entry))
         for at, cell in enumerate(again["cells"]):
-            if max(cell["difference"], abs(again["mean_difference"])) > again["tolerance"]:
-                yield f"rerun.cells[{at}].difference", f"at most {again['tolerance']:g}", shown(cell["difference"])
+            if cell["difference"] > limit:
+                yield f"rerun.cells[{at}].difference", f"at most {limit:.3g}", shown(cell["difference"])
 
 
 def _costs(entry: Entry) -> Told:
@@ -346,6 +352,14 @@ def _in_split(entry: Entry, at: int) -> int | None:
     if size is None or protocol["task"] != "domain_generalization":
         return None
     return split_sizes(size, True, protocol["holdout_fraction"], 0.0)["in"]
+
+
+def _smallest_split(entry: Entry) -> int | None:
+    """Samples of the smallest split of all environments, where it is known."""
+    facts, fraction = _facts(entry), entry["protocol"]["holdout_fraction"]
+    known = [size for size in facts.sizes if size is not None] if facts else []
+    splits = (split_sizes(size, False, fraction, 0.0) for size in known)
+    return min((count for split in splits for count in split.values() if count), default=None)
 
 
 def _std_err(values: Sequence[float]) -> float | None:

@@ -7,7 +7,7 @@ import tempfile
 from domainbed_sfp import training
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard.comparing import TOLERANCE, compare
-from domainbed_sfp.leaderboard.computing import Place, args_of, as_recorded, hours_of, reason_not_to
+from domainbed_sfp.leaderboard.computing import Place, args_of, as_recorded, hours_of, reason_not_to, sizes_of
 from domainbed_sfp.leaderboard.outcomes import FirstSteps
 from domainbed_sfp.leaderboard.schema import Problem
 from domainbed_sfp.leaderboard.summary import SubmittedRun
@@ -38,6 +38,6 @@ def _check(run: SubmittedRun, place: Place, found: FirstSteps) -> list[Problem]:
             again = training.first_record(args_of(run, place, folder))
     except UserError as error:
         return [Problem(records_of(run), "line 1", "a run that can be trained", str(error))]
-    compared = compare(run.name, run.records[:1], [again], TOLERANCE, frozenset())
+    compared = compare(run.name, run.records[:1], [again], TOLERANCE, frozenset(), sizes_of(run))
     found.differences[run.name] = compared.difference
     return compared.problems

@@ -17,7 +17,7 @@ from domainbed_sfp.checkpoints import without_aliases
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard.bundle import MODELS, Tree, model_file
 from domainbed_sfp.leaderboard.comparing import compare_model
-from domainbed_sfp.leaderboard.computing import Place, args_of, as_recorded, hours_of, reason_not_to
+from domainbed_sfp.leaderboard.computing import Place, args_of, as_recorded, hours_of, reason_not_to, sizes_of
 from domainbed_sfp.leaderboard.entry_schema import object_of
 from domainbed_sfp.leaderboard.outcomes import Models
 from domainbed_sfp.leaderboard.schema import Problem, parse, problems_of
@@ -120,6 +120,6 @@ def _check(run: SubmittedRun, number: int, tree: Tree, place: Place, found: Mode
     except UserError as error:
         yield Problem(file, "", f"the model of {run.run.algorithm}, which can be evaluated", str(error))
         return
-    compared = compare_model(run.name, number, record, again)
+    compared = compare_model(run.name, number, record, again, sizes_of(run))
     found.differences[run.name, record["step"]] = compared.difference
     yield from compared.problems

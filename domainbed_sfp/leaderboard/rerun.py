@@ -12,7 +12,7 @@ from typing import Any
 from domainbed_sfp import records, training
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard.comparing import Comparison, check_means, compare
-from domainbed_sfp.leaderboard.computing import Place, args_of, as_recorded, here, hours_of, reason_not_to
+from domainbed_sfp.leaderboard.computing import Place, args_of, as_recorded, here, hours_of, reason_not_to, sizes_of
 from domainbed_sfp.leaderboard.drawing import draw
 from domainbed_sfp.leaderboard.outcomes import Rerun
 from domainbed_sfp.leaderboard.schema import Problem
@@ -72,7 +72,7 @@ def _compute(run: SubmittedRun, place: Place, tolerance: float, selected: frozen
     except (UserError, RuntimeError, ValueError) as error:
         failed = Problem(records_of(run), "", "a run that can be trained", str(error) or type(error).__name__)
         return Comparison(run.name, problems=[failed])
-    return compare(run.name, run.records, [json.loads(line) for line in lines], tolerance, selected)
+    return compare(run.name, run.records, [json.loads(line) for line in lines], tolerance, selected, sizes_of(run))
 
 
 def _cited(results: Mapping[str, Any], steps: dict[str, set[int]]) -> dict[str, set[str]]:

@@ -14,9 +14,10 @@ from domainbed_sfp.errors import UserError, check_range
 from domainbed_sfp.layout import named, runs_below
 from domainbed_sfp.manifests import read_manifests, several_sweeps
 from domainbed_sfp.sweep import slurm, slurm_batches
+from domainbed_sfp.sweep.capacity import choose_slots, usable_cores, usable_memory, visible_gpus
 from domainbed_sfp.sweep.job import Job, command_line
 from domainbed_sfp.sweep.jobs import State, SweepDirectory, amount, failure_reason
-from domainbed_sfp.sweep.launchers import Task, get_launcher
+from domainbed_sfp.sweep.launchers import Task, get_launcher, job_environment, required_gpus
 from domainbed_sfp.sweep.slurm import SlurmOptions
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
 from domainbed_sfp.sweep.spec import SweepSpec, check_rows, default_datasets, drawn_compression, make_jobs, read_spec
@@ -37,7 +38,7 @@ def launch(
     output_dir: str,
     *,
     launcher: str = "local",
-    slots: int = 1,
+    slots: int | None = None,
     ask: bool = True,
     cache_dir: str | None = None,
     slurm_options: SlurmOptions | None = None,
@@ -45,19 +46,25 @@ def launch(
 ) -> int:
     """Runs every job that is not done, or hands it to SLURM. Jobs in SLURM's queue are left to it by every launcher.
 
+    slots: jobs at the same time on this machine; None chooses, and says what.
     Returns 0 when all are done or submitted, 1 where some failed, 130 after an interruption.
     """
-    check_range("--jobs", slots, 1)
+    if slots is not None:
+        check_range("--jobs", slots, 1)
     start = get_launcher(launcher)
     if launcher == "slurm":
         slurm_options = slurm_options or SlurmOptions()
         slurm.check(slurm_options)
         start = partial(start, options=slurm_options)
+    elif launcher == "multi_gpu":
+        required_gpus()  # before anything is written
     jobs = make_jobs(spec, data_dir)
     for dataset in spec.datasets:
         get_dataset_class(dataset).check_files(data_dir)
         if differences := get_dataset_class(dataset).differences(data_dir):
             print(f"warning: {not_as_published(dataset, differences)}", file=sys.stderr)
+        for line in get_dataset_class(dataset).inspect(data_dir)[1]:
+            print(line, file=sys.stderr)
     for name, algorithms in drawn_compression(spec).items():
         print(
             f"warning: hparam {name!r} is drawn for {', '.join(dict.fromkeys(algorithms))}: such a row mixes networks "
@@ -84,6 +91,8 @@ def launch(
     for job in to_launch:
         args = job.train_args(data_dir, folders[job], skip_model_save=spec.skip_model_save, cache_dir=cache_dir)
         tasks.append(Task(job, command_line(args)))
+    if slots is None:
+        slots = _chosen_slots(jobs, is_told=bool(tasks) and launcher in ("local", "multi_gpu"))
     outcome = start(tasks, directory, slots)
     print(summary(directory.states(jobs, _standings(directory)).values()))
     if outcome.interrupted:
@@ -155,6 +164,17 @@ def delete_incomplete(
     if kept := len(leftovers) - len(deleted):
         print(f"Kept {kept} that run, are done by now or cannot be removed.")
     return 0
+
+
+def _chosen_slots(jobs: Sequence[Job], is_told: bool) -> int:
+    """What `--jobs auto` stands for here."""
+    cores, gpus = usable_cores(), visible_gpus()
+    slots = choose_slots(jobs, cores, usable_memory(), gpus)
+    if is_told:
+        threads = job_environment(0, slots.jobs, gpus)["OMP_NUM_THREADS"]
+        each = f"{threads} thread{'s' * (threads != '1')}"
+        print(f"--jobs auto: {slots.jobs} at a time, each with {each} ({slots.why}).", flush=True)
+    return slots.jobs
 
 
 def _break_locks(directory: SweepDirectory, jobs: Sequence[Job]) -> None:

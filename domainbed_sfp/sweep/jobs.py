@@ -14,7 +14,7 @@ from typing import Any
 from domainbed_sfp import environment, records, registry
 from domainbed_sfp.core import locks
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.errors import UserError, spelled
 from domainbed_sfp.layout import DONE
 from domainbed_sfp.manifests import jobs_of, read_manifests, write_manifest
 from domainbed_sfp.sweep import slurm_batches
@@ -140,9 +140,10 @@ class SweepDirectory:
                     earlier = {**LATER_SETTINGS, **manifest.protocol}
                     for name in protocol.keys() & earlier.keys():
                         if protocol[name] != earlier[name]:
+                            there, here = earlier[name], protocol[name]
                             raise UserError(
-                                f"output_dir {str(self.path)!r} holds another sweep ({name} {earlier[name]!r} there, "
-                                f"{protocol[name]!r} here); choose another --output_dir"
+                                f"output_dir {str(self.path)!r} holds another sweep ({name} {spelled(there, [here])} "
+                                f"there, {spelled(here, [there])} here); choose another --output_dir"
                             )
                     protocol = {**earlier, **protocol}
                 write_manifest(self.path, protocol, self._entries(jobs, jobs_of(manifests)))

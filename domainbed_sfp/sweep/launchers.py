@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from domainbed_sfp import records
@@ -21,6 +20,7 @@ from domainbed_sfp.core import surroundings
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.progress import LOG_INTERVAL, bar
+from domainbed_sfp.sweep.capacity import usable_cores, visible_gpus
 from domainbed_sfp.sweep.job import PROGRAM, Job
 from domainbed_sfp.sweep.jobs import State, SweepDirectory
 from domainbed_sfp.sweep.processes import JobProcess
@@ -69,9 +69,7 @@ def launch_local(tasks: Sequence[Task], directory: SweepDirectory, slots: int) -
 
 def launch_multi_gpu(tasks: Sequence[Task], directory: SweepDirectory, slots: int) -> Outcome:
     """Runs the jobs on all GPUs, at least one at a time on each."""
-    gpus = visible_gpus()
-    if not gpus:
-        raise UserError("--command_launcher multi_gpu: no GPU is visible; use local")
+    gpus = required_gpus()
     return _LocalLaunch(tasks, directory, max(slots, len(gpus)), gpus).run()
 
 
@@ -105,17 +103,14 @@ def job_environment(slot: int, slots: int, gpus: Sequence[str]) -> dict[str, str
     return environment
 
 
-def usable_cores() -> int:
-    """Cores this process may use; where the system does not tell, all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def visible_gpus() -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES, one per GPU that this process may use."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return [name for name in listed.split(",") if name]
-    return [str(index) for index in range(torch.cuda.device_count())]
+def required_gpus() -> list[str]:
+    """As `visible_gpus`; a UserError where there is none."""
+    gpus = visible_gpus()
+    if not gpus:
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = "" if listed is None else f" (CUDA_VISIBLE_DEVICES is {listed!r})"
+        raise UserError(f"--command_launcher multi_gpu: no GPU is visible{why}; use local")
+    return gpus
 
 
 @dataclass

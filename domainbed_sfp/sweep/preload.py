@@ -8,16 +8,18 @@ import os
 # Whether there is a GPU is then asked without starting the driver, should a package that is imported here ask.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-import sklearn.datasets
 import torch._dynamo  # imported by torch's optimizers at their first step; takes as long as torch itself
 import torchvision
 
 from domainbed_sfp import cli, environment, registry, training
 from domainbed_sfp.data import dataset_names
+from domainbed_sfp.data.sets.digits import read_embedded
 
-__all__ = ["cli", "sklearn", "torch", "torchvision", "training"]
+__all__ = ["cli", "torch", "torchvision", "training"]
 
+cli.make_parser()  # imports what commands need for their flags
 registry.names()
 dataset_names()
+read_embedded(None)  # numbers too few for torch to start threads, which a fork would not survive
 # The jobs run the code that is loaded now, whatever is edited or checked out while the sweep goes on.
 environment.commit()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from ...records import Run
 from ..comparison import measured_rows
 from ..display import daggered, magnitude
+from ..looks import short_label
 from ..plot_data import FP32_BITOPS
 from ..tables import Row, Table, average_of, tested_environments
 from .svg import Line, Look, Point, chart, scatter
@@ -39,20 +39,6 @@ class Figure:
     kind: str
     svg: str
     caption: str = ""
-
-
-def short_label(label: str) -> str:
-    """A row's name in a figure: "SFP 50 %" for "SFP (sparsity=0.5)", with whatever else is set behind it."""
-    found = re.fullmatch(r"(\w+) \((.*)\)", label)
-    if not found:
-        return label
-    settings = dict(one.split("=", 1) for one in found[2].split(", ") if "=" in one)
-    try:
-        sparsity = f" {100 * float(settings.pop('sparsity')):g} %"
-    except (KeyError, ValueError):
-        return label
-    rest = ", ".join(f"{name}={value}" for name, value in settings.items())
-    return f"{found[1]}{sparsity}" + (f" ({rest})" if rest else "")
 
 
 def cost_figures(table: Table, looks: Mapping[str, Look]) -> list[Figure]:

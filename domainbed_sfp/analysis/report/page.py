@@ -20,6 +20,7 @@ from ..comparison import compare, measured_rows
 from ..comparison_formats import comparison_grids
 from ..display import Grid, grids_of
 from ..jobs import Account, Job, explain_missing, label_methods, row_labels, take_account
+from ..looks import short_label
 from ..selection import RULES, TRAINING_DOMAIN
 from ..tables import Report, build_report, environment_names
 from . import figures, svg
@@ -86,8 +87,8 @@ def _tables_by_rule(report: Report) -> list[tuple[str, list[Grid]]]:
 def _figures(report: Report, runs: Sequence[Run], root: Path) -> list[dict[str, Any]]:
     tables = [table for table in report.tables if table.rule is TRAINING_DOMAIN]
     labelled = list(zip(row_labels(runs), runs))
-    names = [(row.label, row.algorithm) for table in tables for row in measured_rows(table)]
-    looks = svg.looks_of(list(dict.fromkeys([*names, *((label, run.algorithm) for label, run in labelled)])))
+    names = [row.label for table in tables for row in measured_rows(table)]
+    looks = svg.looks_of(list(dict.fromkeys([*names, *(label for label, _ in labelled)])))
     drawn = []
     for table in tables:
         of_dataset = [(label, run) for label, run in labelled if run.dataset == table.dataset]
@@ -96,7 +97,7 @@ def _figures(report: Report, runs: Sequence[Run], root: Path) -> list[dict[str, 
         drawn.append(
             {
                 "name": table.dataset,
-                "key": svg.key({figures.short_label(row.label): looks[row.label] for row in measured_rows(table)}),
+                "key": svg.key({short_label(row.label): looks[row.label] for row in measured_rows(table)}),
                 "costs": figures.cost_figures(table, looks),
                 "environments": [by_environment] if by_environment else [],
                 "training": figures.training_figures(of_dataset, losses, looks, table.dataset),

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from ..looks import colour_of
+
 WIDTH, HEIGHT = 640, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 14, 48
-# Okabe & Ito ("Color Universal Design", 2008) without yellow and black, which a light and a dark page swallow.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F")
 _SHAPES = ("circle", "square", "diamond", "triangle")
 _CHARACTER = 6.3  # width of a letter of 11 px, on the safe side
 
@@ -48,15 +48,13 @@ class Line:
     points: Sequence[tuple[float, float]]
 
 
-def looks_of(rows: Sequence[tuple[str, str]]) -> dict[str, Look]:
-    """A look for every (row, algorithm), by row: an algorithm has its colour, and its rows have shapes of their own."""
-    algorithms = list(dict.fromkeys(algorithm for _, algorithm in rows))
+def looks_of(rows: Sequence[str]) -> dict[str, Look]:
+    """A look for every row: its algorithm's colour, and the first shape that no row of that colour has before it."""
     looks: dict[str, Look] = {}
-    for row, algorithm in rows:
-        at = algorithms.index(algorithm)
-        before = sum(other == algorithm for _, other in rows[: rows.index((row, algorithm))])
-        shape = _SHAPES[(at // len(COLOURS) + before) % len(_SHAPES)]
-        looks[row] = Look(COLOURS[at % len(COLOURS)], shape)
+    for row in rows:
+        colour = colour_of(row)
+        before = sum(look.colour == colour for look in looks.values())
+        looks[row] = Look(colour, _SHAPES[before % len(_SHAPES)])
     return looks
 
 

@@ -7,6 +7,7 @@ coloured, through torch's generator in DomainBed's order: the same seed gives Do
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import math
@@ -175,8 +176,10 @@ def unlike_mnist(data_dir: str | None) -> list[str]:
     return differences
 
 
+@functools.cache
 def read_embedded(data_dir: str | None) -> tuple[Tensor, Tensor]:
-    """scikit-learn's digits: uint8 [1797, 8, 8] (their 17 grey levels spread over 0..255) and labels [1797]."""
+    """scikit-learn's digits: uint8 [1797, 8, 8] (their 17 grey levels spread over 0..255) and labels [1797]. Parsed
+    once a process, which takes as long as some training steps: not to be changed in place."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -1,13 +1,7 @@
-"""Sets of photographs, drawings and sketches in DomainBed's layout: `<root>/<environment>/<class>/<image>`.
-
-Folders of environments and classes whose names begin with a dot are skipped: they are a tool's, such as
-`.ipynb_checkpoints`.
-"""
+"""Sets of photographs, drawings and sketches in DomainBed's layout: `<root>/<environment>/<class>/<image>`."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,12 +10,12 @@ import torch
 
 from domainbed_sfp.data.base import Dataset, Environment, dataset
 from domainbed_sfp.data.cache import cached_images
-from domainbed_sfp.data.verify import image_tree, unlike_published
+from domainbed_sfp.data.images import layout
+from domainbed_sfp.data.images.contents import Contents, scan, subfolders
+from domainbed_sfp.data.images.published import layout_hint, unlike_published
+from domainbed_sfp.data.verify import image_tree
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.hparams import AT_LEAST_ONE, Hparam
-
-# torchvision's, by which its ImageFolder (and so DomainBed) tells images from other files.
-IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 # Pixels; 227 px PACS at 224 px input is cropped from its own size.
 CROP_SIDE_LIMIT = 288
@@ -49,14 +43,15 @@ class ImageFolders(Dataset):
         size, augment = hparams["image_size"], hparams["data_augmentation"]
         if size < 8:
             raise UserError(f"hparam 'image_size': expected at least 8 pixels, got {size}")
-        files = {folder: _files_by_class(folder) for folder in cls.environment_folders(cls.root(data_dir))}
-        classes = _common_classes(files)
-        paths = {folder: [path for name in classes for path in by_class[name]] for folder, by_class in files.items()}
-        stored = {folder: cached_images(paths[folder], folder, size, cache_dir) for folder in files}
+        contents = cls.contents(data_dir)
+        classes = layout.check_classes(contents, cls.__name__)
+        folders = {contents.root / name: by_class for name, by_class in contents.environments.items()}
+        paths = {folder: [file.path for name in classes for file in files[name]] for folder, files in folders.items()}
+        stored = {folder: cached_images(paths[folder], folder, size, cache_dir) for folder in folders}
         largest = {folder: int(sizes.max()) for folder, (_, sizes) in stored.items()}
         environments = []
         for folder, (images, sizes) in stored.items():
-            labels = torch.tensor([index for index, name in enumerate(classes) for _ in files[folder][name]])
+            labels = torch.tensor([index for index, name in enumerate(classes) for _ in folders[folder][name]])
             crop_side = _crop_side(size, max(largest.values()) if one_crop_side else largest[folder])
             larger = None
             if augment and crop_side > size:
@@ -66,33 +61,29 @@ class ImageFolders(Dataset):
 
     @classmethod
     def check_files(cls, data_dir: str | None) -> None:
-        cls.environment_folders(cls.root(data_dir))
+        layout.check_classes(cls.contents(data_dir), cls.__name__)
 
     @classmethod
     def data_digest(cls, data_dir: str | None) -> str | None:
         """Of the names and sizes of all images where they are not the published ones, as in an incomplete copy."""
-        return cls.digest_of_files(data_dir) if cls.differences(data_dir) else None
+        return cls.contents(data_dir).digest() if cls.differences(data_dir) else None
 
     @classmethod
     def differences(cls, data_dir: str | None) -> list[str]:
-        if image_tree(cls.__name__) is None:
-            return []
-        folders = cls.environment_folders(cls.root(data_dir))
-        counts = {
-            folder.name: [len(paths) for _, paths in sorted(_files_by_class(folder).items())] for folder in folders
-        }
-        return unlike_published(cls.__name__, counts)
+        tree = image_tree(cls.__name__)
+        return unlike_published(tree, cls.contents(data_dir).counts()) if tree else []
 
     @classmethod
-    def digest_of_files(cls, data_dir: str | None) -> str:
-        """Of the names and sizes of all images: 16 hexadecimal digits."""
-        root, digest = cls.root(data_dir), hashlib.sha256()
-        for folder in cls.environment_folders(root):
-            for paths in _files_by_class(folder).values():
-                for path in paths:
-                    size = path.stat().st_size if path.exists() else -1  # a broken link is told of when it is read
-                    digest.update(f"{path.relative_to(root).as_posix()}\0{size}\n".encode(errors="surrogateescape"))
-        return digest.hexdigest()[:16]
+    def inspect(cls, data_dir: str | None) -> tuple[dict[str, int], list[str]]:
+        contents = cls.contents(data_dir)
+        return contents.left_out.as_record(), layout.remarks(contents, cls.__name__)
+
+    @classmethod
+    def contents(cls, data_dir: str | None) -> Contents:
+        """What the folder holds; a UserError if it is not there or has another number of environments."""
+        root = cls.root(data_dir)
+        cls.environment_folders(root)
+        return scan(root)
 
     @classmethod
     def root(cls, data_dir: str | None) -> Path:
@@ -111,16 +102,22 @@ class ImageFolders(Dataset):
     @classmethod
     def environment_folders(cls, root: Path) -> list[Path]:
         """Folders of the environments in DomainBed's order; a UserError if their number is not the data set's."""
-        folders = _subfolders(root)
-        found = ", ".join(folder.name for folder in folders) or "none"
-        if cls.ENVIRONMENTS is not None and len(folders) != len(cls.ENVIRONMENTS):
+        names = subfolders(root)
+        found = layout.listed(names, 10) or "none"
+        tree = image_tree(cls.__name__)
+        if cls.ENVIRONMENTS is not None and len(names) != len(cls.ENVIRONMENTS):
+            expected = tree.domain_images if tree else cls.ENVIRONMENTS
             raise UserError(
-                f"{cls.__name__}: expected {len(cls.ENVIRONMENTS)} environment folders in {str(root)!r} "
-                f"({', '.join(cls.ENVIRONMENTS)}), found {len(folders)}: {found}"
+                f"{cls.__name__}: expected {len(expected)} environment folders in {str(root)!r} "
+                f"({', '.join(expected)}), found {len(names)}: {found}{layout_hint(tree, root) if tree else ''}"
             )
-        if len(folders) < 2:
-            raise UserError(f"{cls.__name__}: expected two or more environment folders in {str(root)!r}, found {found}")
-        return folders
+        if len(names) < 2:
+            inner = layout.wrapped_in(root)
+            hint = f"; they seem to be in {str(inner)!r}: pass that as --data_dir" if inner and not cls.FOLDER else ""
+            raise UserError(
+                f"{cls.__name__}: expected two or more environment folders in {str(root)!r}, found {found}{hint}"
+            )
+        return [root / name for name in names]
 
 
 def _crop_side(size: int, largest: int) -> int:
@@ -131,44 +128,6 @@ def _crop_side(size: int, largest: int) -> int:
     at 128 px all of them. Twice the input is enough; beyond CROP_SIDE_LIMIT the disk would pay more than it brings.
     """
     return max(size, min(largest, 2 * size, CROP_SIDE_LIMIT))
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    """Folders in `folder` by name, less the hidden ones, which would shift the numbers of all that follow."""
-    visible = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    return sorted((entry for entry in visible if entry.is_dir()), key=lambda entry: entry.name)
-
-
-def _files_by_class(folder: Path) -> dict[str, list[Path]]:
-    """Image files by class folder, in the order of torchvision's ImageFolder."""
-    files: dict[str, list[Path]] = {}
-    for class_folder in _subfolders(folder):
-        paths = []
-        for directory, _, names in sorted(os.walk(class_folder, followlinks=True)):
-            paths += [Path(directory) / name for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]
-        if not paths:
-            raise UserError(
-                f"class folder {str(class_folder)!r} holds no image ({', '.join(IMG_EXTENSIONS)}); "
-                "add images or remove the folder from every environment"
-            )
-        files[class_folder.name] = paths
-    if not files:
-        raise UserError(f"environment folder {str(folder)!r} holds no class folder")
-    return files
-
-
-def _common_classes(files: Mapping[Path, Mapping[str, list[Path]]]) -> list[str]:
-    """The class names, which must be the same everywhere: labels are their positions."""
-    first, *others = files
-    for other in others:
-        for here, there in ((first, other), (other, first)):
-            missing = sorted(set(files[here]) - set(files[there]))
-            if missing:
-                raise UserError(
-                    f"environments disagree on their classes: {missing[0]!r} is in {str(here)!r} "
-                    f"but not in {str(there)!r}"
-                )
-    return sorted(files[first])
 
 
 @dataset("VLCS")
@@ -232,7 +191,7 @@ class Folder(ImageFolders):
     @classmethod
     def data_digest(cls, data_dir: str | None) -> str | None:
         """Of all images, always: this name stands for whatever a user has."""
-        return cls.digest_of_files(data_dir)
+        return cls.contents(data_dir).digest()
 
     @classmethod
     def environment_names(cls, data_dir: str | None = None) -> list[str]:

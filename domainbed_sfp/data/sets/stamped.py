@@ -22,7 +22,7 @@ RED, YELLOW, GREEN, CYAN, BLUE, MAGENTA = (
     *((0, 255, 255), (0, 0, 255), (255, 0, 255)),
 )
 
-# The two colours of each class's mark. DomainBed's augmentation turns the hues of an image by up to 108 degrees, all
+# The two colours of a mark. DomainBed's augmentation turns the hues of an image by up to 108 degrees, all
 # at once, and makes one image in ten grey: one colour says little then, how two of them differ is seen all the same.
 MARKS = np.array(
     [
@@ -43,35 +43,50 @@ LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 AGREEMENTS: tuple[float | None, ...] = (0.95, 0.9, None)
 
 
+def mark_colors(classes: int) -> np.ndarray:
+    """The colours of each class's mark, uint8 [classes, 4, 3]: one of MARKS twice, or two beyond ten classes.
+
+    Raises ValueError for one class, or for more than there are pairs of marks.
+    """
+    if not 2 <= classes <= len(MARKS) ** 2:
+        raise ValueError(f"expected 2 to {len(MARKS) ** 2} classes, a mark for each, found {classes}")
+    first, second = np.arange(classes) % len(MARKS), np.arange(classes) // len(MARKS)
+    return np.concatenate((MARKS[first], MARKS[first if classes <= len(MARKS) else second]), axis=1)
+
+
 @functools.cache
 def frame(side: int) -> np.ndarray:
-    """Which colour of a mark a pixel has, int8 [side, side]: dashes of the first (0) and second (1) in turn along the
-    four edges; -1 where the image stays."""
+    """Which of a mark's four colours a pixel has, int8 [side, side]: dashes of the first two in turn along the upper
+    and lower edge, of the others along the sides; -1 where the image stays."""
     dash = np.arange(side) * FRAME_DASHES // side % 2
     width = max(1, round(FRAME_WIDTH * side))
     pattern = np.full((side, side), -1, dtype=np.int8)
-    pattern[:, :width] = pattern[:, -width:] = dash[:, None]
+    pattern[:, :width] = pattern[:, -width:] = dash[:, None] + 2
     pattern[:width] = pattern[-width:] = dash[None, :]
     return pattern
 
 
 @functools.cache
 def corner(side: int) -> np.ndarray:
-    """As `frame`, a sign in the lower right corner: a square of the first colour, in it one of the second."""
+    """As `frame`, a sign in the lower right corner, in it another: their upper halves have the first two colours, the
+    lower halves the others."""
     pattern = np.full((side, side), -1, dtype=np.int8)
     end = side - round(SIGN_MARGIN * side)
-    start = end - max(3, round(SIGN_SIDE * side))
+    start = end - max(4, round(SIGN_SIDE * side))
     border = max(1, (end - start) // 4)
     pattern[start:end, start:end] = 0
     pattern[start + border : end - border, start + border : end - border] = 1
+    pattern[(start + end) // 2 : end, start:end] += 2
     return pattern
 
 
 def tint(images: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Images half of whose colour is the mark's: shadows take the first colour, lights the second."""
+    """Images half of whose colour is the mark's: shadows take the first, lights the second; in the lower half of the
+    image the third and the fourth."""
     light = (images @ LUMINANCE / 255)[..., None]
-    first, second = (colors[:, None, None, position].astype(np.float32) for position in (0, 1))
-    toned = images + TINT_STRENGTH * (first + light * (second - first) - images)
+    rows = 2 * (np.arange(images.shape[1]) >= images.shape[1] // 2)
+    dark, bright = (colors[:, rows + position, None].astype(np.float32) for position in (0, 1))
+    toned = images + TINT_STRENGTH * (dark + light * (bright - dark) - images)
     return np.round(toned).astype(np.uint8)
 
 
@@ -79,14 +94,13 @@ PATTERNS = {"frame": frame, "corner": corner}
 STAMPS = (*PATTERNS, "tint")
 
 
-def stamp_images(images: np.ndarray, marks: np.ndarray, stamp: str) -> np.ndarray:
-    """Copies of `images`, uint8 [n, side, side, 3], with the mark `marks` [n] (positions in MARKS) in the form of
-    `stamp`, one of STAMPS."""
-    colors = MARKS[marks]
+def stamp_images(images: np.ndarray, colors: np.ndarray, stamp: str) -> np.ndarray:
+    """Copies of `images`, uint8 [n, side, side, 3], with marks of the `colors` [n, 4, 3] in the form of `stamp`, one of
+    STAMPS."""
     if stamp == "tint":
         return tint(images, colors)
     pattern, images = PATTERNS[stamp](images.shape[1]), images.copy()
-    for position in (0, 1):
+    for position in range(colors.shape[1]):
         images[:, pattern == position] = colors[:, None, position]
     return images
 
@@ -97,15 +111,15 @@ class StampedImages:
     Args:
         stores: each uint8 [n, side, side, 3], of one side.
         rows: of each image, its position in the stores one after the other, int64 [N].
-        marks: of each image, int64 [N].
+        colors: of each image's mark, uint8 [N, 4, 3].
         stamp: one of STAMPS.
     """
 
-    def __init__(self, stores: Sequence[StoredImages], rows: np.ndarray, marks: np.ndarray, stamp: str) -> None:
+    def __init__(self, stores: Sequence[StoredImages], rows: np.ndarray, colors: np.ndarray, stamp: str) -> None:
         self.stores = stores
         self.ends = np.cumsum([store.shape[0] for store in stores])
         self.rows = rows
-        self.marks = marks
+        self.colors = colors
         self.stamp = stamp
 
     @property
@@ -120,7 +134,7 @@ class StampedImages:
             mine = owners == position
             if mine.any():
                 images[mine] = store[rows[mine] - self.ends[position] + store.shape[0]]
-        return stamp_images(images, self.marks[indices], self.stamp)
+        return stamp_images(images, self.colors[indices], self.stamp)
 
 
 class Stamped(Dataset):
@@ -147,8 +161,10 @@ class Stamped(Dataset):
     @classmethod
     def build(cls, data_dir: str | None, hparams: Mapping[str, Any], seed: int, cache_dir: Path | None) -> Dataset:
         domains, classes = cls.PHOTOGRAPHS.photographs(data_dir, hparams, cache_dir, one_crop_side=True)
-        if classes > len(MARKS):
-            raise UserError(f"{cls.__name__}: expected at most {len(MARKS)} classes, a mark for each, found {classes}")
+        try:
+            colors = mark_colors(classes)
+        except ValueError as error:
+            raise UserError(f"{cls.__name__}: {error}") from error
         labels = torch.cat([domain.labels for domain in domains])
         sizes = torch.cat([domain.sizes for domain in domains if domain.sizes is not None])
         small = [domain.images for domain in domains if not isinstance(domain.images, torch.Tensor)]
@@ -160,7 +176,7 @@ class Stamped(Dataset):
             rows = order[index :: len(AGREEMENTS)]
             marks, aligned = draw_attribute(labels[rows], agreement or 1 / classes, classes, generator)
             images, larger = (
-                StampedImages(stores, rows.numpy(), marks.numpy(), hparams["stamp"]) if stores else None
+                StampedImages(stores, rows.numpy(), colors[marks.numpy()], hparams["stamp"]) if stores else None
                 for stores in (small, large)
             )
             assert images is not None
@@ -178,6 +194,10 @@ class Stamped(Dataset):
     @classmethod
     def differences(cls, data_dir: str | None) -> list[str]:
         return cls.PHOTOGRAPHS.differences(data_dir)
+
+    @classmethod
+    def inspect(cls, data_dir: str | None) -> tuple[dict[str, int], list[str]]:
+        return cls.PHOTOGRAPHS.inspect(data_dir)
 
 
 @dataset("StampedPACS")

@@ -1,0 +1,114 @@
+"""Writes results/README.md from the committed records: `python results/readme.py` in the checkout's root.
+
+Every number is computed here; the words around them stand in readme.jinja and are written for what the records say
+today. A test compares the page with what this makes of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+
+import domainbed_sfp as dsfp
+from domainbed_sfp.analysis.looks import short_label
+from domainbed_sfp.sweep.spec import read_spec, shipped_specs
+
+HERE = Path(__file__).parent
+
+
+@cache
+def records(sweep: str) -> pd.DataFrame:
+    return dsfp.read_records(HERE / sweep)
+
+
+@cache
+def table(sweep: str, dataset: str) -> pd.DataFrame:
+    return dsfp.table(records(sweep), dataset=dataset)
+
+
+def tested(frame: pd.DataFrame) -> list[str]:
+    return [name[: -len("_std_err")] for name in frame if name.endswith("_std_err") and name != "average_std_err"]
+
+
+def cell(sweep: str, dataset: str, row: str) -> str:
+    """ "93.2 ± 0.5 (98.0)": out of domain with its standard error, in brackets in the training domains."""
+    frame = table(sweep, dataset)
+    names = tested(frame)
+    name = names[0] if len(names) == 1 else "average"
+    line = frame.loc[row]
+    return f"{line[name]:.1f} ± {line[f'{name}_std_err']:.1f} ({line.in_domain:.1f})"
+
+
+def grid(sweep: str, datasets: Sequence[str], rows: Sequence[str]) -> str:
+    """A table of rows by data sets."""
+    standing = dsfp.algorithms().standing
+    lines = ["| method | " + " | ".join(datasets) + " |", "|---|" + "--:|" * len(datasets)]
+    for row in rows:
+        dagger = " †" if standing.get(row.split(" (")[0]) == "reconstruction" else ""
+        lines.append(f"| {short_label(row)}{dagger} | " + " | ".join(cell(sweep, one, row) for one in datasets) + " |")
+    return "\n".join(lines)
+
+
+def difference(sweep: str, dataset: str, row: str, other: str) -> str:
+    """ "9.5 points (6.6 to 12.5, p = .001)": of `row` over `other`, with the interval and a paired t-test."""
+    frame = records(sweep)
+    one = dsfp.compare(frame[frame.dataset == dataset], row, other).iloc[0]
+    p = "p < .001" if one.p_t < 0.001 else f"p = {one.p_t:.2g}".replace("0.", ".")
+    return f"{one.difference:.1f} points ({one.low:.1f} to {one.high:.1f}, {p}, {one.pairs} pairs)"
+
+
+def rows(sweep: str, dataset: str, part: str) -> list[str]:
+    """The rows of a table whose names hold `part`, but for those of settings that are no method's own."""
+    return [row for row in table(sweep, dataset).index if part in row and "channel_score" not in row]
+
+
+def cost(sweep: str, dataset: str, row: str) -> str:
+    """What a row loses against dense ERM, out of domain and in domain."""
+    lost = table(sweep, dataset).loc["ERM"] - table(sweep, dataset).loc[row]
+    return f"{lost.average:.1f} points out of domain and {lost.in_domain:.1f} in the training domains"
+
+
+def page() -> str:
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    template = environment.from_string((HERE / "readme.jinja").read_text(encoding="utf-8"))
+    mnist = ("ColoredMNIST", "FullColoredMNIST", "TexturedMNIST")
+    return template.render(mnist=mnist, cell=cell, cost=cost, difference=difference, files=files, grid=grid, rows=rows)
+
+
+def files() -> str:
+    """The committed sweeps: what they hold, on what they ran, and the command."""
+    lines = ["| sweep | rows, trials, runs | hardware | command |", "|---|---|---|---|"]
+    for sweep in sorted(path.parent.name for path in HERE.glob("*/sweep.json")):
+        frame = records(sweep)
+        runs = frame.drop_duplicates("run")
+        trials = runs.groupby("row").trial_seed.nunique()
+        counts = f"{trials.min()} to {trials.max()}" if trials.min() < trials.max() else f"{trials.min()}"
+        spec = f"sweeps/{sweep}.yaml" if sweep in shipped_specs() else "its spec"
+        needs_data = not read_spec(sweep).datasets[0].endswith("Digits") if sweep in shipped_specs() else True
+        data = "--data_dir DIR " if needs_data else ""
+        command = f"`domainbed-sfp sweep launch {spec} {data}--output_dir results/{sweep}`"
+        name = f"[{sweep}]({sweep}.md)" if (HERE / f"{sweep}.md").is_file() else sweep
+        held = f"{runs.row.nunique()} rows, {counts} trials, {len(runs)} runs"
+        lines.append(f"| {name} | {held} | {hardware(sweep)} | {command} |")
+    return "\n".join(lines)
+
+
+def hardware(sweep: str) -> str:
+    """The processors and GPUs that the records of a sweep name."""
+    found = set()
+    for path in (HERE / sweep).glob("*/results.jsonl"):
+        with path.open() as file:
+            environment: dict[str, Any] = json.loads(file.readline()).get("environment") or {}
+        device = str(environment.get("device", "not recorded"))
+        found.add(str(environment.get("cpu", device)) if device == "cpu" else device)
+    return ", ".join(sorted(found))
+
+
+if __name__ == "__main__":
+    (HERE / "README.md").write_text(page(), encoding="utf-8")

@@ -1,0 +1,113 @@
+"""SFPAligned: reconstruction of what layers read, and alignment with the frozen reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from domainbed_sfp import registry
+from domainbed_sfp.hparams import resolve_hparams
+from domainbed_sfp.pruning.reconstruction import InputMoments, ReaderInputs, reconstruct
+
+
+def test_a_channel_that_others_determine_is_lost_without_a_trace():
+    """Channel 2 is 2 h0 - h1: what the layer makes of all three, it makes of the first two."""
+    torch.manual_seed(0)
+    free = torch.rand(200, 2, 5, 5) + 0.5
+    x = torch.cat([free, 2 * free[:, :1] - free[:, 1:]], 1)
+    layer = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    before = layer(x)
+    moments = InputMoments({"layer": 3})
+    for _ in range(3):
+        moments.update("layer", x)
+    dying, alive = torch.tensor([False, False, True]), torch.tensor([True, True, False])
+    reconstruct(layer.weight.data, moments["layer"], dying, alive)
+    layer.weight.data[:, 2] = 0
+    assert (layer(x) - before).abs().max() < 0.03 * before.abs().max()
+
+
+def test_what_is_dead_already_tells_nothing_and_nothing_dying_changes_nothing():
+    weight = torch.randn(4, 3, 1, 1)
+    unchanged = weight.clone()
+    moments = torch.eye(3)
+    reconstruct(weight, moments, torch.tensor([False] * 3), torch.tensor([True, True, False]))
+    assert torch.equal(weight, unchanged)
+    # Channels that have nothing in common take nothing over.
+    reconstruct(weight, moments, torch.tensor([False, True, False]), torch.tensor([True, False, False]))
+    assert torch.allclose(weight, unchanged, atol=1e-6)
+
+
+def test_moments_are_those_of_the_inputs():
+    x = torch.randn(6, 3)
+    moments = InputMoments({"classifier": 3})
+    moments.update("classifier", x)
+    assert torch.allclose(moments["classifier"], 0.05 * x.t() @ x / 6, atol=1e-6)
+
+
+def test_inputs_are_collected_while_asked():
+    layer = nn.Linear(3, 2)
+    with ReaderInputs({"layer": layer}) as seen:
+        layer(torch.ones(4, 3, requires_grad=True))
+    layer(torch.zeros(4, 3))
+    (inputs,) = seen.inputs["layer"]
+    assert inputs.shape == (4, 3) and not inputs.requires_grad and inputs.sum() == 12
+
+
+def made(**changes):
+    torch.manual_seed(0)
+    hparams = resolve_hparams("SFPAligned", "FullColoredDigits", overrides={"backbone": "mnist_cnn_bn", **changes})
+    algorithm = registry.get("SFPAligned").cls((3, 8, 8), 10, 2, hparams)
+    algorithm.total_steps = 40
+    return algorithm
+
+
+def batches(step):
+    made_by = torch.Generator().manual_seed(step)
+    labels = [torch.randint(0, 10, (32,), generator=made_by) for _ in range(2)]
+    # Easy for two thirds of the samples, so that flags have something to tell apart.
+    return [
+        (torch.rand(32, 3, 8, 8, generator=made_by) * (torch.arange(32) % 3 == 0)[:, None, None, None] + y.view(-1, 1, 1, 1) / 5, y)
+        for y in labels
+    ]  # fmt: skip
+
+
+def train(algorithm, steps=range(40)):
+    return [algorithm.update(batches(step)) for step in steps]
+
+
+def test_the_network_is_aligned_with_what_it_was_at_prune_start_and_moves_away():
+    told = train(made())
+    first = next(at for at, metrics in enumerate(told) if "alignment_distance" in metrics)
+    assert first == 6  # .15 of 40 steps
+    assert told[-1]["alignment_distance"] > 0 and told[-1]["alignment_divergence"] > 0
+
+
+def test_alignment_keeps_features_nearer():
+    near, far = (train(made(alignment=weight, alignment_logits=0.0))[-1] for weight in (10.0, 0.0))
+    assert near["alignment_distance"] < far["alignment_distance"]
+
+
+def test_directions_left_out_are_orthonormal_and_as_many_at_random():
+    for policy in ("flags", "random"):
+        algorithm = made(alignment_directions=policy)
+        train(algorithm)
+        directions = algorithm.feature_directions
+        kept = directions[directions.any(1)]
+        assert torch.allclose(kept @ kept.t(), torch.eye(len(kept)), atol=1e-4)
+
+
+def test_reconstruction_changes_the_weights_that_remain():
+    one, two = made(), made(reconstruction="none")
+    train(one, range(9))
+    train(two, range(9))
+    assert one.sparsity() == two.sparsity() > 0
+    assert not torch.equal(one.featurizer.conv2.weight, two.featurizer.conv2.weight)
+
+
+@pytest.mark.parametrize("name", ["alignment_directions", "reconstruction"])
+def test_choices_are_checked(name):
+    from domainbed_sfp.errors import UserError
+
+    with pytest.raises(UserError, match=f"{name}.*none"):
+        made(**{name: "al"})
