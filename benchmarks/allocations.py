@@ -215,14 +215,16 @@ def page_of(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The page: a section for each budget."""
     settings = lines[0]["settings"]
     commits = ", ".join(sorted({line["commit"][:12] for line in lines}))
+    made_on = {(each["cpu"], each["torch"]) for each in (line["environment"] for line in lines)}
+    machines = ", ".join(f"{cpu}, torch {version}" for cpu, version in sorted(made_on))
     yield f"# The best static allocation by degradation and severity, {settings['dataset']}"
     yield ""
     values = settings["hparams"]
     yield (
         f"Test environment {settings['test_env']}, {lines[0]['images']} images; {settings['steps']} steps at 8 bits, "
         f"then {settings['finetune']} of each allocation on the same minibatches; {values['batch_size']} images an "
-        f"environment at {values['image_size']} px, half of them degraded; backbone {values['backbone']}; commit "
-        f"{commits}."
+        f"environment at {values['image_size']} px, half of them degraded; backbone {values['backbone']}; "
+        f"{machines}; commit {commits}."
     )
     for bits in sorted({line["bits"] for line in lines}):
         yield from _section([line for line in lines if line["bits"] == bits], bits)

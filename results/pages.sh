@@ -55,5 +55,6 @@ for sweep in quantization_digits quantization_small; do
 done
 domainbed-sfp rankings --input_dir results/globalpru_coloured --output results/globalpru_rankings.csv \
   --plot results/globalpru_rankings.png
+python benchmarks/allocations.py report results/allocations_digits.jsonl --output results/allocations_digits.md
 
 python results/readme.py

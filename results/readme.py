@@ -6,6 +6,7 @@ today. A test compares the page with what this makes of them.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from functools import cache
@@ -17,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 import domainbed_sfp as dsfp
 from domainbed_sfp.analysis.looks import short_label
+from domainbed_sfp.analysis.statistics import paired_test
 from domainbed_sfp.sweep.spec import read_spec, shipped_specs
 
 HERE = Path(__file__).parent
@@ -74,11 +76,32 @@ def cost(sweep: str, dataset: str, row: str) -> str:
     return f"{lost.average:.1f} points out of domain and {lost.in_domain:.1f} in the training domains"
 
 
+def premise() -> dict[str, Any]:
+    """What benchmarks/allocations.py found on the coloured digits, for the page's sentence."""
+    specification = importlib.util.spec_from_file_location("allocations", HERE.parent / "benchmarks/allocations.py")
+    assert specification is not None and specification.loader is not None
+    bench = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(bench)
+    cases, names, accuracies = bench.table_of(bench.read(HERE / "allocations_digits.jsonl"))
+    means = accuracies.mean(0)
+    single = int(means.mean(0).argmax())
+    gained = paired_test(bench.held_out_gains(accuracies, bench.groupings(cases)["degradation and severity"]).tolist())
+    return {
+        "allocations": len(names),
+        "single": names[single],
+        "best": int((means.argmax(1) == single).sum()),
+        "cases": len(cases),
+        "seeds": len(accuracies),
+        "gain": f"{gained.difference:.1f} points ({gained.interval.low:.1f} to {gained.interval.high:.1f})",
+    }
+
+
 def page() -> str:
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string((HERE / "readme.jinja").read_text(encoding="utf-8"))
     mnist = ("ColoredMNIST", "FullColoredMNIST", "TexturedMNIST")
-    return template.render(mnist=mnist, cell=cell, cost=cost, difference=difference, files=files, grid=grid, rows=rows)
+    tools = {"cell": cell, "cost": cost, "difference": difference, "files": files, "grid": grid, "rows": rows}
+    return template.render(mnist=mnist, premise=premise(), **tools)
 
 
 def files() -> str:

@@ -54,7 +54,7 @@ def lines_of(accuracies: np.ndarray) -> list[dict]:
     return [
         {
             **{"settings": settings, "seed": seed, "bits": 3, "allocation": f"a{index}", "bitops": 0.15},
-            **{"images": 10, "commit": "c" * 40},
+            **{"images": 10, "commit": "c" * 40, "environment": {"cpu": "a CPU", "torch": "2.0"}},
             "cases": [[*case, accuracies[seed, position, index] / 100] for position, case in enumerate(CASES)],
         }
         for seed in range(len(accuracies))

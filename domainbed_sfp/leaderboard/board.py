@@ -94,6 +94,13 @@ class Ranking:
         return f"{self.track} track{kind}, {self.tier}" + ("" if self.is_verified else " (not ranked)")
 
     @property
+    def tested(self) -> tuple[str, ...]:
+        """The environments that are tested, where no line has tested all of them and there is no average to show."""
+        if any(line.result.average for line in self.lines):
+            return ()
+        return tuple(name for name in self.environments if any(line.cell(name) for line in self.lines))
+
+    @property
     def title(self) -> str:
         """What is ranked, in one line."""
         data = f" (data {self.data_digest})" if self.data_digest else ""
