@@ -25,7 +25,6 @@ def code_blocks(document: str, language: str) -> list[str]:
 @pytest.mark.parametrize(
     ("document", "name"),
     [
-        ("CONTRIBUTING.md", "SmallestKernel"),
         ("docs/writing_an_algorithm.md", "FirstFilters"),
         ("docs/writing_an_algorithm.md", "CoinFlip"),
     ],
@@ -71,11 +70,11 @@ def test_the_notebooks_run(monkeypatch, notebook):
     assert "axes" in names or len(names["right"]) > 100
 
 
-def test_the_data_set_in_contributing_is_enough():
+def test_the_data_set_in_the_documents_is_enough():
     from domainbed_sfp.data import base
     from domainbed_sfp.data.sets.folders import ImageFolders
 
-    source = next(block for block in code_blocks("CONTRIBUTING.md", "python") if "@dataset" in block)
+    source = next(block for block in code_blocks("docs/own_data.md", "python") if "@dataset" in block)
     try:
         exec(source, {"dataset": base.dataset, "ImageFolders": ImageFolders})
         assert base.get_dataset_class("MyPhotos").environment_names() == ["day", "night", "rain"]
