@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from domainbed_sfp import strict_json
 from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.files import write_atomically
@@ -73,6 +74,15 @@ def load_checkpoint(path: Path, algorithm: Algorithm) -> dict[str, Any]:
     Raises UserError if the file is no checkpoint, or one of another algorithm or network.
     """
     header = _read_header(path)
+    try:
+        _restore(path, header, algorithm)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, SafetensorError) as error:
+        raise UserError(f"checkpoint {str(path)!r} is damaged ({error}); remove it to start anew") from error
+    return header["state"]
+
+
+def _restore(path: Path, header: Mapping[str, Any], algorithm: Algorithm) -> None:
+    """Puts the tensors of a checkpoint into `algorithm` and its optimizers."""
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     tensors.update({alias: tensors[key] for alias, key in header["aliases"].items()})
@@ -102,7 +112,6 @@ def load_checkpoint(path: Path, algorithm: Algorithm) -> dict[str, Any]:
                 if isinstance(value, Tensor) and value.dim() > 1 and value.shape == parameter.shape:
                     # In the parameter's own order in memory, as they were before: updates are twice as fast then.
                     slots[slot] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    return header["state"]
 
 
 def save_model(path: Path, contents: Mapping[str, Any]) -> None:
@@ -115,7 +124,11 @@ def save_model(path: Path, contents: Mapping[str, Any]) -> None:
 def _read_header(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["domainbed_sfp"])
+            header = strict_json.parse(file.metadata()["domainbed_sfp"])
+        for part in ("state", "aliases", "values", "optimizers"):
+            if not isinstance(header[part], dict):
+                raise TypeError(f"{part} is not an object")
+        return header
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{str(path)!r} is not a checkpoint of this package ({error}); remove it to start anew"

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from domainbed_sfp import networks
+from domainbed_sfp import networks, strict_json
 from domainbed_sfp.channel_gates import put_gate
 from domainbed_sfp.errors import UserError
 
@@ -120,7 +120,7 @@ class Description:
     @classmethod
     def from_json(cls, text: str) -> Description:
         """Raises ValueError, KeyError or TypeError where the text is no description of this format."""
-        values = json.loads(text)
+        values = strict_json.parse(text)
         if values.pop("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT}")
         known = {entry.name for entry in fields(cls)}

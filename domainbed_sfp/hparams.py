@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from domainbed_sfp import strict_json
 from domainbed_sfp.errors import LARGEST, UserError, unknown_name
 from domainbed_sfp.seeds import seed_hash
 from domainbed_sfp.strict_json import unique_names
@@ -159,7 +160,7 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
     if not text:
         return {}
     try:
-        value = json.loads(text, object_pairs_hook=unique_names)
+        value = strict_json.parse(text, object_pairs_hook=unique_names)
     except json.JSONDecodeError as error:
         raise UserError(
             f"--hparams is not valid JSON: {error.msg} at character {error.pos} of {text!r:.200}; "
@@ -175,7 +176,7 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
 def recorded_overrides(text: str | None) -> dict[str, Any]:
     """The `hparams` of a record's `args`. Whatever wrote them has taken the last of a name that is there twice."""
     try:
-        value = json.loads(text) if text else {}
+        value = strict_json.parse(text) if text else {}
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

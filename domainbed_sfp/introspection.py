@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from domainbed_sfp.channel_gates import ChannelGate
 from domainbed_sfp.convolutions import DepthwiseConv2d, SameConv2d
@@ -41,3 +43,36 @@ def uses_weight_as_is(module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
         return kind.forward is nn.Linear.forward
     arithmetic = (nn.Conv2d._conv_forward, DepthwiseConv2d._conv_forward)
     return kind._conv_forward in arithmetic and kind.forward in (nn.Conv2d.forward, SameConv2d.forward)
+
+
+@torch.no_grad()
+def batchnorm_of_one_value(
+    network: nn.Module, input_shape: tuple[int, ...], forward: Callable[[Tensor], Tensor]
+) -> str | None:
+    """The name of the first BatchNorm in training mode that has a single value a channel for one image of shape
+    (channels, height, width); None where there is none. `forward` is what is called."""
+    found: list[str] = []
+
+    def check(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].numel() == inputs[0].shape[1]:
+                found.append(name)
+
+        return hook
+
+    layers = [
+        (name, layer)
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training
+    ]
+    handles = [layer.register_forward_pre_hook(check(name)) for name, layer in layers]
+    modes = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        forward(torch.zeros(1, *input_shape, device=next(network.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return found[0] if found else None

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from domainbed_sfp import strict_json
+
 from .errors import UserError
 from .files import write_atomically
 from .layout import SWEEP, SWEEPS
@@ -110,7 +112,7 @@ def _name_of(data: bytes) -> str:
 
 def _parse(path: Path, data: bytes) -> Manifest:
     try:
-        value = json.loads(data)
+        value = strict_json.parse(data)
         if value["format"] != FORMAT:
             raise ValueError(f"format {value['format']!r:.80}, expected {FORMAT}")
         protocol, jobs = value.get("protocol", {}), list(value["jobs"])

@@ -39,6 +39,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from domainbed_sfp import strict_json
+
 from .errors import UserError
 from .files import write_atomically
 from .layout import CHECKPOINT, DONE, FAILURE, RESULTS, named, no_runs, runs_below
@@ -236,7 +238,7 @@ def saved_step(directory: str | os.PathLike[str]) -> int:
     try:
         # As checkpoints.read_state does, but without torch.
         with safe_open(Path(directory) / CHECKPOINT, framework="numpy") as file:
-            return json.loads(file.metadata()["domainbed_sfp"])["state"]["step"]
+            return strict_json.parse(file.metadata()["domainbed_sfp"])["state"]["step"]
     except (OSError, SafetensorError, ValueError, TypeError, KeyError):
         return 0
 
@@ -245,7 +247,7 @@ def load_failure(directory: str | os.PathLike[str]) -> str | None:
     """Why the run in this directory stopped, from its failure.json; None when it has none that can be
     read."""
     try:
-        failure = json.loads((Path(directory) / FAILURE).read_bytes())
+        failure = strict_json.parse((Path(directory) / FAILURE).read_bytes())
         return f"failed at step {failure['step']}: {failure['error']}"
     except (OSError, ValueError, KeyError, TypeError):
         return None

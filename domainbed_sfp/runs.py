@@ -10,11 +10,15 @@ from typing import Any
 
 from domainbed_sfp import networks, records, registry
 from domainbed_sfp.algorithms.base import Algorithm
+from domainbed_sfp.core import crashes
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.tensor_files import load_tensors
 
 MODEL = "model.pkl"
+
+# Channels, pixels, classes or domains beyond this are no network's.
+MOST = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -43,35 +47,34 @@ def load_run(folder: str | os.PathLike[str]) -> TrainedRun:
             "train it again without that flag"
         )
     try:
-        saved = load_tensors(model)
-        if not isinstance(saved, dict):
-            raise ValueError(f"it holds a {type(saved).__name__}")
-        shape, classes, domains, hparams, args, state = (
-            saved[name]
-            for name in (
-                "model_input_shape", "model_num_classes", "model_num_domains", "model_hparams", "args", "model_dict"
-            )
-        )  # fmt: skip
+        saved = _checked(load_tensors(model))
     except (ValueError, OSError) as error:
         raise UserError(
             f"{str(model)!r} cannot be read as a trained model: {error}; remove the run's folder and train it again"
         ) from error
     except KeyError as error:
         raise UserError(f"{str(model)!r} is not the file of a trained model: it has no {error}") from error
+    hparams, args, shape = saved["model_hparams"], saved["args"], tuple(saved["model_input_shape"])
     info = registry.get(args["algorithm"])
     steps = args.get("steps") or get_dataset_class(args["dataset"]).N_STEPS
     try:
         with networks.without_weights():
-            algorithm: Algorithm = info.cls(tuple(shape), classes, domains, hparams)
+            algorithm: Algorithm = info.cls(shape, saved["model_num_classes"], saved["model_num_domains"], hparams)
     except KeyError as error:
         raise UserError(
             f"{str(model)!r} was saved by another version of {args['algorithm']}: it has no hparam {error}; use the "
             "version that its records name"
         ) from error
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        if crashes.advice(error):
+            raise
+        raise UserError(
+            f"{str(model)!r} has settings that no {args['algorithm']} can have: {crashes.one_line(error)}"
+        ) from error
     algorithm.total_steps = steps
     try:
-        algorithm.load_state_dict(state)
-    except RuntimeError as error:
+        algorithm.load_state_dict(saved["model_dict"])
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{str(model)!r} is of another network than its hparams say: {reason}") from error
     # DomainBed's own loop does not record it.
@@ -81,6 +84,29 @@ def load_run(folder: str | os.PathLike[str]) -> TrainedRun:
             f"{record['step']}); train it for more steps"
         )
     return TrainedRun(folder, algorithm.eval(), args, hparams, record)
+
+
+def _checked(saved: Any) -> dict[str, Any]:
+    """The contents of a model.pkl, with what they must hold. Raises ValueError, or KeyError for what is missing."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"it holds a {type(saved).__name__}")
+    parts = ("model_input_shape", "model_num_classes", "model_num_domains", "model_hparams", "args", "model_dict")
+    if missing := [name for name in parts if name not in saved]:
+        raise KeyError(missing[0])
+    for name in ("model_hparams", "args", "model_dict"):
+        if not isinstance(saved[name], dict):
+            raise ValueError(f"{name} is a {type(saved[name]).__name__}")
+    for name in ("algorithm", "dataset"):
+        if not isinstance(saved["args"][name], str):
+            raise ValueError(f"{name} in its args is {saved['args'][name]!r}")
+    shape = saved["model_input_shape"]
+    sizes = [*shape, saved["model_num_classes"], saved["model_num_domains"]] if isinstance(shape, (list, tuple)) else []
+    if len(sizes) != 5 or not all(type(size) is int and 0 < size < MOST for size in sizes):
+        raise ValueError("its input shape, classes and domains are not five numbers from 1 on")
+    steps = saved["args"].get("steps")
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise ValueError(f"steps in its args is {steps!r}")
+    return saved
 
 
 def load_algorithm(folder: str | os.PathLike[str]) -> Algorithm:

@@ -1,8 +1,17 @@
-"""JSON that people write: a name that is given twice is an error, where python's own parser keeps the last."""
+"""JSON that others write: whatever is wrong with it is a ValueError, as is a name given twice where that matters."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+
+def parse(text: str | bytes, **options: Any) -> Any:
+    """What json.loads gives. Raises ValueError for a text that is no JSON, or is nested too deeply to be read."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from domainbed_sfp import checkpoints, environment, hparams, networks, records, registry
+from domainbed_sfp import checkpoints, environment, hparams, introspection, networks, records, registry
 from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.core import crashes, locks
 from domainbed_sfp.data import Dataset, dataset_names, degradations, get_dataset_class
@@ -52,6 +52,8 @@ TERMINAL_INTERVAL = 0.5
 
 # Batches from which BatchNorm's statistics are taken before an evaluation, where an algorithm asks for it.
 RECALIBRATION_BATCHES = 20
+
+_TOO_FEW = "raise hparam batch_size or image_size, or set freeze_bn"
 
 # Images of a test environment that are evaluated in every degradation and severity.
 DEGRADED_SAMPLES = 100
@@ -158,10 +160,10 @@ def train(args: TrainArgs, break_lock: bool = False) -> None:
 @contextmanager
 def _alone(output_dir: Path, break_lock: bool) -> Iterator[None]:
     """Makes the folder, and holds the run's lock for the block."""
-    new = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     lock = output_dir / LOCK
     with ExitStack() as held:
         try:
+            new = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
             output_dir.mkdir(parents=True, exist_ok=True)
             if break_lock and (broken := locks.break_lock(lock)):
                 print(f"warning: removed the lock {broken.describe()}", file=sys.stderr)
@@ -348,6 +350,7 @@ class _Run:
         networks.set_precision(self.algorithm, self.precision, channels_last)
         positions = accounting.count_positions(self.algorithm, self.dataset.input_shape, self.algorithm.predict)
         self.positions = positions
+        self._refuse_single_samples()
 
         self.step = 0
         # Set while a step's update is in the weights and its record, if one is due, is not yet made.
@@ -412,7 +415,12 @@ class _Run:
         if self.unlabeled_loader:
             unlabeled = [x for x, _ in self.unlabeled_loader.minibatches(self.step)]
         seed_everything(seed_hash(self.args.seed, "step", self.step))
-        values = self.algorithm.update(minibatches, unlabeled)
+        try:
+            values = self.algorithm.update(minibatches, unlabeled)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(f"{self.args.algorithm} trains BatchNorm on single images here; {_TOO_FEW}") from error
         for name, value in values.items():
             if name == "loss" and not math.isfinite(value):
                 raise UserError(
@@ -572,6 +580,14 @@ class _Run:
                 "model_dict": self.algorithm.state_dict(),
             },
         )
+
+    def _refuse_single_samples(self) -> None:
+        """BatchNorm has no variance to divide by where a batch is one sample and a channel of it one value."""
+        if self.algorithm.images_at_once(self.hparams["batch_size"]) > 1:
+            return
+        name = introspection.batchnorm_of_one_value(self.algorithm, self.dataset.input_shape, self.algorithm.predict)
+        if name is not None:
+            raise UserError(f"BatchNorm {name!r} would have one value a channel, which has no variance; {_TOO_FEW}")
 
     def _split(self) -> list[Split]:
         splits = []

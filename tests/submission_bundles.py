@@ -79,6 +79,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def make(root: Path, family: str) -> Path:
     """Trains a family's sweep of a few steps and submits it."""
     algorithm, hparams, settings = FAMILIES[family]
+    (root / "sweep").mkdir(parents=True)
     spec = SweepSpec(
         [DATASET], [algorithm], **{"n_hparams": 1, "n_trials": 1, **settings}, steps=STEPS, checkpoint_freq=2,
         test_envs=[[0]], hparams={"batch_size": 16, **hparams}, skip_model_save=True,

@@ -102,6 +102,13 @@ class Premature(Magnitude):
         return True
 
 
+class Foretelling(ERM):
+    """Says that compression is final later than it is."""
+
+    def final_step(self):
+        return 5
+
+
 class Late(Magnitude):
     """Learns from what the loop evaluates on, once it prunes."""
 
@@ -146,6 +153,7 @@ BROKEN = [
     ("deterministic", Unseeded, {}, "same seed"),
     ("degenerate_batches", Fragile, {}, "ZeroDivisionError"),
     ("masks", Unmasked, {}, "dead weights that are not zero"),
+    ("masks", Foretelling, {}, "final_step() says that compression is final from step 5 on"),
     ("masks", Boasting, {}, "sparsity() claims 0.5000, the masks remove 0.0000 of each channel"),
     ("export", Attached, {}, "shares parameters"),
     ("export", Overclaiming, {}, "masked weights of dead channels cannot be taken out"),

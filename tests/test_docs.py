@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import domainbed_sfp as dsfp
 from domainbed_sfp.sweep import commands
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs, read_spec
 
@@ -25,7 +25,6 @@ def code_blocks(document: str, language: str) -> list[str]:
 @pytest.mark.parametrize(
     ("document", "name"),
     [
-        ("CONTRIBUTING.md", "SmallestKernel"),
         ("docs/writing_an_algorithm.md", "FirstFilters"),
         ("docs/writing_an_algorithm.md", "CoinFlip"),
     ],
@@ -71,11 +70,11 @@ def test_the_notebooks_run(monkeypatch, notebook):
     assert "axes" in names or len(names["right"]) > 100
 
 
-def test_the_data_set_in_contributing_is_enough():
+def test_the_data_set_in_the_documents_is_enough():
     from domainbed_sfp.data import base
     from domainbed_sfp.data.sets.folders import ImageFolders
 
-    source = next(block for block in code_blocks("CONTRIBUTING.md", "python") if "@dataset" in block)
+    source = next(block for block in code_blocks("docs/own_data.md", "python") if "@dataset" in block)
     try:
         exec(source, {"dataset": base.dataset, "ImageFolders": ImageFolders})
         assert base.get_dataset_class("MyPhotos").environment_names() == ["day", "night", "rain"]
@@ -131,24 +130,38 @@ def test_list_hparams_follows_the_algorithm(main):
     assert "did you mean 'IRM'" in main("list", "hparams", "--algorithm", "IRMM", check=False).stderr
 
 
-def test_results_in_the_readme_are_those_of_the_records(main, tmp_path):
-    """The table in the README is what collect makes of the committed records."""
-    shutil.copytree(ROOT / "results" / "coloured_fresh", tmp_path / "runs")
-    printed = main("collect", "--input_dir", "runs", "--selection", "training-domain", "--format", "json").stdout
-    rows: dict[str, list[str]] = {}
-    for table in json.loads(printed)["tables"]:
-        for row in table["rows"]:
-            (cell,) = [cell for cell in row["cells"] if cell["accuracy"] is not None]
-            label = row["label"] + (" †" if row["standing"] == "reconstruction" else "")
-            shown = f"{cell['accuracy']:.1f} ± {cell['std_err']:.1f} ({row['in_domain']:.1f})"
-            rows.setdefault(label, []).append(shown)
+def test_findings_in_the_readme_are_those_of_the_records():
+    """Each number of its table of findings, from the sweep that its row names."""
     readme = (ROOT / "README.md").read_text()
-    section = readme.split("<!-- coloured -->")[1].split("<!-- end -->")[0]
-    table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in section.splitlines() if line[:1] == "|"]
-    assert table[0] == ["Algorithm", "ColoredMNIST", "FullColoredMNIST", "TexturedMNIST"]
-    assert {line[0]: line[1:] for line in table[2:]} == rows and len(rows) == 7
-    # And so is what it says of DomainBed's own rule, for which step 0 is a candidate.
-    theirs = main("collect", "--input_dir", "runs", "--format", "domainbed").stdout
-    coloured = theirs.split("Dataset: ColoredMNIST, model selection method: training-domain validation set")[1]
-    numbers = {line.split()[0]: line.split()[3] for line in coloured.splitlines()[2:8]}
-    assert f"DCWP ({numbers['DCWP']} then)" in section and f"one of SFP ({numbers['SFP']})" in section
+    fresh = dsfp.read_records(ROOT / "results" / "coloured_fresh")
+    colours = dsfp.table(fresh, dataset="FullColoredMNIST")["10%"].round(1)
+    textures = dsfp.table(fresh, dataset="TexturedMNIST")["10%"].round(1)
+    shown = (
+        f"{colours['SFP']} % of ten coloured digits, dense ERM {colours['ERM']}, the best baseline {colours['DCWP']}"
+    )
+    assert shown in readme
+    shown = f"No ({textures['SFP']}, ERM {textures['ERM']}); weighting unflagged samples does: SFPWeighted"
+    assert f"{shown} {textures['SFPWeighted']}, DCWP {textures['DCWP']}" in readme
+    photographs = dsfp.read_records(ROOT / "results" / "pacs_small")
+    one = dsfp.compare(photographs, "SFP (sparsity=0.5)", "Taylor (sparsity=0.5)").iloc[0]
+    assert f"{one.accuracy:.1f} against Taylor's {one.other_accuracy:.1f} on PACS at 64 px" in readme
+    two = dsfp.select(fresh)
+    dcwp = two[(two.dataset == "ColoredMNIST") & (two.algorithm == "DCWP")]
+    assert f"DCWP's {100 * dcwp.test.mean():.0f} % on ColoredMNIST" in readme
+    assert f"({100 * dcwp.in_domain.mean():.0f} % in the\ntraining domains)" in readme
+
+
+def test_the_methods_in_the_readme_are_those_of_the_registry():
+    by_kind: dict[tuple[str, str], list[str]] = {}
+    for name, line in dsfp.algorithms().iterrows():
+        by_kind.setdefault((line.family, line.standing), []).append(name)
+    rows = [f"| {family} | {standing} | {', '.join(names)} |" for (family, standing), names in by_kind.items()]
+    expected = "\n".join(["| family | standing | methods |", "|---|---|---|", *rows])
+    section = (ROOT / "README.md").read_text().split("<!-- methods")[1].split("-->")[1].split("<!-- end")[0]
+    assert section.strip() == expected
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    prose = [line for line in lines if not line.startswith(("|", "![", ">"))]
+    assert len(lines) <= 150 and max(map(len, prose)) <= 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -502,6 +503,49 @@ def test_other_logits_are_not_written(run, main, tmp_path, monkeypatch):
     done = main("export", run, "--output", "net.safetensors", check=False)
     assert done.returncode == 2 and "other logits" in done.stderr and "nothing is written" in done.stderr
     assert not (tmp_path / "net.safetensors").exists()
+
+
+class _Ill(torch.nn.Module):
+    """Logits that are small differences of large sums, as of a network that has hardly been trained."""
+
+    def __init__(self, order: int, error: float = 0.0) -> None:
+        super().__init__()
+        weights = 1e5 * torch.randn(64, generator=torch.Generator().manual_seed(0))
+        self.weights = torch.nn.Parameter(torch.cat([weights, -weights + 1e-3]).roll(order) + error)
+        self.order = order
+
+    def forward(self, x):
+        terms = (x.flatten(1)[:, :1] * self.weights).unbind(1)  # one after the other: `sum` and `cumsum` round less
+        return functools.reduce(torch.add, terms).unsqueeze(1)
+
+    predict = forward
+
+
+def test_the_comparison_is_not_misled_by_rounding():
+    """Both float32 networks differ by far more than is allowed; in float64 only the wrong one does."""
+    images = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    one, other, wrong = _Ill(0), _Ill(37), _Ill(37, 0.01)
+    with pytest.raises(UserError, match="other logits"):
+        export.compare(one, other, images, "random")
+    assert export.compare_networks(one, other, images, "random") < 1e-8
+    assert one.weights.dtype == other.weights.dtype == torch.float32
+    with pytest.raises(UserError, match="other logits"):
+        export.compare_networks(one, wrong, images, "random")
+    # What a runtime of float32 gives may be off by what float32 makes of the network itself, and no more.
+    difference, rounding = export.compare_rounded(one, other.forward, images, "random")
+    assert 0 < difference <= export.ROUNDINGS * rounding
+    with pytest.raises(UserError, match="other logits"):
+        export.compare_rounded(one, _Ill(0, 1e4).forward, images, "random")
+
+
+def test_an_algorithm_that_stays_in_float32_is_compared_there():
+    class Fixed(_Ill):
+        def forward(self, x):
+            return x.flatten(1) @ torch.ones(4, 2)
+
+        predict = forward
+
+    assert export.compare_networks(Fixed(0), Fixed(1), torch.ones(2, 1, 2, 2), "random") == 0
 
 
 # Latency ------------------------------------------------------------------------------------------------------------

@@ -237,6 +237,15 @@ def test_data_that_the_name_does_not_determine_is_ranked_apart():
     assert [len(ranking.lines) for ranking in board_of([one, other]).rankings] == [1, 1, 1, 1]
 
 
+def test_without_an_average_the_tested_environments_are_columns():
+    """One environment alone, as in the coloured sets: there is nothing else to compare."""
+    one = entry("PACS", METHODS[0], track="open", tested=1)
+    assert board_of([one]).rankings[0].tested == ("art_painting",)
+    assert board_of([one, entry("PACS", METHODS[1], track="open", tier=one.tier)]).rankings[0].tested == ()
+    _, row, cells = Rows(page.html_text(board_of([one]))).rows[0]
+    assert row["data-name"] == one.name and cells[2:5] == [texts_of(one, "training-domain")[0], "X", "X"]
+
+
 def test_equal_averages_share_a_rank():
     def with_average(method, accuracy):
         made = entry("PACS", method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 
 import pytest
@@ -245,3 +246,79 @@ def test_precision_and_memory_format():
 def test_vit_flags_are_refused_not_ignored():
     with pytest.raises(UserError, match="'vit' cannot be set: no effect here; choose a timm name"):
         featurizer(vit=True)
+
+
+def _wrapped(state, kind):
+    prefixed = {
+        "module.": "state_dict", "model.backbone.": "model_state_dict", "_orig_mod.": "net", "encoder_q.": "state_dict",
+        "featurizer.network.": "model_dict",
+    }  # fmt: skip
+    if kind in prefixed:
+        return {
+            "epoch": 90,
+            prefixed[kind]: {kind + name: value for name, value in state.items()} | {"queue": torch.ones(2)},
+        }
+    return {
+        "plain": state,
+        "old": {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")},
+        "model": {"model": state, "args": argparse.Namespace(lr=0.1), "optimizer": {"state": {0: torch.ones(1)}}},
+        "deep": {"a": {"b": {"c": state}}},
+        "ema": {"state_dict": {name: value + 1 for name, value in state.items()}, "state_dict_ema": state},
+        "double": {name: value.double() for name, value in state.items()},
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "plain",
+        "old",
+        "model",
+        "deep",
+        "ema",
+        "double",
+        "module.",
+        "model.backbone.",
+        "_orig_mod.",
+        "encoder_q.",
+        "featurizer.network.",
+    ],
+)
+@pytest.mark.parametrize("backbone", ["mnist_cnn_bn", "timm:resnet10t"])
+def test_weights_load_however_a_training_script_has_wrapped_them(tmp_path, backbone, kind):
+    options = {"backbone": backbone, "weights": "none", "freeze_bn": False, "resnet_dropout": 0.0}
+    original = networks.make_featurizer((3, 16, 16), options)
+    own = original.network if backbone.startswith("timm") else original
+    torch.save(_wrapped(own.state_dict(), kind), tmp_path / "weights.pth")
+    loaded = networks.make_featurizer((3, 16, 16), {**options, "weights": str(tmp_path / "weights.pth")})
+    found = loaded.state_dict()
+    for name, value in original.state_dict().items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize(
+    "contents, part",
+    [
+        ({}, "no tensors by name"), ({1: torch.ones(1)}, "no tensors by name"), ([1], "it holds a list"),
+        (torch.ones(1), "it holds a Tensor"), ({"conv1.weight": 3}, "no tensors by name"),
+        ({"conv1.weight": torch.ones(2)}, "lacks|has shape"), ({"module.x": torch.ones(2)}, "lacks 'conv1.weight'"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_none_of_this_network(tmp_path, contents, part):
+    torch.save(contents, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=part) as error:
+        networks.make_featurizer((3, 16, 16), {"backbone": "mnist_cnn_bn", "weights": str(tmp_path / "weights.pth")})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [("xcit_nano_12_p16_224", 40), ("levit_128s", 40), ("mvitv2_tiny", 40), ("test_vit", 20), ("test_convnext", 1)],
+)
+def test_image_sizes_that_a_timm_network_cannot_take(name, size):
+    options = {"backbone": name, "weights": "none", "freeze_bn": False, "resnet_dropout": 0.0}
+    with pytest.raises(
+        UserError, match=rf"{name}' cannot take images of shape \(3, {size}, {size}\).*image_size"
+    ) as error:
+        networks.make_featurizer((3, size, size), options)
+    assert "\n" not in str(error.value)

@@ -388,6 +388,31 @@ def test_models_that_were_not_kept(sweep, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_a_row_without_its_masks_is_self_reported(sweep, tmp_path):
+    """Runs of earlier versions did not keep them; who only deletes them is told so."""
+    other = Path(shutil.copytree(sweep, tmp_path / "sweep"))
+    for folder in other.glob("*/masks"):
+        shutil.rmtree(folder)
+    with pytest.raises(
+        UserError, match=r"the masks of step \d.*without them \(--without_masks\) the row is self-reported"
+    ):
+        submit(str(other), "Magnitude", str(tmp_path / "b"))
+    outcome = submit(str(other), "Magnitude", str(tmp_path / "b"), without_masks=True)
+    assert outcome.tier == "self-reported" and "not checked: masks: its author did not keep them" in validation.text_of(
+        outcome
+    )
+    (entry,) = entries_of(outcome)
+    assert {"sparsity", "macs", "surviving_parameters"} <= set(entry.unverified) and entry.tier == "self-reported"
+    file = tmp_path / "b" / "submission.json"
+    document = json.loads(file.read_text())
+    del document["without_masks"]
+    file.write_text(json.dumps(document))
+    resum(tmp_path / "b")
+    assert any(
+        "expected the masks of records/" in line and line.endswith("found no file") for line in check(tmp_path / "b")
+    )
+
+
 # reruns -------------------------------------------------------------------------------------------------------------------
 
 

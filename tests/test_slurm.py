@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -618,3 +619,65 @@ def test_a_damaged_list_of_tasks_is_named(sweep, tmp_path):
     (batches(tmp_path)[0] / "tasks.json").write_text(textwrap.dedent("{"))
     slurm_batches.job_names.cache_clear()
     assert_one_line_error(sweep("status", check=False), "tasks.json", "not a list of tasks")
+
+
+@pytest.mark.parametrize("folder", ["plain", "with space", "pct%j", "%A_%%", "it's", 'a"b'])
+def test_logs_lie_in_the_folder_whatever_its_name(main, fake, tmp_path, folder):
+    """SLURM expands patterns in names of logs, the folder's included; and a script's line is quoted."""
+    (tmp_path / "spec.yaml").write_text(SPEC)
+    launched = ["--command_launcher", "slurm", "--skip_confirmation"]
+    main("sweep", "launch", "spec.yaml", "--output_dir", folder, *launched)
+    script = fake.scripts[0]
+    batch = tmp_path / folder / "slurm" / re.search("--job-name=(.*)", script)[1]
+    assert batch.is_dir()
+    for kind in ("output", "error"):
+        (written,) = shlex.split(re.search(f"^#SBATCH --{kind}=(.*)", script, re.M)[1])
+        assert Path(written).parent == Path(str(batch).replace("%", "%%"))
+    words = shlex.split(script.splitlines()[-1])
+    assert words[0] == "srun" and Path(words[words.index("--output") + 1]).parent == Path(written).parent
+    assert str(batch) in words and len(list(batch.glob("*submission.sh"))) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"spec.yaml", "fake_slurm", folder}
+
+
+@pytest.mark.parametrize("folder", ["back\\slash", "line\nend"])
+def test_folders_that_slurm_cannot_write_logs_into_are_refused(main, fake, tmp_path, folder):
+    (tmp_path / "spec.yaml").write_text(SPEC)
+    launched = ["--command_launcher", "slurm", "--skip_confirmation"]
+    refused = main("sweep", "launch", "spec.yaml", "--output_dir", folder, *launched, check=False)
+    assert refused.returncode == 2 and "SLURM cannot write logs" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_any_option_of_sbatch_and_commands_before_a_job(sweep, fake):
+    sweep(
+        "launch",
+        "--slurm_extra",
+        "qos=high",
+        "constraint=a100|h100",
+        "exclusive",
+        "--slurm_setup",
+        "module load cuda",
+        "a=b",
+    )
+    script = fake.scripts[0]
+    for line in (
+        "#SBATCH --qos=high",
+        "#SBATCH --constraint='a100|h100'",
+        "#SBATCH --exclusive",
+        "module load cuda",
+        "a=b",
+    ):
+        assert line in script.splitlines()
+    assert script.index("module load cuda") < script.index("srun")
+
+
+@pytest.mark.parametrize(
+    "extra, part",
+    [
+        ("output=x", "sets output itself"), ("time=3", "give --slurm_time"), ("cpus_per_task=2", "give --slurm_cpus"),
+        ("qos=", "expected OPTION=VALUE"), ("QOS", "expected OPTION=VALUE"), ("a b", "expected OPTION=VALUE"),
+        ("qos=a\nb", "expected OPTION=VALUE"),
+    ],
+)  # fmt: skip
+def test_options_of_sbatch_that_cannot_be(sweep, extra, part):
+    refused = sweep("launch", "--slurm_extra", extra, check=False)
+    assert refused.returncode == 2 and part in refused.stderr and refused.stderr.count("\n") == 1

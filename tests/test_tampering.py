@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from submission_bundles import (
@@ -42,15 +43,17 @@ PROTOCOL = f"datasets/{DATASET}/protocol"
 
 
 @pytest.fixture(scope="session")
-def bundle_of(tmp_path_factory):
-    """The honest bundle of a family, made when it is first asked for."""
+def bundle_of(tmp_path_factory, worker_id):
+    """The honest bundle of a family, made when it is first asked for, once for all of pytest's workers."""
     register_strangers()
-    made: dict[str, Path] = {}
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "families"
+    root.mkdir(exist_ok=True)
 
     def of(family: str) -> Path:
-        if family not in made:
-            made[family] = make(tmp_path_factory.mktemp("family"), family)
-        return made[family]
+        folder = root / family.replace(" ", "_")
+        with FileLock(f"{folder}.lock"):
+            return folder / "bundle" if (folder / "bundle").exists() else make(folder, family)
 
     return of
 
@@ -150,6 +153,7 @@ FIELDS: Table = {
     "weights without a file": ("dense", fields(weights_digest="0123456789ab"), "weights_digest", "no such field"),
     "a better standing": ("channels", fields(standing="reference"), "standing", '"published", as registered'),
     "other images": ("dense", fields(data_digest="mine"), "data_digest", "null"),
+    "a GPU that was none": ("dense", inside("args", device="cuda:0"), "environment.device", "the name of a GPU, as in arg"),
     "smaller images": ("dense", fields(input_shape=[3, 4, 4]), "input_shape", "[3, 8, 8]"),
     "environments renamed": ("dense", fields(environments=["a", "b", "c"]), "environments", "95%"),
     "another epoch": ("dense", fields(LAST, epoch=7.0), "epoch", "0.1"),

@@ -408,6 +408,36 @@ def test_bad_input(main, tmp_path, arguments, parts):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("algorithm, hparams, part", [
+    ("RigL", {"granularity": "channel"}, "'weight'"), ("EVIL", {"granularity": "channel"}, "'weight'"),
+    ("NetworkSlimming", {"granularity": "weight"}, "'channel'"), ("SFP", {"granularity": "weight"}, "'channel'"),
+    ("EVIL", {"objective": "Mixup"}, "Mixup"), ("SFP", {"objective": "Mixup"}, "Mixup"),
+    ("Magnitude", {"prune_start": 0.9, "prune_end": 0.5}, "ends before it begins"),
+    ("ERM", {"backbone": "resnet18", "weights": "nowhere.pth"}, "no file 'nowhere.pth'"),
+    ("ERM", {"backbone": "mnist_cnn_bn", "batch_size": 100000}, "lower batch_size"),
+])  # fmt: skip
+def test_a_refused_run_leaves_no_folder(main, tmp_path, algorithm, hparams, part):
+    refused = main(
+        "train", "--dataset", "ColoredDigits", "--algorithm", algorithm, "--hparams", json.dumps(hparams),
+        "--steps", 4, "--output_dir", "new/run", check=False,
+    )  # fmt: skip
+    assert_one_line_error(refused, part)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("algorithm, test_envs", [("ERM", [1, 2]), ("CORAL", [0]), ("Mixup", [0])])
+def test_batchnorm_on_single_values_is_refused_before_the_run(main, tmp_path, algorithm, test_envs):
+    def train(**hparams):
+        chosen = {"backbone": "resnet18", "weights": "none", "batch_size": 1, **hparams}
+        return main(
+            "train", "--dataset", "ColoredDigits", "--algorithm", algorithm, "--hparams", json.dumps(chosen), "--steps", 1,
+            "--test_envs", *test_envs, "--output_dir", "run", "--skip_model_save", check=False,
+        )  # fmt: skip
+
+    assert_one_line_error(train(), "BatchNorm 'featurizer.network.layer", "batch_size", "freeze_bn")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_mistyped_name_leaves_no_directory(main, tmp_path):
     main("train", "--algorithm", "Nope", "--output_dir", "run", check=False)
     assert not (tmp_path / "run").exists()

@@ -40,6 +40,10 @@ class Algorithm(nn.Module):
         environment each, as its BatchNorm has seen them, and otherwise of all."""
         return False
 
+    def images_at_once(self, batch_size: int) -> int:
+        """How many images the network is trained on at once, for minibatches of `batch_size` an environment."""
+        return batch_size if self.domain_by_domain else batch_size * self.num_domains
+
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
@@ -125,6 +129,8 @@ class Objective(nn.Module):
 
     # Whether it runs the network on one environment at a time: BatchNorm then sees no differences between environments.
     domain_by_domain = False
+    # Whether it mixes environments' samples with each other into batches of the size of one.
+    mixes_environments = False
 
     def __init__(self, hparams: Mapping[str, Any], num_domains: int) -> None:
         super().__init__()
@@ -155,6 +161,9 @@ class ObjectiveAlgorithm(Algorithm):
     @property
     def domain_by_domain(self) -> bool:
         return self.objective.domain_by_domain
+
+    def images_at_once(self, batch_size: int) -> int:
+        return batch_size if self.objective.mixes_environments else super().images_at_once(batch_size)
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]

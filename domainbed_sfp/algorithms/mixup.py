@@ -21,6 +21,8 @@ class MixupObjective(Objective):
     """Convex combinations of samples of two environments, each environment paired with its successor in a
     random order. The pairing is drawn from torch's generator and the weights from numpy's, as in DomainBed."""
 
+    mixes_environments = True
+
     def loss(self, algorithm: ObjectiveAlgorithm, minibatches: Minibatches) -> tuple[Tensor, dict[str, float]]:
         alpha = self.hparams["mixup_alpha"]
         order = torch.randperm(len(minibatches)).tolist()

@@ -92,7 +92,7 @@ def _report(doing: str, error: BaseException) -> int:
     what = known or f"{type(error).__name__}: {one_line(error)[:_LENGTH]}{_place(error)}"
     saved = _save(doing, error)
     kept = f"the traceback is in {saved}" if saved else f"{DEBUG}=1 shows the traceback"
-    request = "" if known else ". This is a fault of ours: please report it with that, as CONTRIBUTING.md says"
+    request = "" if known else ". Nobody foresaw this: please report it with that, as CONTRIBUTING.md says"
     _say(f"error: {doing}: {what}; {kept}{request}")
     return FAILED
 

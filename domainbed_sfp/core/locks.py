@@ -11,8 +11,8 @@ import os
 import re
 import stat
 import sys
+import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,46 +138,40 @@ def _acquire(path: Path, timeout: float) -> BaseFileLock:
     mode = 0o666 & ~_umask()
     if path.exists():
         mode = stat.S_IMODE(path.stat().st_mode)
-    lock: BaseFileLock = FileLock(path, mode=mode)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that flock is not supported: what follows from it is here
-            try:
-                lock.acquire(timeout=timeout)
-            except Timeout:
-                if not _is_leftover(path):
-                    raise
+        if _has_flock(path if path.exists() else path.parent):
+            lock: BaseFileLock = FileLock(path, mode=mode)
+        else:
+            if _is_leftover(path):
                 path.unlink(missing_ok=True)
-                lock.acquire(timeout=0)
+            lock = SoftFileLock(path, mode=mode)
+        lock.acquire(timeout=timeout)
+        if isinstance(lock, SoftFileLock) and not path.stat().st_size:
+            lock.release()
+            raise NotImplementedError
         return lock
-    except NotImplementedError as error:
+    except NotImplementedError:
         raise UserError(
-            f"the file system of {str(path)!r} has no flock, and filelock {filelock.__version__} knows no way around "
-            "it: pip install 'filelock>=3.24'"
-        ) from error
-    except OSError as error:
-        if isinstance(error, Timeout) or error.errno not in _NO_FLOCK:
-            raise
-    if _is_leftover(path):
-        path.unlink(missing_ok=True)
-    lock = SoftFileLock(path, mode=mode)
-    lock.acquire(timeout=timeout)
-    return lock
+            f"the file system of {str(path)!r} has no flock, and filelock {filelock.__version__} does not note who "
+            "holds a lock: pip install 'filelock>=3.24'"
+        ) from None
 
 
 def _is_leftover(path: Path) -> bool:
     """Whether the file names no holder where it alone is the lock, as a copy from a file system with flock: it holds
     nothing then. One that is new may be about to be written."""
     found = holder(path)
-    return found is not None and found.seconds > LEFTOVER_SECONDS and not path.stat().st_size and not _has_flock(path)
+    return found is not None and found.seconds > LEFTOVER_SECONDS and not path.stat().st_size
 
 
 def _has_flock(path: Path) -> bool:
+    """Whether the file system of a file or folder has flock. A folder is asked by a new file: file systems answer for
+    files. Raises OSError where neither can be opened."""
     try:
         import fcntl
     except ImportError:  # Windows, whose locks are the system's too
         return True
-    with open(path, "rb") as file:
+    with tempfile.TemporaryFile(dir=path) if path.is_dir() else open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
-import json
 import os
 import shutil
 import sys
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from domainbed_sfp import strict_json
 from domainbed_sfp.core import crashes, locks
 from domainbed_sfp.data.archives import ArchiveError, unpack
 from domainbed_sfp.data.disk import disk_error
@@ -370,7 +370,7 @@ def _terra_places(notes: Path, archive: Path, locations: set[str], categories: s
     merged: dict[str, list[Any]] = defaultdict(list)
     try:
         for path in sorted(notes.rglob("*.json")):
-            for key, entries in json.loads(path.read_text(encoding="utf-8")).items():
+            for key, entries in strict_json.parse(path.read_text(encoding="utf-8")).items():
                 if isinstance(entries, list):
                     merged[key] += entries
         names = {entry["id"]: entry["name"] for entry in merged["categories"]}

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from domainbed_sfp import strict_json
 from domainbed_sfp.data.disk import disk_error, in_bytes, require_space
 from domainbed_sfp.errors import UserError
 
@@ -143,7 +144,7 @@ class _Download:
 
     def version(self) -> Version | None:
         try:
-            return Version(**json.loads(self.notes.read_text(encoding="utf-8")))
+            return Version(**strict_json.parse(self.notes.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_sfp.data.images.contents import REASONS
-from domainbed_sfp.leaderboard import entry_schema as entries
+from domainbed_sfp.leaderboard import entry_schema
 from domainbed_sfp.leaderboard.entry_schema import list_of, object_of, or_null
 from domainbed_sfp.leaderboard.plain_files import open_plain
 from domainbed_sfp.leaderboard.schema import Problem
@@ -83,23 +83,25 @@ OPTIONAL = ("author", "without_masks")
 SUBMISSION_SCHEMA = object_of(
     {
         "format": {"const": FORMAT},
-        "name": entries.NAME,
-        "algorithm": entries.NAME,
-        "settings": entries.SETTINGS,
+        "name": entry_schema.NAME,
+        "algorithm": entry_schema.NAME,
+        "settings": entry_schema.SETTINGS,
         "transductive": _FLAG,
-        "standing": {"enum": list(entries.STANDINGS)},
-        "reference": entries.TEXT,
+        "standing": {"enum": list(entry_schema.STANDINGS)},
+        "reference": entry_schema.TEXT,
         "datasets": {
             "type": "object",
             "minProperties": 1,
             "maxProperties": 100,
-            "propertyNames": entries.RUN_NAME,
-            "additionalProperties": object_of({"protocol": entries.PROTOCOL_SCHEMA, "results": entries.RESULTS_SCHEMA}),
+            "propertyNames": entry_schema.RUN_NAME,
+            "additionalProperties": object_of(
+                {"protocol": entry_schema.PROTOCOL_SCHEMA, "results": entry_schema.RESULTS_SCHEMA}
+            ),
         },
         "environments": list_of(_FINGERPRINT, maxItems=1000),
-        "package": entries.PACKAGE,
-        "commit": entries.COMMIT,
-        "author": entries.KEY,
+        "package": entry_schema.PACKAGE,
+        "commit": entry_schema.COMMIT,
+        "author": entry_schema.KEY,
         "without_masks": {"const": True},
     },
     optional=OPTIONAL,
@@ -107,27 +109,27 @@ SUBMISSION_SCHEMA = object_of(
 
 _HPARAMS = {"type": "object", "maxProperties": 500, "additionalProperties": {"type": ["number", "string", "boolean"]}}
 _NUMBER_OR_NULL = {"type": ["number", "null"]}
-_NOT_NEGATIVE = {"type": "number", "minimum": 0, "maximum": entries.LARGEST}
+_NOT_NEGATIVE = {"type": "number", "minimum": 0, "maximum": entry_schema.LARGEST}
 
 # Arguments of runs are known by name; one that is newer than this table may be any plain value.
 _KNOWN_ARGS: dict[str, Any] = {
-    "algorithm": entries.NAME,
+    "algorithm": entry_schema.NAME,
     "checkpoint_freq": or_null({"type": "integer", "minimum": 1, "maximum": 2**31}),
     "data_dir": {"type": "null"},
-    "dataset": entries.RUN_NAME,
+    "dataset": entry_schema.RUN_NAME,
     "device": {"type": "string", "pattern": r"^(auto|cpu|cuda(:\d+)?)$"},
     "holdout_fraction": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
     "hparams": or_null({"type": "string", "maxLength": 20_000}),
-    "hparams_seed": entries.SEED,
+    "hparams_seed": entry_schema.SEED,
     "output_dir": {"type": "null"},
     "precision": {"enum": ["fp32", "bf16", "auto"]},
     "save_model_every_checkpoint": _FLAG,
-    "seed": entries.SEED,
+    "seed": entry_schema.SEED,
     "skip_model_save": _FLAG,
     "steps": or_null({"type": "integer", "minimum": 1, "maximum": 2**31}),
     "task": {"enum": ["domain_generalization", "domain_adaptation"]},
-    "test_envs": list_of(entries.SEED, minItems=1, maxItems=2, uniqueItems=True),
-    "trial_seed": entries.SEED,
+    "test_envs": list_of(entry_schema.SEED, minItems=1, maxItems=2, uniqueItems=True),
+    "trial_seed": entry_schema.SEED,
     "uda_holdout_fraction": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
 }
 _NEWER_ARGS: dict[str, Any] = {
@@ -143,10 +145,10 @@ _DEGRADED = list_of(
     {
         **object_of(
             {
-                "accuracy": entries.FRACTION,
-                "degradation": entries.TEXT,
-                "samples": entries.COUNT,
-                "severity": entries.COUNT,
+                "accuracy": entry_schema.FRACTION,
+                "degradation": entry_schema.TEXT,
+                "samples": entry_schema.COUNT,
+                "severity": entry_schema.COUNT,
             }
         ),
         "additionalProperties": _NUMBER_OR_NULL,
@@ -161,29 +163,29 @@ RECORD_SCHEMA: dict[str, Any] = {
         {
             "args": ARGS_SCHEMA,
             "code": {"type": "string", "pattern": "^[0-9a-f]{12}$"},
-            "commit": entries.COMMIT,
-            "data_digest": or_null(entries.TEXT),
-            "dense_macs": entries.COUNT,
+            "commit": entry_schema.COMMIT,
+            "data_digest": or_null(entry_schema.TEXT),
+            "dense_macs": entry_schema.COUNT,
             "environment": _FINGERPRINT,
-            "environments": list_of(entries.ENVIRONMENT_NAME, minItems=2, maxItems=1000, uniqueItems=True),
+            "environments": list_of(entry_schema.ENVIRONMENT_NAME, minItems=2, maxItems=1000, uniqueItems=True),
             "epoch": {"type": "float", "minimum": 0, "maximum": 2**53},
-            "exported_bytes": or_null(entries.COUNT),
+            "exported_bytes": or_null(entry_schema.COUNT),
             "final_compression": _FLAG,
-            "granularity": entries.TEXT,
+            "granularity": entry_schema.TEXT,
             "hparams": _HPARAMS,
             "images_per_second": _NOT_NEGATIVE,
             "input_shape": list_of({"type": "integer", "minimum": 1, "maximum": 1024}, minItems=3, maxItems=3),
-            "left_out": object_of(dict.fromkeys(REASONS, entries.COUNT), optional=tuple(REASONS)),
-            "macs": entries.COUNT,
-            "masks": entries.SHA256,
+            "left_out": object_of(dict.fromkeys(REASONS, entry_schema.COUNT), optional=tuple(REASONS)),
+            "macs": entry_schema.COUNT,
+            "masks": entry_schema.SHA256,
             "mem_gb": _NOT_NEGATIVE,
-            "parameters": entries.COUNT,
+            "parameters": entry_schema.COUNT,
             "precision": {"enum": ["fp32", "bf16"]},
-            "sparsity": entries.FRACTION,
-            "standing": {"enum": list(entries.STANDINGS)},
-            "step": entries.COUNT,
+            "sparsity": entry_schema.FRACTION,
+            "standing": {"enum": list(entry_schema.STANDINGS)},
+            "step": entry_schema.COUNT,
             "step_time": _NOT_NEGATIVE,
-            "surviving_parameters": entries.COUNT,
+            "surviving_parameters": entry_schema.COUNT,
             "wall_time": _NOT_NEGATIVE,
             "weights_digest": {"type": "string", "pattern": "^[0-9a-f]{12}$"},
             **dict.fromkeys(("bitops", "bitops_8bit", "mean_bits"), or_null(_NOT_NEGATIVE)),
@@ -207,7 +209,7 @@ RECORD_SCHEMA: dict[str, Any] = {
     "maxProperties": 1000,
     "propertyNames": {"maxLength": 120},
     "patternProperties": {
-        r"^env\d+_(in|out|uda)_acc$": entries.FRACTION,
+        r"^env\d+_(in|out|uda)_acc$": entry_schema.FRACTION,
         r"^env\d+_(bitops|mean_bits)$": or_null(_NOT_NEGATIVE),
         r"^env\d+_degraded$": _DEGRADED,
     },

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from itertools import combinations
 from typing import Any
 
@@ -51,36 +52,42 @@ def wrong_name(
     for key, value in stated.items():
         if key not in settings:
             return f"settings of its runs; {key} is none of them", json.dumps(name)
-        values = sorted({json.dumps(one, sort_keys=True).strip('"') for one in settings[key]})
-        if values != [value.strip()]:
+        if not all(_says(value.strip(), one) for one in settings[key]):
+            values = sorted({_text(one) for one in settings[key]})
             return f"its own settings: {key}={' and '.join(values)[:80]}", json.dumps(name)
     return None
+
+
+def _says(text: str, value: Any) -> bool:
+    """Whether a text states a value; 8.0 and 8 are the same."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with suppress(ValueError):
+            return float(text) == value
+    return text == _text(value)
+
+
+def _text(value: Any) -> str:
+    """A value as the labels of tables have it."""
+    return json.dumps(value, sort_keys=True).strip('"')
 
 
 def resembled(name: str, registered: Collection[str]) -> str | None:
     """The registered name that a reader could take `name` for, None where there is none."""
     known = {_folded(one): one for one in registered}
-    return next((known[form] for form in _forms(name) if form in known), None)
-
-
-def _forms(name: str) -> Iterator[str]:
-    """Every stretch of a name's words, in letters and with what dresses it up taken away."""
     words = re.findall(r"[a-z0-9]+", name.casefold())
-    for begin, end in sorted(combinations(range(len(words) + 1), 2), key=lambda pair: pair[0] - pair[1]):
-        for bare in _undressed("".join(words[begin:end])):
-            yield _folded(bare)
+    stretches = sorted(combinations(range(len(words) + 1), 2), key=lambda pair: pair[0] - pair[1])
+    forms = (_folded(bare) for begin, end in stretches for bare in _undressed("".join(words[begin:end])))
+    return next((known[form] for form in forms if form in known), None)
 
 
-def _undressed(text: str) -> Iterator[str]:
-    """A text alone, and without numbers behind it or a word of _DRESS at either end."""
-    yield text
-    bare = re.sub(r"v?\d+$", "", text)
-    yield bare
-    for one in {text, bare}:
-        for word in _DRESS:
-            yield one.removeprefix(word)
-            yield one.removesuffix(word)
-            yield one.removeprefix(word).removesuffix(word)
+def _undressed(text: str) -> list[str]:
+    """A text alone, and without numbers behind it and a word of _DRESS at either end."""
+    found = dict.fromkeys((text, re.sub(r"v?\d+$", "", text)))
+    for part in list(found):
+        found.update(dict.fromkeys(part.removesuffix(word) for word in _DRESS if part.endswith(word)))
+    for part in list(found):
+        found.update(dict.fromkeys(part.removeprefix(word) for word in _DRESS if part.startswith(word)))
+    return list(found)
 
 
 def _folded(text: str) -> str:

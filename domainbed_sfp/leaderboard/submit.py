@@ -48,8 +48,8 @@ def submit(
     without_masks: bool = False,
 ) -> validation.Validation:
     """Gathers a row's records and masks, and the selected models where they are asked for, into the folder `output`,
-    which appears whole or not at all, signed with the key of a file where there is one.
-    A row whose masks are gone can be submitted without them: it is self-reported.
+    which appears whole or not at all, signed with the key of a file where there is one. A row whose masks are gone can
+    be submitted without them: it is self-reported.
 
     Raises UserError where the sweep is not complete, has no such row, did not keep a selected model, or would not pass
     validation; and where `output` exists.
@@ -77,18 +77,7 @@ def submit(
             document["author"] = signing.public_key(author_key)
         _check_name(document, runs)
         write_atomically(part / bundle.SUBMISSION, json.dumps(document, indent=1, sort_keys=True) + "\n")
-        sums = {
-            file.relative_to(part).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(part.rglob("*"))
-            if file.is_file()
-        }
-        write_atomically(part / bundle.SUMS, bundle.sums_text(sums))
-        if author_key is not None:
-            signature = signing.sign(author_key, (part / bundle.SUMS).read_bytes())
-            write_atomically(part / bundle.SIGNATURE, signature + "\n")
-        for file in part.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)
+        _seal(part, author_key)
         outcome = validation.validate(part)
         if outcome.problems:
             lines = [problem.line() for problem in outcome.problems[:SHOWN]]
@@ -101,6 +90,18 @@ def submit(
         raise UserError(f"--output {output!r} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _seal(part: Path, author_key: str | None) -> None:
+    """Writes the sums of all files, and their signature where there is a key."""
+    files = [file for file in sorted(part.rglob("*")) if file.is_file()]
+    sums = {file.relative_to(part).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    write_atomically(part / bundle.SUMS, text := bundle.sums_text(sums))
+    if author_key is not None:
+        write_atomically(part / bundle.SIGNATURE, signing.sign(author_key, text.encode()) + "\n")
+    for file in part.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)
 
 
 def _row(account: Account, wanted: str, input_dir: str) -> tuple[str, list[str]]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import load, save
 from torch import Tensor
 
+from domainbed_sfp import strict_json
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.files import write_atomically
 
@@ -36,7 +37,7 @@ def unpack(data: bytes) -> dict[str, Tensor]:
     try:
         packed = load(data)
         length = int.from_bytes(data[:8], "little")
-        shapes = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_SHAPES])
+        shapes = strict_json.parse(strict_json.parse(data[8 : 8 + length])["__metadata__"][_SHAPES])
         if not isinstance(shapes, dict) or set(shapes) != set(packed):
             raise ValueError(f"{_SHAPES} does not name the same masks as the file holds")
         masks = {}

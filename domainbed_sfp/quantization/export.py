@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from domainbed_sfp import networks
+from domainbed_sfp import networks, strict_json
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.exported import QUANTIZED_HEADER
 from domainbed_sfp.files import write_atomically
@@ -173,7 +173,7 @@ def save_onnx(
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[QUANTIZED_HEADER])
+            header = strict_json.parse((file.metadata() or {})[QUANTIZED_HEADER])
             if not isinstance(header, dict):
                 raise ValueError("its header is no JSON object")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -197,7 +198,8 @@ def _confirmed() -> bool:
     """Asks on a terminal, as DomainBed does; a script that launches means it."""
     if not sys.stdin.isatty():
         return True
-    if input("Are you sure? (y/n) ").lower().strip().startswith("y"):
-        return True
+    with suppress(EOFError):  # Ctrl-D says no
+        if input("Are you sure? (y/n) ").lower().strip().startswith("y"):
+            return True
     print("Nevermind!")
     return False

@@ -16,15 +16,15 @@ from typing import Any
 from rich.console import Console
 
 from domainbed_sfp import records
-from domainbed_sfp.core import surroundings
+from domainbed_sfp.core import locks, surroundings
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.progress import LOG_INTERVAL, bar
 from domainbed_sfp.sweep.capacity import usable_cores, visible_gpus
 from domainbed_sfp.sweep.job import PROGRAM, Job
-from domainbed_sfp.sweep.jobs import State, SweepDirectory
+from domainbed_sfp.sweep.jobs import WAY_ON, State, SweepDirectory
 from domainbed_sfp.sweep.processes import JobProcess
-from domainbed_sfp.training import AlreadyRunning
+from domainbed_sfp.training import LOCK, AlreadyRunning
 
 POLL_SECONDS = 0.2
 # Asking for another launch's jobs takes their locks for a moment.
@@ -178,6 +178,7 @@ class _LocalLaunch:
                 self.outcome.done += 1
             elif state is State.RUNNING:
                 self.elsewhere.append(task)
+                self._tell_of_lock(task.job)
             else:
                 self.running.append(self._start(task, free.pop(0)))
 
@@ -210,7 +211,15 @@ class _LocalLaunch:
         if not told.strip() and (folder / "err.txt").exists():
             told = (folder / "err.txt").read_text(encoding="utf-8", errors="replace")
         tail = "\n".join(f"    {line}" for line in told.strip().splitlines()[-TAIL_LINES:])
-        return f"  {how}; {folder / 'err.txt'} ends with:\n{tail}" if tail else f"  {how}; it said nothing"
+        where = folder / "err.txt" if (folder / "err.txt").exists() else "it"
+        return f"  {how}; {where} ends with:\n{tail}" if tail else f"  {how}; it said nothing"
+
+    def _tell_of_lock(self, job: Job) -> None:
+        """Where a file alone is the lock, its holder may have died, and nobody would ever take the job over."""
+        found = locks.holder(self.directory.job_dir(job) / LOCK)
+        if found and found.host:
+            told = f"waiting for {job.describe()}: its lock {found.describe()}; if that process is gone, {WAY_ON}"
+            print(told, file=sys.stderr, flush=True)
 
     def _look_elsewhere(self) -> None:
         """Jobs of other launches that have ended: done, or to be taken over here."""

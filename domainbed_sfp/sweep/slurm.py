@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -195,13 +196,18 @@ def submit_array(
     name = f"sfp-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}"
     try:
         batch = slurm_batches.write_batch(root, name, tasks).absolute()
-        executor = submitit.SlurmExecutor(batch)
-        executor.update_parameters(**_parameters(batch, len(tasks), options, after))
-        executor.parameters["map_count"] = len(tasks)
-        command = _command(batch, options)
-        # submitit prints what sbatch says; it belongs into our one line.
-        with contextlib.redirect_stderr(io.StringIO()):
-            return executor._submit_command(command).job_id
+        # submitit expands patterns in the name of its folder too: it has one of its own, for the script alone.
+        with tempfile.TemporaryDirectory(prefix="domainbed-sfp-") as scratch:
+            executor = submitit.SlurmExecutor(scratch)
+            executor.update_parameters(**_parameters(batch, len(tasks), options, after))
+            executor.parameters["map_count"] = len(tasks)
+            # submitit prints what sbatch says; it belongs into our one line.
+            with contextlib.redirect_stderr(io.StringIO()):
+                array = executor._submit_command(_command(batch, options)).job_id
+            with contextlib.suppress(OSError):  # the jobs are SLURM's now; the script is for those who look
+                for script in Path(scratch).glob("*.sh"):
+                    shutil.copy(script, batch)
+            return array
     except OSError as error:
         raise _unwritable(root, f"{slurm_batches.FOLDER}/{name}", error) from error
     except submitit.core.utils.FailedJobError as error:

@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from domainbed_sfp import strict_json
 from domainbed_sfp.errors import UserError
 from domainbed_sfp.files import write_atomically
 
@@ -127,7 +128,7 @@ def read_tasks(batch: Path) -> list[dict[str, Any]]:
     """The tasks of a batch: mappings with `folder` and `command`. Raises UserError for a file that is not a list of
     them."""
     try:
-        contents = json.loads((batch / TASKS).read_bytes())
+        contents = strict_json.parse((batch / TASKS).read_bytes())
         if contents["format"] != TASKS_FORMAT:
             raise ValueError(f"format {contents['format']!r}, expected {TASKS_FORMAT}")
         return [{"folder": str(task["folder"]), "command": list(task["command"])} for task in contents["tasks"]]
@@ -143,7 +144,7 @@ def write_note(batch: Path, index: int, note: Note) -> None:
 def read_note(batch: Path, index: int) -> Note | None:
     """What a task says about itself; None where it has not started, or says nothing that can be read."""
     try:
-        return Note(**json.loads((batch / f"{index}.json").read_bytes()))
+        return Note(**strict_json.parse((batch / f"{index}.json").read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from domainbed_sfp.leaderboard.schema import Problem, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
@@ -13,8 +14,8 @@ from domainbed_sfp.records import SPARSITY_ASKED
 # The claimed sparsity is a ratio of counts that hparams and masks give as well.
 SPARSITY_ROUNDING = 1e-6
 
-# Of the finished model: masks no longer change, and with them nothing else.
-OF_THE_MODEL = ("masks", "sparsity", "surviving_parameters", "macs")
+# Of the finished model. Masks of this project's methods no longer change; another's may exchange weights.
+OF_THE_MODEL = ("sparsity", "masks", "surviving_parameters", "macs")
 # Of the dense network.
 OF_THE_NETWORK = ("parameters", "dense_macs", "bitops_8bit")
 
@@ -55,20 +56,27 @@ def check_same_final_step(bundle: Bundle) -> Iterator[Problem]:
 def check_model_stays(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
     """The dense network is the same in all records, and the compressed one in all at final compression; only those name
     masks."""
-    finished: int | None = None
+    expected, finished = bundle.expected.get(run.name), None
+    of_the_model = OF_THE_MODEL if expected is not None and expected.code is None else OF_THE_MODEL[:1]
     for number, record in enumerate(run.records, start=1):
-        if record["final_compression"] and finished is None:
-            finished = number
-        if "masks" in record and not record["final_compression"]:
+        compared = dict.fromkeys(OF_THE_NETWORK, 1)
+        if record["final_compression"]:
+            finished = finished or number
+            compared |= dict.fromkeys(of_the_model, finished)
+        elif "masks" in record:
             words = "no such field before final compression"
             yield Problem(records_of(run), f"line {number}.masks", words, shown(record["masks"]))
-        for names, first in ((OF_THE_NETWORK, 1), (OF_THE_MODEL, finished if record["final_compression"] else None)):
-            earlier = record if first is None else run.records[first - 1]
-            for name in names:
-                if record.get(name) != earlier.get(name):
-                    words = f"{shown(earlier.get(name))} as in line {first}"
-                    yield Problem(records_of(run), f"line {number}.{name}", words, shown(record.get(name)))
-                    return
+        for name, line in compared.items():
+            if _differ(earlier := run.records[line - 1].get(name), record.get(name)):
+                words = f"{shown(earlier)} as in line {line}"
+                yield Problem(records_of(run), f"line {number}.{name}", words, shown(record.get(name)))
+                return
+
+
+def _differ(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) > SPARSITY_ROUNDING
+    return one != other
 
 
 def check_sparsity(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:

@@ -70,6 +70,7 @@ def check_fields(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         yield Problem(file, "line 1.granularity", words, shown(first.get("granularity")))
     if (asked := run.run.args["precision"]) not in ("auto", first["precision"]):
         yield Problem(file, "line 1.precision", f"{shown(asked)}, as in args", shown(first["precision"]))
+    yield from _devices(run)
     weights = run.run.hparams.get("weights")
     if "weights_digest" in first and weights in layout.WEIGHTS:
         words = f"no such field with weights {weights}"
@@ -85,6 +86,16 @@ def check_fields(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
             else f"the hash of the package that has {run.run.algorithm}"
         )
         yield Problem(file, "line 1.code", words, shown(first.get("code")) if "code" in first else "nothing")
+
+
+def _devices(run: SubmittedRun) -> Iterator[Problem]:
+    """A record says of its machine what it was asked for; "auto" asks for nothing."""
+    for number, record in enumerate(run.records, start=1):
+        asked, found = record["args"]["device"], record["environment"].get("device")
+        if found is not None and asked != "auto" and (asked == "cpu") != (found == "cpu"):
+            words = f"{'cpu' if asked == 'cpu' else 'the name of a GPU'}, as in args.device"
+            yield Problem(records_of(run), f"line {number}.environment.device", words, shown(found))
+            return
 
 
 def _overrides(text: str | None) -> dict[str, Any]:
