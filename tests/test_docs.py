@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import importlib.util
 import json
 import re
@@ -50,6 +52,16 @@ def test_the_python_in_the_documents_runs(tmp_path, monkeypatch):
     for block in code_blocks("docs/pandas.md", "python"):
         exec(block.replace("steps=300", "steps=2"), names)
     assert names["algorithm"].sparsity() > 0.4 and len(names["half"]) > 0
+
+
+def test_the_examples_in_docstrings_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("analysis.frames", "analysis.plot", "algorithms"):
+        found = doctest.testmod(importlib.import_module(f"domainbed_sfp.{name}"))
+        assert found.failed == 0
+    # The package of algorithms is called: doctest does not look into its class by itself.
+    examples = doctest.DocTestFinder().find(type(dsfp.algorithms).__call__, "algorithms", globs={})
+    assert examples and all(doctest.DocTestRunner().run(example).failed == 0 for example in examples)
 
 
 def test_the_page_of_results_is_what_its_script_makes(monkeypatch):

@@ -56,7 +56,7 @@ def read_records(input_dir: str | os.PathLike[str]) -> pd.DataFrame:
     >>> import domainbed_sfp as dsfp
     >>> frame = dsfp.read_records("results/sparsity_curves")
     >>> sorted(frame.dataset.unique())
-    ['FullColoredMNIST']
+    ['FullColoredDigits']
     """
     runs = load_records(input_dir, warn=_warn)
     frame = pd.concat(map(_frame_of, runs, row_labels(runs)), ignore_index=True)
@@ -127,6 +127,13 @@ def table(frame: pd.DataFrame, rule: str = TRAINING_DOMAIN.key, dataset: str | N
         A line for each row, in the order of `collect`'s tables. For each environment, its name with the mean accuracy
         and `NAME_std_err`; then `average`, `average_std_err`, `in_domain`, `trials` (the fewest of an environment) and
         the costs. What cannot be computed is missing (NaN).
+
+    Examples
+    --------
+    >>> import domainbed_sfp as dsfp
+    >>> table = dsfp.table(dsfp.read_records("results/globalpru_coloured"))
+    >>> float(table.loc["Taylor", "10%"].round(1))
+    51.9
     """
     return _wide(_one_table(report_of(frame, rule), dataset))
 
@@ -157,6 +164,13 @@ def compare(
         A line for each data set and other row: `dataset`, `row`, `other`, their averages `accuracy` and
         `other_accuracy` in percent, `difference` in points with its 95 % interval `low` and `high`, `pairs`, `won`,
         `tied`, `lost`, `p_t`, `p_wilcoxon` and both after Holm's correction, `p_t_holm` and `p_wilcoxon_holm`.
+
+    Examples
+    --------
+    >>> import domainbed_sfp as dsfp
+    >>> one = dsfp.compare(dsfp.read_records("results/globalpru_coloured"), "GlobalPru", "Taylor").iloc[0]
+    >>> int(one.pairs), float(one.difference.round(1))
+    (3, 4.3)
     """
     compared = compare_rows(report_of(frame, rule), [row, *others], exclude)
     return pd.DataFrame(

@@ -28,6 +28,13 @@ def fronts(frame: pd.DataFrame, rule: str = TRAINING_DOMAIN.key) -> Axes | list[
     -------
     matplotlib.axes.Axes, or a list of them
         One for each data set. `axes.figure` is the figure, to show or to save.
+
+    Examples
+    --------
+    >>> import domainbed_sfp as dsfp
+    >>> axes = dsfp.plot.fronts(dsfp.read_records("results/globalpru_coloured"))
+    >>> axes.get_xlabel()
+    'Surviving MACs'
     """
     return _drawn("fronts", frame, rule)
 
