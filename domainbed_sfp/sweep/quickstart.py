@@ -40,8 +40,10 @@ def sentence(table: Table) -> str:
         if accuracies:
             found.append((sum(accuracies) / len(accuracies), row.costs.get("sparsity", 0.0) > 0, row.algorithm))
     pruned = sorted((one for one in found if one[1]), reverse=True)
-    dense = [f", a dense network ({name}) on {accuracy:.0f} %" for accuracy, is_pruned, name in found if not is_pruned]
-    said = f"Where the colours no longer agree with the digits, {pruned[0][2]} is right on {pruned[0][0]:.0f} % of them"
-    if len(pruned) > 1:
-        said += f", the best other pruned network ({pruned[1][2]}) on {pruned[1][0]:.0f} %"
-    return f"{said}{dense[0] if dense else ''}."
+    dense = [f"a dense network ({name}) {accuracy:.0f} %" for accuracy, is_pruned, name in found if not is_pruned]
+    others = [f"the best other pruned network ({name}) has {accuracy:.0f} %" for accuracy, _, name in pruned[1:2]]
+    said = (
+        f"Where the colours no longer agree with the digits, {pruned[0][2]} is right on {pruned[0][0]:.0f} % of them."
+    )
+    rest = ", ".join([*others, *dense[:1]])
+    return f"{said} {rest[:1].upper()}{rest[1:]}." if rest else said
