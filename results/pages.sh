@@ -57,4 +57,4 @@ domainbed-sfp rankings --input_dir results/globalpru_coloured --output results/g
   --plot results/globalpru_rankings.png
 python benchmarks/allocations.py report results/allocations_digits.jsonl --output results/allocations_digits.md
 
-python results/readme.py
+python results/pages/readme.py

@@ -65,7 +65,7 @@ def test_the_examples_in_docstrings_run(monkeypatch):
 
 
 def test_the_page_of_results_is_what_its_script_makes(monkeypatch):
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "results" / "readme.py")
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "results" / "pages" / "readme.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.page() == (ROOT / "results" / "README.md").read_text()

@@ -14,7 +14,7 @@ from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.data.splits import split_environment
 from domainbed_sfp.hparams import Hparam, resolve_hparams
 from domainbed_sfp.seeds import seed_hash
-from domainbed_sfp.sweep.jobs import command_line
+from domainbed_sfp.sweep.job import command_line
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
 
 

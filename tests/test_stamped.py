@@ -159,10 +159,16 @@ def test_marks_are_told_apart_after_the_hue_was_turned():
         assert torch.cdist(own[mark], others).min() > 80
 
 
-@pytest.mark.parametrize("classes", [1, 101])
-def test_fewer_or_more_classes_than_marks_can_tell_are_refused(tmp_path, classes):
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (1, "expected two or more class folders"),  # no folder of photographs may have a single one
+        (101, "StampedFolder: expected 2 to 100 classes, a mark for each, found 101"),
+    ],
+)
+def test_fewer_or_more_classes_than_marks_can_tell_are_refused(tmp_path, classes, words):
     root = make_tree(tmp_path / "tree", ["a", "b"], classes=[f"c{index:03}" for index in range(classes)], n=1)
-    with pytest.raises(UserError, match=f"StampedFolder: expected 2 to 100 classes, a mark for each, found {classes}"):
+    with pytest.raises(UserError, match=words):
         StampedFolder.build(str(root), options(), 0, None)
 
 

@@ -1,4 +1,4 @@
-"""Writes results/README.md from the committed records: `python results/readme.py` in the checkout's root.
+"""Writes results/README.md from the committed records: `python results/pages/readme.py` in the checkout's root.
 
 Every number is computed here; the words around them stand in readme.jinja and are written for what the records say
 today. A test compares the page with what this makes of them.
@@ -22,11 +22,12 @@ from domainbed_sfp.analysis.statistics import paired_test
 from domainbed_sfp.sweep.spec import read_spec, shipped_specs
 
 HERE = Path(__file__).parent
+RESULTS = HERE.parent
 
 
 @cache
 def records(sweep: str) -> pd.DataFrame:
-    return dsfp.read_records(HERE / sweep)
+    return dsfp.read_records(RESULTS / sweep)
 
 
 @cache
@@ -78,11 +79,11 @@ def cost(sweep: str, dataset: str, row: str) -> str:
 
 def premise() -> dict[str, Any]:
     """What benchmarks/allocations.py found on the coloured digits, for the page's sentence."""
-    specification = importlib.util.spec_from_file_location("allocations", HERE.parent / "benchmarks/allocations.py")
+    specification = importlib.util.spec_from_file_location("allocations", RESULTS.parent / "benchmarks/allocations.py")
     assert specification is not None and specification.loader is not None
     bench = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(bench)
-    cases, names, accuracies = bench.table_of(bench.read(HERE / "allocations_digits.jsonl"))
+    cases, names, accuracies = bench.table_of(bench.read(RESULTS / "allocations_digits.jsonl"))
     means = accuracies.mean(0)
     single = int(means.mean(0).argmax())
     gained = paired_test(bench.held_out_gains(accuracies, bench.groupings(cases)["degradation and severity"]).tolist())
@@ -107,7 +108,7 @@ def page() -> str:
 def files() -> str:
     """The committed sweeps: what they hold, on what they ran, and the command."""
     lines = ["| sweep | rows, trials, runs | hardware | command |", "|---|---|---|---|"]
-    for sweep in sorted(path.parent.name for path in HERE.glob("*/sweep.json")):
+    for sweep in sorted(path.parent.name for path in RESULTS.glob("*/sweep.json")):
         frame = records(sweep)
         runs = frame.drop_duplicates("run")
         trials = runs.groupby("row").trial_seed.nunique()
@@ -116,7 +117,7 @@ def files() -> str:
         needs_data = not read_spec(sweep).datasets[0].endswith("Digits") if sweep in shipped_specs() else True
         data = "--data_dir DIR " if needs_data else ""
         command = f"`domainbed-sfp sweep launch {spec} {data}--output_dir results/{sweep}`"
-        name = f"[{sweep}]({sweep}.md)" if (HERE / f"{sweep}.md").is_file() else sweep
+        name = f"[{sweep}]({sweep}.md)" if (RESULTS / f"{sweep}.md").is_file() else sweep
         held = f"{runs.row.nunique()} rows, {counts} trials, {len(runs)} runs"
         lines.append(f"| {name} | {held} | {hardware(sweep)} | {command} |")
     return "\n".join(lines)
@@ -125,7 +126,7 @@ def files() -> str:
 def hardware(sweep: str) -> str:
     """The processors and GPUs that the records of a sweep name."""
     found = set()
-    for path in (HERE / sweep).glob("*/results.jsonl"):
+    for path in (RESULTS / sweep).glob("*/results.jsonl"):
         with path.open() as file:
             environment: dict[str, Any] = json.loads(file.readline()).get("environment") or {}
         device = str(environment.get("device", "not recorded"))
@@ -134,4 +135,4 @@ def hardware(sweep: str) -> str:
 
 
 if __name__ == "__main__":
-    (HERE / "README.md").write_text(page(), encoding="utf-8")
+    (RESULTS / "README.md").write_text(page(), encoding="utf-8")
