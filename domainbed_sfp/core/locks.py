@@ -148,13 +148,17 @@ def _acquire(path: Path, timeout: float) -> BaseFileLock:
         lock.acquire(timeout=timeout)
         if isinstance(lock, SoftFileLock) and not path.stat().st_size:
             lock.release()
-            raise NotImplementedError
+            raise _nameless(path)
         return lock
-    except NotImplementedError:
-        raise UserError(
-            f"the file system of {str(path)!r} has no flock, and filelock {filelock.__version__} does not note who "
-            "holds a lock: pip install 'filelock>=3.24'"
-        ) from None
+    except NotImplementedError:  # what filelock raises where there is no flock
+        raise _nameless(path) from None
+
+
+def _nameless(path: Path) -> UserError:
+    return UserError(
+        f"the file system of {str(path)!r} has no flock, and filelock {filelock.__version__} does not note who holds a "
+        "lock: pip install 'filelock>=3.24'"
+    )
 
 
 def _is_leftover(path: Path) -> bool:

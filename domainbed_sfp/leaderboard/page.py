@@ -7,14 +7,12 @@ policy lets no script or style run but the page's own, by their hashes.
 from __future__ import annotations
 
 import argparse
-import base64
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 
 from domainbed_sfp import __version__
 from domainbed_sfp.analysis.display import ABSENT, MISSING, RECONSTRUCTION_NOTE
+from domainbed_sfp.analysis.self_contained import content_policy, packaged_text
 from domainbed_sfp.errors import UserError, unknown_name
 from domainbed_sfp.files import write_atomically
 from domainbed_sfp.leaderboard import board_formats, store, tracks
@@ -101,14 +99,11 @@ def html_text(board: Board, siblings: Sequence[tuple[str, str]] = ()) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    style, script = (_resource(f"page.{suffix}") for suffix in ("css", "js"))
-    policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    style, script = (packaged_text(__package__, f"page.{suffix}") for suffix in ("css", "js"))
+    policy = content_policy(style, script)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(printable=board_formats.printable, number=_number, seeds=_seeds)
-    return environment.from_string(_resource("page.html")).render(
+    return environment.from_string(packaged_text(__package__, "page.html")).render(
         board=board,
         datasets=list(dict.fromkeys(ranking.dataset for ranking in board.rankings)),
         filters=_filters(board),
@@ -188,11 +183,3 @@ def _seeds(values: Sequence[int]) -> str:
         else:
             parts.append([value])
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
-
-
-def _resource(name: str) -> str:
-    return (resources.files(__package__) / name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import hashlib
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from ..display import Grid, grids_of
 from ..jobs import Account, Job, explain_missing, label_methods, row_labels, take_account
 from ..looks import short_label
 from ..selection import RULES, TRAINING_DOMAIN
+from ..self_contained import content_policy, packaged_text
 from ..tables import Report, build_report, environment_names
 from . import figures, svg
 
@@ -164,25 +162,16 @@ def _render(**values: Any) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    style, script = (_resource(name) for name in ("report.css", "report.js"))
+    style, script = (packaged_text(__package__, name) for name in ("report.css", "report.js"))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_resource("report.html")).render(
+    return environment.from_string(packaged_text(__package__, "report.html")).render(
         **values,
         version=__version__,
         markup=Markup,  # for the drawings alone, whose texts are escaped where they are made
         style=Markup(style),
         script=Markup(script),
-        policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'",
+        policy=content_policy(style, script),
     )
-
-
-def _resource(name: str) -> str:
-    return (resources.files(__package__) / name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _warn(message: str) -> None:
