@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from domainbed_sfp import registry
-from domainbed_sfp.hparams import resolve_hparams
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.pruning.reconstruction import InputMoments, ReaderInputs, reconstruct
+from domainbed_sfp.training.hparams import resolve_hparams
 
 
 def test_a_channel_that_others_determine_is_lost_without_a_trace():
@@ -107,7 +107,7 @@ def test_reconstruction_changes_the_weights_that_remain():
 
 @pytest.mark.parametrize("name", ["alignment_directions", "reconstruction"])
 def test_choices_are_checked(name):
-    from domainbed_sfp.errors import UserError
+    from domainbed_sfp.core.errors import UserError
 
     with pytest.raises(UserError, match=f"{name}.*none"):
         made(**{name: "al"})
