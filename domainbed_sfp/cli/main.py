@@ -185,13 +185,15 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from domainbed_sfp.core import runtime
+    from domainbed_sfp.runs.settings import RunSettings
     from domainbed_sfp.training import train as training
+    from domainbed_sfp.training.interruption import Interrupted
 
     runtime.prepare_for_training()
-    values = {name: getattr(args, name) for name in training.TrainArgs.__dataclass_fields__}
+    values = {name: getattr(args, name) for name in RunSettings.__dataclass_fields__}
     try:
-        training.train(training.TrainArgs(**values), break_lock=args.break_lock)
-    except training.Interrupted as stopped:
+        training.train(RunSettings(**values), break_lock=args.break_lock)
+    except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal_number
     return 0

@@ -16,8 +16,7 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.tensor_files import load_tensors
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.runs import records
-
-MODEL = "model.pkl"
+from domainbed_sfp.runs.layout import MODEL
 
 # Channels, pixels, classes or domains beyond this are no network's.
 MOST = 1_000_000

@@ -12,7 +12,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp.training.train import TrainArgs
+from domainbed_sfp.runs.settings import RunSettings
 
 # The program `domainbed-sfp`, by the interpreter that runs now.
 PROGRAM = (sys.executable, "-m", "domainbed_sfp")
@@ -103,9 +103,9 @@ class Job:
         """The folder DomainBed's sweep gives this job, which depends on where the data lies."""
         return hashlib.md5(json.dumps(self.domainbed_args(data_dir), sort_keys=True).encode("utf-8")).hexdigest()
 
-    def train_args(self, data_dir: str | None, output_dir: Path, **options: Any) -> TrainArgs:
+    def train_args(self, data_dir: str | None, output_dir: Path, **options: Any) -> RunSettings:
         """The arguments of our train; `options` are those that do not belong to the job's identity."""
-        return TrainArgs(
+        return RunSettings(
             data_dir=data_dir,
             dataset=self.dataset,
             algorithm=self.algorithm,
@@ -148,9 +148,9 @@ def _spellings(job: Job) -> Iterator[Job]:
         yield replace(job, uda_holdout_fraction=fraction, hparams=dict(zip(job.hparams, values)))
 
 
-def command_line(args: TrainArgs) -> list[str]:
+def command_line(args: RunSettings) -> list[str]:
     """The arguments of `domainbed-sfp` that compute `args`; values that are the default are left out."""
-    defaults = vars(TrainArgs())
+    defaults = vars(RunSettings())
     command = ["train"]
     for name, value in sorted(vars(args).items()):
         if value == defaults[name] and name != "test_envs":

@@ -16,12 +16,11 @@ from domainbed_sfp.core import locks, provenance
 from domainbed_sfp.core.errors import UserError, spelled
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.runs import records
-from domainbed_sfp.runs.layout import DONE
+from domainbed_sfp.runs.layout import DONE, LOCK
 from domainbed_sfp.runs.manifests import jobs_of, read_manifests, write_manifest
 from domainbed_sfp.sweep import slurm_batches
 from domainbed_sfp.sweep.job import LATER_SETTINGS, PROTOCOL, Job
 from domainbed_sfp.sweep.slurm_batches import Standing
-from domainbed_sfp.training.train import LOCK
 
 SWEEP_LOCK = "sweep.lock"
 WAY_ON = "go on with --break_lock"

@@ -17,9 +17,9 @@ from domainbed_sfp.core.errors import LARGEST, UserError, check_range, did_you_m
 from domainbed_sfp.core.seeds import seed_hash
 from domainbed_sfp.data import dataset_names, get_dataset_class
 from domainbed_sfp.data.sets.folders import Folder
+from domainbed_sfp.runs.settings import check_settings, check_test_envs
 from domainbed_sfp.sweep.job import Job
 from domainbed_sfp.training import hparams
-from domainbed_sfp.training.train import check_settings, check_test_envs
 
 
 class _GivenTwice(yaml.YAMLError):
