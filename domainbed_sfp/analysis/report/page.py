@@ -11,7 +11,7 @@ from typing import Any
 from ... import __version__
 from ...errors import UserError
 from ...files import write_atomically
-from ...records import RESULTS, Run, load_records, read_records
+from ...records import Run, load_records, read_records
 from .. import chosen
 from ..comparison import compare, measured_rows
 from ..comparison_formats import comparison_grids
@@ -107,7 +107,7 @@ def _figures(report: Report, runs: Sequence[Run], root: Path) -> list[dict[str, 
 def _losses(directory: Path) -> dict[int, float]:
     """The training loss by step, from the run's own records."""
     try:
-        found = list(read_records(directory / RESULTS, lambda message: None))
+        found = list(read_records(directory, lambda message: None))
     except OSError:
         return {}
     return {one["step"]: one["loss"] for one in found if isinstance(one.get("loss"), float)}
