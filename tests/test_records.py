@@ -13,19 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs_on_disk import record, write_run
 
-from domainbed_sfp import domainbed_facts
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.files import write_atomically
-from domainbed_sfp.manifests import read_manifests
-from domainbed_sfp.record_lines import end_last_line
-from domainbed_sfp.records import (
+from domainbed_sfp.core import domainbed_facts
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.files import write_atomically
+from domainbed_sfp.runs.manifests import read_manifests
+from domainbed_sfp.runs.record_lines import end_last_line
+from domainbed_sfp.runs.records import (  # fmt: skip
     is_done,
     last_record,
     last_step,
     load_records,
     read_records,
     write_records,
-)  # fmt: skip
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -19,17 +19,17 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, unknown_name
-from ..files import write_output
-from ..layout import RESULTS
-from ..packed import run_folders
-from ..records import Warn, is_done, last_record
-from .display import ABSENT, RECONSTRUCTION_NOTE, daggered
-from .looks import COLOURS
-from .methods import Method, alike, label_methods, method_of
-from .plots import LINES, SUFFIXES, figure_style, image_bytes
-from .rows import RECONSTRUCTION
-from .statistics import paired_test
+from domainbed_sfp.analysis.display import ABSENT, RECONSTRUCTION_NOTE, daggered
+from domainbed_sfp.analysis.looks import COLOURS
+from domainbed_sfp.analysis.methods import Method, alike, label_methods, method_of
+from domainbed_sfp.analysis.plots import LINES, SUFFIXES, figure_style, image_bytes
+from domainbed_sfp.analysis.rows import RECONSTRUCTION
+from domainbed_sfp.analysis.significance import paired_test
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.files import write_output
+from domainbed_sfp.runs.layout import RESULTS
+from domainbed_sfp.runs.packed import run_folders
+from domainbed_sfp.runs.records import Warn, is_done, last_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,14 +16,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, unknown_name
-from ..files import write_output
-from ..layout import RESULTS
-from ..packed import run_folders
-from ..records import Warn, read_records
-from .looks import COLOURS
-from .methods import method_of, plain_number
-from .plots import LINES, SUFFIXES, figure_style, image_bytes
+from domainbed_sfp.analysis.looks import COLOURS
+from domainbed_sfp.analysis.methods import method_of, plain_number
+from domainbed_sfp.analysis.plots import LINES, SUFFIXES, figure_style, image_bytes
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.files import write_output
+from domainbed_sfp.runs.layout import RESULTS
+from domainbed_sfp.runs.packed import run_folders
+from domainbed_sfp.runs.records import Warn, read_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

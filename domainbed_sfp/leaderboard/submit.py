@@ -13,17 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp import records
 from domainbed_sfp.analysis.jobs import Account, explain_missing, take_account
 from domainbed_sfp.analysis.methods import Method, label_methods
 from domainbed_sfp.analysis.tables import environment_names
-from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.files import write_atomically
-from domainbed_sfp.hparams import checked_overrides, recorded_overrides
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.files import write_atomically
+from domainbed_sfp.core.hparam import recorded_overrides
 from domainbed_sfp.leaderboard import bundle, models, signing, summary, validation
 from domainbed_sfp.leaderboard.schema import problems_of
 from domainbed_sfp.leaderboard.summary import SubmittedRun
-from domainbed_sfp.pruning import mask_files
+from domainbed_sfp.runs import mask_files, records
+from domainbed_sfp.training.hparams import checked_overrides
 
 # Problems told at once.
 SHOWN = 20

@@ -11,17 +11,18 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp import environment, records, registry
-from domainbed_sfp.core import locks
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.core import locks, provenance
+from domainbed_sfp.core.errors import UserError, spelled
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError, spelled
-from domainbed_sfp.layout import DONE
-from domainbed_sfp.manifests import jobs_of, read_manifests, write_manifest
-from domainbed_sfp.packed import packed_runs
+from domainbed_sfp.runs import records
+from domainbed_sfp.runs.layout import DONE
+from domainbed_sfp.runs.manifests import jobs_of, read_manifests, write_manifest
+from domainbed_sfp.runs.packed import packed_runs
 from domainbed_sfp.sweep import slurm_batches
 from domainbed_sfp.sweep.job import LATER_SETTINGS, PROTOCOL, Job
 from domainbed_sfp.sweep.slurm_batches import Standing
-from domainbed_sfp.training import LOCK
+from domainbed_sfp.training.train import LOCK
 
 SWEEP_LOCK = "sweep.lock"
 WAY_ON = "go on with --break_lock"
@@ -163,10 +164,10 @@ class SweepDirectory:
             protocol[f"data of {dataset}"] = digest or records.PUBLISHED
         for algorithm in dict.fromkeys(job.algorithm for job in jobs):
             # One row is one method: a package that has changed since is another.
-            if code := environment.code_of(registry.get(algorithm).cls):
+            if code := provenance.code_of(registry.get(algorithm).cls):
                 protocol[f"code of {algorithm}"] = code
         for weights in dict.fromkeys(job.hparams.get("weights") for job in jobs):
-            if digest := environment.weights_digest(weights):
+            if digest := provenance.weights_digest(weights):
                 protocol[f"weights {weights}"] = digest
         return protocol
 

@@ -17,9 +17,9 @@ from jinja2 import Environment, StrictUndefined
 
 import domainbed_sfp as dsfp
 from domainbed_sfp.analysis.looks import short_label
-from domainbed_sfp.analysis.statistics import paired_test
-from domainbed_sfp.packed import run_folders
-from domainbed_sfp.records import read_records
+from domainbed_sfp.analysis.significance import paired_test
+from domainbed_sfp.runs.packed import run_folders
+from domainbed_sfp.runs.records import read_records
 from domainbed_sfp.sweep.spec import read_spec, shipped_specs
 
 HERE = Path(__file__).parent
