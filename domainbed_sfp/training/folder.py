@@ -62,8 +62,9 @@ def _remove_refused(new: list[Path]) -> None:
 def refuse_other_run(settings: RunSettings, folder: Path) -> None:
     """Raises UserError if the folder holds a run with other settings, or one that began from other weights."""
     earlier = _checkpoint_of(folder)
-    if earlier is None and (folder / RESULTS).exists():
-        earlier = next(reversed(list(records.read_records(folder, lambda message: None))), None)
+    if earlier is None:
+        with suppress(FileNotFoundError):
+            earlier = next(reversed(list(records.read_records(folder, lambda message: None))), None)
     if earlier is None:
         return
     ours, theirs = identity_of(asdict(settings)), identity_of(earlier["args"])
