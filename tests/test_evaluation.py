@@ -21,7 +21,7 @@ from domainbed_sfp.runs import records
 from domainbed_sfp.runs.settings import RunSettings, identity_of
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
-from domainbed_sfp.training import hparams, loop
+from domainbed_sfp.training import evaluation, hparams, loop
 from domainbed_sfp.training import train as training
 from domainbed_sfp.training.evaluation import evaluate
 from domainbed_sfp.training.interruption import Interrupted
@@ -168,7 +168,7 @@ def test_the_fast_form_gives_the_accuracies_of_the_plain_one(photographs, monkey
     splits = [split_environment(30, env_i, 0, 0.2) for env_i in range(2)]
     seen, folded, plain = [], [], folding.folded_parameters
     monkeypatch.setattr(folding, "folded_parameters", lambda *pair: folded.append(pair) or plain(*pair))
-    monkeypatch.setattr(training, "_is_correct", lambda logits, y: seen.append(logits) or logits.argmax(1).eq(y))
+    monkeypatch.setattr(evaluation, "_is_correct", lambda logits, y: seen.append(logits) or logits.argmax(1).eq(y))
     for step in range(3):
         algorithm.update(batches)
         fast = evaluate(algorithm, photographs, splits, torch.device("cpu"))
