@@ -17,7 +17,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 import domainbed_sfp as dsfp
-from domainbed_sfp.analysis.looks import short_label
+from domainbed_sfp.analysis.figures.looks import short_label
 from domainbed_sfp.analysis.significance import paired_test
 from domainbed_sfp.sweep.spec import read_spec, shipped_specs
 
