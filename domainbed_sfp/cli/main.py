@@ -202,7 +202,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _add_sweep(commands: argparse._SubParsersAction) -> None:
     parser = _add(commands, "sweep", "run a grid of runs; DomainBed's flags, or a spec file with the same keys", _sweep)
-    parser.add_argument("action", choices=["launch", "status", "delete_incomplete"])
+    parser.add_argument("action", choices=["launch", "status", "delete_incomplete", "pack"])
     parser.add_argument("spec", nargs="?", help="YAML file, or the name of a shipped one (see: list sweeps)")
     parser.add_argument("--datasets", nargs="+", action=_Once)
     parser.add_argument("--algorithms", nargs="+", action=_Once)
@@ -229,6 +229,11 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--watch", type=float, nargs="?", const=10.0, metavar="SECONDS",
         help="for status: show a table anew every so many seconds (10) until nothing waits or runs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--drop", nargs="+", metavar="NAME",
+        help="for pack, which moves the records of all finished runs into one file: what else their folders may lose, "
+        "such as out.txt err.txt masks model.pkl",
     )  # fmt: skip
     _add_slots(parser)
     _add_cache_dir(parser)
@@ -260,7 +265,14 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
 def _sweep(args: argparse.Namespace) -> int:
     from domainbed_sfp.core.hparam import parse_overrides
     from domainbed_sfp.sweep import commands
+    from domainbed_sfp.sweep.pack import pack
 
+    if args.drop is not None and args.action != "pack":
+        raise UserError(f"--drop goes with sweep pack, not with {args.action}")
+    if args.action == "pack":
+        if args.spec:
+            raise UserError(f"sweep pack packs all finished runs of --output_dir, and takes no spec ({args.spec!r})")
+        return pack(args.output_dir, args.drop or (), break_lock=args.break_lock)
     spec = commands.read_spec(args.spec) if args.spec else commands.default_spec()
     if args.spec:
         commands.check_rows(spec, args.spec)

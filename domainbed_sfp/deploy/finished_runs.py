@@ -16,6 +16,7 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.tensor_files import load_tensors
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.runs import records
+from domainbed_sfp.runs.packed import is_packed, packed_runs
 
 MODEL = "model.pkl"
 
@@ -135,7 +136,7 @@ def load_algorithm(folder: str | os.PathLike[str]) -> Algorithm:
 def _last_record(folder: Path) -> dict[str, Any]:
     """The last record of a run that is finished. Raises UserError where it is not."""
     results = folder / records.RESULTS
-    if not results.is_file():
+    if not results.is_file() or is_packed(folder.resolve().name):
         raise UserError(f"{str(folder)!r} is no run: {_what_is_there(folder)}")
     try:
         last = records.last_record(folder)
@@ -153,11 +154,15 @@ def _last_record(folder: Path) -> dict[str, Any]:
 
 
 def _what_is_there(folder: Path) -> str:
+    if folder.name in packed_runs(folder.parent) or is_packed(folder.resolve().name):
+        return "it is packed, and sweep pack has kept its records alone; train it anew, elsewhere"
     if not folder.exists():
         return "there is no such folder"
     if not folder.is_dir():
         return "expected the output folder of a run, and it is a file"
-    below = sorted(path.parent.name for path in folder.glob(f"*/{records.RESULTS}"))
+    below = sorted(path.parent.name for path in folder.glob(f"*/{records.RESULTS}") if not is_packed(path.parent.name))
+    if not below and (packed := packed_runs(folder)):
+        return f"it holds {len(packed)} packed runs, and sweep pack has kept their records alone"
     if below:
         return f"it holds {len(below)} runs; choose one of them, such as {str(folder / below[0])!r}"
     return f"expected the output folder of a run, with {records.RESULTS}, {records.DONE} and {MODEL}"

@@ -151,7 +151,7 @@ def _row(account: Account, wanted: str, input_dir: str) -> tuple[str, list[str]]
 def _take_records(folder: Path, part: Path) -> SubmittedRun:
     """A run's records into the bundle, without the paths of this machine."""
     parsed = []
-    for number, record in enumerate(records.read_records(folder / records.RESULTS, _warn), start=1):
+    for number, record in enumerate(records.read_records(folder, _warn), start=1):
         plain = _finite(record)
         _forget_places(plain)
         where = str(folder / records.RESULTS)
@@ -208,7 +208,7 @@ def _take_masks(input_dir: Path, run: SubmittedRun, step: int, part: Path) -> No
         shutil.copyfile(source, target)
     except FileNotFoundError:
         raise UserError(
-            f"{source} is missing: the masks of step {step}, which its record names; "
+            f"{source} is missing: the masks of step {step}, which its record names (sweep pack keeps none); "
             "without them (--without_masks) the row is self-reported"
         ) from None
 

@@ -16,24 +16,12 @@ CHECKPOINT = "checkpoint.safetensors"
 # sweep's files over those of another.
 SWEEP = "sweep.json"
 SWEEPS = "sweep-" + 12 * "[0-9a-f]" + ".json"
+# A folder with the records of many finished runs in one file, named by the hash of that.
+PACKED = "packed-" + 12 * "[0-9a-f]"
 
 # How far below a folder runs are looked for, and how many folders with runs are named.
 _DEPTH = 3
 _NAMED = 3
-
-
-def run_files(input_dir: str | os.PathLike[str]) -> list[Path]:
-    """The records of all runs of a directory, or of the one run that it is.
-
-    Raises UserError where there are none, naming the folders below that hold some.
-    """
-    root = Path(input_dir)
-    if not root.is_dir():
-        raise UserError(f"--input_dir {root}: expected a directory of runs")
-    files = sorted(root.glob(f"*/{RESULTS}")) or sorted(root.glob(RESULTS))
-    if not files:
-        raise no_runs(root)
-    return files
 
 
 def no_runs(root: Path) -> UserError:

@@ -10,6 +10,7 @@ import codecs
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +23,66 @@ from domainbed_sfp.core.files import write_atomically
 _TAIL = 1 << 16
 
 
-def numbered_records(path: str | os.PathLike[str], warn: Callable[[str], None]) -> Iterator[tuple[int, dict[str, Any]]]:
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Where the records of a run lie: all of a file, or `size` bytes of it from `begin`, whose first line is its line
+    `number`."""
+
+    path: Path
+    begin: int = 0
+    size: int = -1
+    number: int = 1
+
+    def read(self) -> list[bytes]:
+        """The lines, bare, without blank ones at the end. Raises OSError."""
+        with open(self.path, "rb") as file:
+            file.seek(self.begin)
+            lines = [_bare(line) for line in file.read(self.size).split(b"\n")]
+        while lines and not lines[-1]:
+            lines.pop()
+        return lines
+
+
+def numbered_records(where: Lines, warn: Callable[[str], None]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number of the line, record), in file order; a torn last line is told to `warn`.
 
     Raises UserError, naming file and line, for any other line that is no record; OSError if the file cannot be read.
     """
-    with open(path, "rb") as file:
-        lines = file.read().split(b"\n")
-    while lines and not _bare(lines[-1]):
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        if not (text := _bare(line)):
+    lines = where.read()
+    for number, line in enumerate(lines, start=where.number):
+        if not line:
             continue
         try:
-            record = _parse(text)
+            record = parse(line)
         except ValueError as error:
-            if number == len(lines):
-                warn(f"{path}: the last line ({number}) is torn and skipped")
+            if number == where.number + len(lines) - 1:
+                warn(f"{where.path}: the last line ({number}) is torn and skipped")
                 return
-            raise UserError(f"{path}, line {number}: not a JSON record ({error})") from error
+            raise UserError(f"{where.path}, line {number}: not a JSON record ({error})") from error
         yield number, record
 
 
-def last_of(path: Path) -> dict[str, Any] | None:
+def last_of(where: Lines) -> dict[str, Any] | None:
     """The last record; None where there is none, or the last line is torn. Raises OSError."""
     try:
-        line = _last_line(path)
-        return _parse(line) if line else None
+        line = _last_line(where)
+        return parse(line) if line else None
     except ValueError:
         return None
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """The record of a bare line. Raises ValueError where it is none."""
+    try:
+        record = orjson.loads(line)
+    except ValueError:
+        try:
+            record = json.loads(line)  # a diverged loss is written as NaN, which orjson refuses
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+    if not isinstance(record, dict):
+        raise ValueError("expected an object")
+    return record
 
 
 def end_last_line(path: Path) -> None:
@@ -62,18 +94,19 @@ def end_last_line(path: Path) -> None:
         if not path.is_file():
             return
         data = path.read_bytes()
-        if not data or (data.endswith(b"\n") and last_of(path) is not None):
+        last = last_of(Lines(path))
+        if not data or (data.endswith(b"\n") and last is not None):
             return
-        whole = data if last_of(path) is not None else data.rstrip()[: data.rstrip().rfind(b"\n") + 1]
+        whole = data if last is not None else data.rstrip()[: data.rstrip().rfind(b"\n") + 1]
         write_atomically(path, whole if whole.endswith(b"\n") or not whole else whole + b"\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _last_line(path: Path) -> bytes:
+def _last_line(where: Lines) -> bytes:
     """The last line that is not blank, read from the end: records of a long run are megabytes."""
-    with open(path, "rb") as file:
-        end, size = file.seek(0, os.SEEK_END), _TAIL
+    with open(where.path, "rb") as file:
+        end, size = file.seek(0, os.SEEK_END) if where.size < 0 else where.begin + where.size, _TAIL
         while True:
             begin = file.seek(max(0, end - size))
             lines = file.read(end - begin).split(b"\n")
@@ -87,16 +120,3 @@ def _last_line(path: Path) -> bytes:
 def _bare(line: bytes) -> bytes:
     """A line without what editors and other systems put around it: a byte order mark, a carriage return."""
     return line.strip().removeprefix(codecs.BOM_UTF8).strip()
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        record = orjson.loads(line)
-    except ValueError:
-        try:
-            record = json.loads(line)  # a diverged loss is written as NaN, which orjson refuses
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-    if not isinstance(record, dict):
-        raise ValueError("expected an object")
-    return record

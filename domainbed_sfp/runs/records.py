@@ -1,7 +1,8 @@
 """The record schema: what a run writes at a checkpoint, and how a directory of runs is read.
 
 A sweep directory holds one subdirectory per run with `results.jsonl`, one JSON record a line and a
-checkpoint, and an empty-or-not file `done` once the run has finished. The fields are DomainBed's (`step`,
+checkpoint, and an empty-or-not file `done` once the run has finished; packed.py tells where the records of finished
+runs lie once they are packed into one file. The fields are DomainBed's (`step`,
 `env{i}_in_acc`, `env{i}_out_acc`, `args`, `hparams`, ...; accuracies are fractions) and, beside them, ours:
 
     sparsity               fraction of the prunable weights removed
@@ -33,6 +34,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ from domainbed_sfp.core import strict_json
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.runs.layout import CHECKPOINT, DONE, FAILURE, RESULTS, named, no_runs, runs_below
-from domainbed_sfp.runs.record_lines import last_of, numbered_records
+from domainbed_sfp.runs.packed import is_packed, lines_of, places
+from domainbed_sfp.runs.record_lines import Lines, last_of, numbered_records
 
 # Fields that may differ between two runs which are bit-identical otherwise.
 VOLATILE_FIELDS = frozenset({"step_time", "wall_time", "images_per_second", "mem_gb"})
@@ -144,13 +147,13 @@ def write_records(path: str | os.PathLike[str], records: Iterable[dict[str, Any]
     write_atomically(path, "".join(lines))
 
 
-def read_records(path: str | os.PathLike[str], warn: Warn) -> Iterator[dict[str, Any]]:
-    """The records of one results.jsonl, in file order.
+def read_records(directory: Path, warn: Warn) -> Iterator[dict[str, Any]]:
+    """The records of a run, in file order, from its folder or as they are packed.
 
     A last line that is not a whole record (the run was killed while writing it) is skipped and told to `warn`. Raises
     UserError, naming file and line, for a broken line anywhere else; OSError if the file cannot be read.
     """
-    for _, record in numbered_records(path, warn):
+    for _, record in numbered_records(lines_of(directory), warn):
         yield record
 
 
@@ -167,21 +170,23 @@ def load_records(input_dir: str | os.PathLike[str], *, warn: Warn, directory_ord
     except OSError as error:
         raise UserError(f"--input_dir {root}: {error.strerror}; expected a directory of runs") from error
     if RESULTS in names:
+        what = "a sweep's packed records" if is_packed(root.resolve().name) else "a single run"
         raise UserError(
-            f"--input_dir {root} is a single run (it holds {RESULTS}); expected the directory above it, "
+            f"--input_dir {root} is {what} (it holds {RESULTS}); expected the directory above it, "
             f"{root.resolve().parent}"
         )
+    found = places(root, names, warn)
     if not directory_order:
-        names.sort()
+        found.sort(key=itemgetter(0))
     runs: list[Run] = []
     others = []
-    for name in names:
+    for name, where in found:
         try:
-            runs.extend(_read_runs(root / name, warn))
+            runs.extend(_read_runs(root / name, where, warn))
         except (FileNotFoundError, NotADirectoryError):
             others.append(name)
         except OSError as error:
-            warn(f"{root / name / RESULTS} is skipped: {error.strerror}")
+            warn(f"{where.path} is skipped: {error.strerror}")
     if not runs:
         raise no_runs(root)
     if below := runs_below(root, others):
@@ -196,15 +201,17 @@ def last_record(directory: Path) -> dict[str, Any] | None:
     Raises OSError where there are records that cannot be read.
     """
     try:
-        return last_of(directory / RESULTS)
+        return last_of(lines_of(directory))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def is_done(directory: Path) -> bool:
-    """Whether the run is finished and its records are whole: a copy that broke off may have `done` without them."""
+    """Whether the run is finished and its records are whole: a copy that broke off may have `done` without them, and
+    packed ones are."""
     try:
-        return (directory / DONE).exists() and last_record(directory) is not None
+        where = lines_of(directory)
+        return (where.size > 0 or (directory / DONE).exists()) and last_of(where) is not None
     except OSError:
         return False
 
@@ -212,7 +219,7 @@ def is_done(directory: Path) -> bool:
 def last_step(directory: Path) -> int:
     """The step of the last whole record, of a run that may be writing the next one; -1 where there is none yet."""
     try:
-        found = last_record(directory) or list(read_records(directory / RESULTS, lambda message: None))[-1]
+        found = last_record(directory) or list(read_records(directory, lambda message: None))[-1]
         step = found["step"]
     except (OSError, UserError, IndexError, KeyError):
         return -1
@@ -327,12 +334,12 @@ class _Columns:
         )
 
 
-def _read_runs(directory: Path, warn: Warn) -> list[Run]:
-    path = directory / RESULTS
+def _read_runs(directory: Path, where: Lines, warn: Warn) -> list[Run]:
+    path = where.path
     stretches: list[_Columns] = []
     current: _Columns | None = None
     torn: list[str] = []
-    for number, record in numbered_records(path, torn.append):
+    for number, record in numbered_records(where, torn.append):
         try:
             if current is None or record["args"] != current.args or current.next_field in record:
                 environments = _count_environments(record)
@@ -346,7 +353,7 @@ def _read_runs(directory: Path, warn: Warn) -> list[Run]:
             raise UserError(f"{path}, line {number}: {error}") from error
     for message in torn:
         warn(message)
-    is_ended = (directory / DONE).exists()
+    is_ended = where.size > 0 or (directory / DONE).exists()
     complete = is_ended and not torn
     failure = None if complete else load_failure(directory)
     if is_ended and torn:

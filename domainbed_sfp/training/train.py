@@ -770,9 +770,10 @@ def _checkpoint_of(output_dir: Path) -> Mapping[str, Any] | None:
 
 def _refuse_other_run(args: TrainArgs, output_dir: Path) -> None:
     """Raises UserError if the directory holds a run with other arguments."""
-    earlier, results = _checkpoint_of(output_dir), output_dir / records.RESULTS
-    if earlier is None and results.exists():
-        earlier = next(reversed(list(records.read_records(results, lambda message: None))), None)
+    earlier = _checkpoint_of(output_dir)
+    if earlier is None:
+        with suppress(FileNotFoundError):
+            earlier = next(reversed(list(records.read_records(output_dir, lambda message: None))), None)
     if earlier is None:
         return
     ours, theirs = identity_of(asdict(args)), identity_of(earlier["args"])

@@ -72,7 +72,7 @@ def take(folder: Path, run: str, step: int, is_last: bool, target: Path) -> None
     if not source.exists():
         raise UserError(
             f"--with_models: {folder} has no model of step {step}, which a selection rule chooses; train it with "
-            "--save_model_every_checkpoint"
+            "--save_model_every_checkpoint, and submit before sweep pack, which keeps none"
         )
     try:
         state = load_tensors(source)["model_dict"]

@@ -21,7 +21,7 @@ from domainbed_sfp.analysis.tables import Report, build_report, environment_name
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.core.version import __version__
-from domainbed_sfp.runs.records import RESULTS, Run, load_records, read_records
+from domainbed_sfp.runs.records import Run, load_records, read_records
 
 # Lines of a failed run's errors that the page shows, and runs that it shows them of.
 _LAST_LINES = 12
@@ -107,7 +107,7 @@ def _figures(report: Report, runs: Sequence[Run], root: Path) -> list[dict[str, 
 def _losses(directory: Path) -> dict[int, float]:
     """The training loss by step, from the run's own records."""
     try:
-        found = list(read_records(directory / RESULTS, lambda message: None))
+        found = list(read_records(directory, lambda message: None))
     except OSError:
         return {}
     return {one["step"]: one["loss"] for one in found if isinstance(one.get("loss"), float)}
