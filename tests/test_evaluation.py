@@ -19,7 +19,7 @@ from domainbed_sfp.networks import folding
 from domainbed_sfp.networks.efficientnet_lite0 import EfficientNetLite0
 from domainbed_sfp.runs import records
 from domainbed_sfp.runs.settings import RunSettings, identity_of
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
 from domainbed_sfp.training import evaluation, hparams, loop
 from domainbed_sfp.training import train as training
@@ -52,7 +52,7 @@ def final(tmp_path_factory):
     directory.register(jobs)
     for job in jobs:
         with contextlib.redirect_stdout(io.StringIO()):
-            training.train(job.train_args(None, directory.job_dir(job), skip_model_save=True))
+            training.train(job.settings(None, directory.job_dir(job), skip_model_save=True))
     return root
 
 

@@ -15,7 +15,7 @@ from domainbed_sfp.core.errors import UserError, did_you_mean
 from domainbed_sfp.core.version import __version__
 
 if TYPE_CHECKING:
-    from domainbed_sfp.sweep.slurm import SlurmOptions
+    from domainbed_sfp.sweep.launchers.slurm import SlurmOptions
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -312,7 +312,7 @@ def _sweep(args: argparse.Namespace) -> int:
 
 def _slurm_options(args: argparse.Namespace) -> SlurmOptions | None:
     """The flags of the group slurm; None with another launcher, which has none of them."""
-    from domainbed_sfp.sweep.slurm import SlurmOptions
+    from domainbed_sfp.sweep.launchers.slurm import SlurmOptions
 
     flags = [name for name in vars(args) if name.startswith("slurm_")] + ["max_retries"]
     given = {name: value for name in flags if (value := getattr(args, name)) is not None}

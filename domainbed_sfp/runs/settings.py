@@ -3,13 +3,12 @@ and what a submission may say all follow from the fields of `RunSettings`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from domainbed_sfp.core.errors import UserError, check_range
-from domainbed_sfp.core.hparam import recorded_overrides
+from domainbed_sfp.core.hparam import overrides_text, recorded_overrides
 from domainbed_sfp.data import dataset_names, get_dataset_class
 
 TASKS = ("domain_generalization", "domain_adaptation")
@@ -31,13 +30,15 @@ class Setting:
     """What is to be known of a setting besides its default.
 
     choices: the words it may be. span: the least and the most number it may be. is_place: it says where things lie,
-    where a run is computed and which files it leaves, not what is computed.
+    where a run is computed and which files it leaves, not what is computed. is_protocol: all runs of one directory
+    share it, so that one table can hold them.
     """
 
     help: str = ""
     choices: tuple[str, ...] | None = None
     span: tuple[int, ...] | None = None
     is_place: bool = False
+    is_protocol: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,27 @@ class RunSettings:
     data_dir: str | None = _setting(None, is_place=True)
     dataset: str = _setting("RotatedMNIST")
     algorithm: str = _setting("ERM")
-    task: str = _setting("domain_generalization", choices=TASKS)
+    task: str = _setting("domain_generalization", choices=TASKS, is_protocol=True)
     hparams: str | None = _setting(None, "JSON object of hparams that replace the drawn ones")
     hparams_seed: int = _setting(0, "0 takes the default hparams, others a random draw", span=_SEEDS)
     trial_seed: int = _setting(0, "seeds the splits and, with hparams_seed, the draw", span=_SEEDS)
     seed: int = _setting(0, "seeds everything else", span=_SEEDS)
-    steps: int | None = _setting(None, "default: the data set's", span=(1,))
-    checkpoint_freq: int | None = _setting(None, "steps between records; default: the data set's", span=(1,))
+    steps: int | None = _setting(None, "default: the data set's", span=(1,), is_protocol=True)
+    checkpoint_freq: int | None = _setting(
+        None, "steps between records; default: the data set's", span=(1,), is_protocol=True
+    )
     test_envs: list[int] = field(default_factory=lambda: [0], metadata={"setting": Setting()})
     output_dir: str = _setting("train_output", is_place=True)
-    holdout_fraction: float = _setting(0.2)
-    uda_holdout_fraction: float = _setting(0.0)
+    holdout_fraction: float = _setting(0.2, is_protocol=True)
+    uda_holdout_fraction: float = _setting(0.0, is_protocol=True)
     skip_model_save: bool = _setting(False, is_place=True)
     save_model_every_checkpoint: bool = _setting(False, is_place=True)
-    precision: str = _setting("fp32", "featurizer's arithmetic", choices=PRECISIONS)
+    precision: str = _setting("fp32", "featurizer's arithmetic", choices=PRECISIONS, is_protocol=True)
     evaluate: str = _setting(
         "all",
         "checkpoints to evaluate: all, or final: those of a compressed network that selection may choose",
         choices=EVALUATIONS,
+        is_protocol=True,
     )
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N", is_place=True)
     cache_dir: str | None = _setting(
@@ -79,8 +83,11 @@ class RunSettings:
     )
 
     def __post_init__(self) -> None:
+        for one in fields(RunSettings):
+            if type(one.default) is float and type(value := getattr(self, one.name)) is int:
+                object.__setattr__(self, one.name, float(value))
         if isinstance(self.hparams, Mapping):
-            object.__setattr__(self, "hparams", json.dumps(self.hparams))
+            object.__setattr__(self, "hparams", overrides_text(self.hparams))
 
 
 def settings_fields() -> dict[str, Field[Any]]:
@@ -91,6 +98,11 @@ def settings_fields() -> dict[str, Field[Any]]:
 def setting(name: str) -> Setting:
     """What is to be known of the setting `name`."""
     return settings_fields()[name].metadata["setting"]
+
+
+def protocol() -> tuple[str, ...]:
+    """The names of what all runs of one directory share."""
+    return tuple(name for name in settings_fields() if setting(name).is_protocol)
 
 
 def is_place(name: str) -> bool:
