@@ -60,9 +60,23 @@ def test_reconstruction_changes_the_weights_that_remain():
     assert not torch.equal(one.featurizer.conv2.weight, two.featurizer.conv2.weight)
 
 
-@pytest.mark.parametrize("name", ["alignment_directions", "reconstruction"])
+def test_samples_count_in_the_reconstruction_as_asked():
+    """Unflagged ones as in the alignment, and environments by the reference's mean loss in them; alike before there is
+    a reference."""
+    unflagged, hard = made(reconstruction_samples="unflagged"), made(reconstruction_samples="hard_environments")
+    assert unflagged.sample_weights(batches(0)) is None and made().sample_weights(batches(0)) is None
+    for algorithm in (unflagged, hard):
+        train(algorithm, range(8))
+    flags = torch.cat(unflagged.flags)
+    weights = unflagged.sample_weights(batches(7))
+    assert flags.any() and (weights[flags] == 1).all() and (weights[~flags] == 2).all()
+    losses = hard.loss_sums.sum(1) / hard.loss_counts.sum(1)
+    assert torch.allclose(hard.sample_weights(batches(7)), losses.repeat_interleave(32))
+
+
+@pytest.mark.parametrize("name", ["alignment_directions", "reconstruction", "reconstruction_samples"])
 def test_choices_are_checked(name):
     from domainbed_sfp.errors import UserError
 
-    with pytest.raises(UserError, match=f"{name}.*none"):
+    with pytest.raises(UserError, match=f"{name}.*known"):
         made(**{name: "al"})

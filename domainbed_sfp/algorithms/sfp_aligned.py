@@ -22,6 +22,7 @@ from domainbed_sfp.pruning.spurious import ConditionalMoments, spurious_directio
 from domainbed_sfp.registry import register
 
 ALIGNMENT_DIRECTIONS = ("flags", "random", "none")
+RECONSTRUCTION_SAMPLES = ("all", "unflagged", "hard_environments")
 # Of the logits' distance, as in Hinton et al. 2015 (arXiv 1503.02531), section 2.
 TEMPERATURE = 2.0
 
@@ -59,6 +60,12 @@ TEMPERATURE = 2.0
             valid=POSITIVE,
         ),
         "reconstruction": replace(RECONSTRUCTION, default="least_squares"),
+        "reconstruction_samples": Hparam(
+            "all",
+            doc="which samples count more where layers are reconstructed: unflagged ones, as in the alignment; those "
+            "of environments in which the reference's loss is higher (hard_environments); or none (all)",
+            valid=one_of(*RECONSTRUCTION_SAMPLES),
+        ),
     },
 )
 class SFPAligned(SFP):
@@ -121,6 +128,15 @@ class SFPAligned(SFP):
         told, wanted = (logits.float() / TEMPERATURE for logits in (self.classifier(features), wanted))
         rows = F.kl_div(F.log_softmax(told, 1), F.log_softmax(wanted, 1), log_target=True, reduction="none").sum(1)
         return distance, TEMPERATURE**2 * weights @ rows
+
+    def sample_weights(self, minibatches: Minibatches) -> Tensor | None:
+        which = self.hparams["reconstruction_samples"]
+        if which == "all" or self.step < self.schedule.first_step(self.total_steps):
+            return None  # before, there is no reference to tell
+        if which == "unflagged":
+            return torch.where(torch.cat(self.flags), 1.0, self.hparams["alignment_unflagged"])
+        losses = self.loss_sums.sum(1) / self.loss_counts.sum(1)
+        return torch.cat([loss.expand(len(y)) for loss, (_, y) in zip(losses, minibatches)])
 
     @torch.no_grad()
     def _follow_directions(self, features: Tensor, y: Tensor, flags: Tensor) -> None:
