@@ -37,7 +37,7 @@ def test_the_algorithms_in_the_documents_keep_the_contract(tmp_path, document, n
     )
     (tmp_path / "example.py").write_text(source)
     code = (
-        f"import example; from domainbed_sfp import contract; [check('{name}') for check in contract.CHECKS.values()];"
+        f"import example; from domainbed_sfp.plugins import contract; [check('{name}') for check in contract.CHECKS.values()];"
         "print('passed')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
@@ -56,7 +56,7 @@ def test_the_python_in_the_documents_runs(tmp_path, monkeypatch):
 
 def test_the_examples_in_docstrings_run(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for name in ("analysis.frames", "analysis.plot", "algorithms"):
+    for name in ("analysis.frames", "analysis.figures.notebook", "algorithms"):
         found = doctest.testmod(importlib.import_module(f"domainbed_sfp.{name}"))
         assert found.failed == 0
     # The package of algorithms is called: doctest does not look into its class by itself.

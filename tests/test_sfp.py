@@ -9,12 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from domainbed_sfp import contract, hparams, networks, registry, training
+from domainbed_sfp import networks
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.sfp import SFP, _by_image, _channel_means, _key
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data.loaders import Minibatch
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.plugins import contract
 from domainbed_sfp.pruning import spurious
 from domainbed_sfp.pruning.spurious import DECAY, ConditionalMoments, remove_directions, spurious_directions
+from domainbed_sfp.training import hparams
+from domainbed_sfp.training import train as training
 
 
 def moments_of(vectors, labels, flags, with_energy=False):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domainbed_sfp import registry
-from domainbed_sfp.hparams import resolve_hparams
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.training.hparams import resolve_hparams
 
 
 def made(**changes):
@@ -76,7 +76,7 @@ def test_samples_count_in_the_reconstruction_as_asked():
 
 @pytest.mark.parametrize("name", ["alignment_directions", "reconstruction", "reconstruction_samples"])
 def test_choices_are_checked(name):
-    from domainbed_sfp.errors import UserError
+    from domainbed_sfp.core.errors import UserError
 
     with pytest.raises(UserError, match=f"{name}.*known"):
         made(**{name: "al"})

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LearnedMaskPruning
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, RUN_FRACTION, Hparam
+from domainbed_sfp.algorithms.registry import register
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, RUN_FRACTION, Hparam
 from domainbed_sfp.pruning.schedules import RETRAINED_END
-from domainbed_sfp.registry import register
 
 # Of the generalized cross-entropy that trains the biased model.
 GCE_Q = 0.7

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import AT_LEAST_ONE, RUN_FRACTION, SHARE, Hparam, but, one_of, only
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import AT_LEAST_ONE, RUN_FRACTION, SHARE, Hparam, but, one_of, only
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.named_tensors import NamedTensors
 from domainbed_sfp.pruning.schedules import EXCHANGE_INTERVAL, check_fraction, check_sparsity, exchange_period
-from domainbed_sfp.registry import register
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch.func import functional_call
 
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
-from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, Hparam, one_of
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, Hparam, one_of
+from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.gates import Gates, density_shift, gated_weights, logistic_noise, straight_through
-from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning.schedules import OneShotSchedule, check_fraction, check_retraining
 
 MASK_RULES = ("top_k", "threshold")

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
-from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, RUN_FRACTION, Hparam, one_of
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.hparam import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, RUN_FRACTION, Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.channel_attention import (
     gate_logits,
@@ -37,7 +38,6 @@ from domainbed_sfp.pruning.ranking import (
 from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION
 from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, StairSchedule, check_sparsity
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
-from domainbed_sfp.registry import register
 
 # Of each environment, as many samples as agreement is measured on.
 AGREEMENT_SAMPLES = 16

@@ -13,10 +13,10 @@ from domainbed_sfp.algorithms.pruning_at_initialization import (
     PruningAtInitialization,
     balanced_batch,
 )
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import AT_LEAST_ONE, POSITIVE, Hparam
+from domainbed_sfp.algorithms.registry import register
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import AT_LEAST_ONE, POSITIVE, Hparam
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.registry import register
 
 
 @register(

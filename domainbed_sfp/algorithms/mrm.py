@@ -8,11 +8,11 @@ from typing import Any
 
 from domainbed_sfp.algorithms import groupdro, irm, vrex
 from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LearnedMaskPruning
+from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS
-from domainbed_sfp.hparams import RUN_FRACTION, Hparam
+from domainbed_sfp.core.hparam import RUN_FRACTION, Hparam
 from domainbed_sfp.pruning.named_tensors import NamedTensors
 from domainbed_sfp.pruning.schedules import RETRAINED_END
-from domainbed_sfp.registry import register
 
 REFERENCE = "Zhang et al. 2021 (ICML), arXiv 2106.02890"
 HPARAMS = {

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import NOT_NEGATIVE, RUN_FRACTION, Hparam, one_of, only
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, RUN_FRACTION, Hparam, one_of, only
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.schedules import OneShotSchedule
 from domainbed_sfp.pruning.structure import ChannelGroup
-from domainbed_sfp.registry import register
 
 NORMALIZATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 

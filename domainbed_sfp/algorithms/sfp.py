@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS, ScheduledPruning
-from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import (
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.hparam import (
     AT_LEAST_ONE,
     FRACTION,
     NOT_NEGATIVE,
@@ -39,10 +40,9 @@ from domainbed_sfp.hparams import (
     one_of,
     only,
 )
-from domainbed_sfp.introspection import uses_weight_as_is
+from domainbed_sfp.networks.introspection import uses_weight_as_is
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.spurious import ConditionalMoments, remove_directions, spurious_directions
-from domainbed_sfp.registry import register
 
 FLAG_POLICIES = ("loss", "random", "oracle")
 FLAG_THRESHOLDS = ("environment", "class")

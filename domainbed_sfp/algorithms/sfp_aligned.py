@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.sfp import HPARAMS, SFP
-from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, Hparam, one_of
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, Hparam, one_of
 from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION
 from domainbed_sfp.pruning.spurious import ConditionalMoments, spurious_directions
-from domainbed_sfp.registry import register
 
 ALIGNMENT_DIRECTIONS = ("flags", "random", "none")
 RECONSTRUCTION_SAMPLES = ("all", "unflagged", "hard_environments")

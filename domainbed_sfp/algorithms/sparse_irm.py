@@ -10,13 +10,13 @@ from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.gated_pruning import GATE_HPARAMS, GatedPruning
-from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import POSITIVE, RUN_FRACTION, Hparam, one_of
+from domainbed_sfp.algorithms.registry import register
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.hparam import POSITIVE, RUN_FRACTION, Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.gates import binary_concrete, log_odds, logistic_noise, projection_shift
 from domainbed_sfp.pruning.named_tensors import NamedTensors
 from domainbed_sfp.pruning.schedules import CubicSchedule
-from domainbed_sfp.registry import register
 
 OBJECTIVES = ("IRM", "VREx")
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_sfp.errors import unknown_name
+from domainbed_sfp.core.errors import unknown_name
 
 VOTING_RULES = ("majority", "borda", "mean")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from domainbed_sfp.analysis.account import take_account
 from domainbed_sfp.analysis.comparison import measured_rows
-from domainbed_sfp.analysis.jobs import take_account
-from domainbed_sfp.analysis.markdown import markdown_text
-from domainbed_sfp.analysis.report.page import report_page
+from domainbed_sfp.analysis.render.html.page import report_page
+from domainbed_sfp.analysis.render.markdown import markdown_text
 from domainbed_sfp.analysis.selection import TRAINING_DOMAIN
 from domainbed_sfp.analysis.tables import Table, build_report
-from domainbed_sfp.files import write_atomically
-from domainbed_sfp.records import load_records
+from domainbed_sfp.core.files import write_atomically
+from domainbed_sfp.runs.records import load_records
 from domainbed_sfp.sweep import commands
 
 PAGE = "report.html"
