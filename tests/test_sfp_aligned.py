@@ -52,8 +52,9 @@ def test_directions_left_out_are_orthonormal_and_as_many_at_random():
         assert torch.allclose(kept @ kept.t(), torch.eye(len(kept)), atol=1e-4)
 
 
-def test_reconstruction_changes_the_weights_that_remain():
-    one, two = made(), made(reconstruction="none")
+@pytest.mark.parametrize("target", ["reference", "own"])
+def test_reconstruction_changes_the_weights_that_remain(target):
+    one, two = made(reconstruction_target=target), made(reconstruction="none")
     train(one, range(9))
     train(two, range(9))
     assert one.sparsity() == two.sparsity() > 0
@@ -61,10 +62,9 @@ def test_reconstruction_changes_the_weights_that_remain():
 
 
 def test_samples_count_in_the_reconstruction_as_asked():
-    """Unflagged ones as in the alignment, and environments by the reference's mean loss in them; alike before there is
-    a reference."""
+    """Unflagged ones as in the alignment, and environments by the reference's mean loss in them."""
     unflagged, hard = made(reconstruction_samples="unflagged"), made(reconstruction_samples="hard_environments")
-    assert unflagged.sample_weights(batches(0)) is None and made().sample_weights(batches(0)) is None
+    assert made().sample_weights(batches(0)) is None
     for algorithm in (unflagged, hard):
         train(algorithm, range(8))
     flags = torch.cat(unflagged.flags)
