@@ -91,7 +91,7 @@ def _add_slurm(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from domainbed_sfp.core.hparam import parse_overrides
+    from domainbed_sfp.core.overrides import parse_overrides
     from domainbed_sfp.sweep import commands
     from domainbed_sfp.sweep.pack import pack
 

@@ -8,7 +8,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from domainbed_sfp.core.errors import UserError, check_range
-from domainbed_sfp.core.hparam import overrides_text, recorded_overrides
+from domainbed_sfp.core.overrides import overrides_text, recorded_overrides
 
 TASKS = ("domain_generalization", "domain_adaptation")
 PRECISIONS = ("fp32", "bf16", "auto")

@@ -27,7 +27,8 @@ from typing import IO, Any, NoReturn
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.domainbed_facts import SMALL_IMAGES
 from domainbed_sfp.core.errors import UserError, check_range, unknown_name
-from domainbed_sfp.core.hparam import Hparam, parse_overrides
+from domainbed_sfp.core.hparam import Hparam
+from domainbed_sfp.core.overrides import parse_overrides
 from domainbed_sfp.data import dataset_names
 from domainbed_sfp.runs.record_lines import end_last_line
 from domainbed_sfp.runs.records import RESULTS
