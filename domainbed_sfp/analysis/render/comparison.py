@@ -9,14 +9,13 @@ import re
 from typing import Any
 
 from domainbed_sfp.analysis.comparison import (
-    BEST,
-    BEST_RULE,
     AcrossDatasets,
     Comparison,
     ComparisonReport,
     Summary,
     TableComparison,
 )
+from domainbed_sfp.analysis.equal_compression import BEST, BEST_RULE
 from domainbed_sfp.analysis.protocol import MNIST_LIKE, is_dealt_by_seed
 from domainbed_sfp.analysis.render.grids import ABSENT, MISSING, RECONSTRUCTION_NOTE, Grid, Shown, daggered
 from domainbed_sfp.analysis.render.latex import latex_of

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_sfp.analysis.account import Account, Job, explain_missing, label_methods, row_labels, take_account
-from domainbed_sfp.analysis.comparison import compare, measured_rows
+from domainbed_sfp.analysis.comparison import compare
 from domainbed_sfp.analysis.figures.looks import short_label
 from domainbed_sfp.analysis.render import chosen
 from domainbed_sfp.analysis.render.comparison import comparison_grids
@@ -85,7 +85,7 @@ def _tables_by_rule(report: Report) -> list[tuple[str, list[Grid]]]:
 def _figures(report: Report, runs: Sequence[Run], root: Path) -> list[dict[str, Any]]:
     tables = [table for table in report.tables if table.rule is TRAINING_DOMAIN]
     labelled = list(zip(row_labels(runs), runs))
-    names = [row.label for table in tables for row in measured_rows(table)]
+    names = [row.label for table in tables for row in table.measured]
     looks = svg.looks_of(list(dict.fromkeys([*names, *(label for label, _ in labelled)])))
     drawn = []
     for table in tables:
@@ -95,7 +95,7 @@ def _figures(report: Report, runs: Sequence[Run], root: Path) -> list[dict[str, 
         drawn.append(
             {
                 "name": table.dataset,
-                "key": svg.key({short_label(row.label): looks[row.label] for row in measured_rows(table)}),
+                "key": svg.key({short_label(row.label): looks[row.label] for row in table.measured}),
                 "costs": figures.cost_figures(table, looks),
                 "environments": [by_environment] if by_environment else [],
                 "training": figures.training_figures(of_dataset, losses, looks, table.dataset),
@@ -117,7 +117,7 @@ def _comparisons(report: Report) -> list[Grid]:
     """Paired tests of ERM, or else the first row, against every other row, under training-domain validation."""
     tables = tuple(table for table in report.tables if table.rule is TRAINING_DOMAIN)
     part = Report(tables, (), ())
-    labels = list(dict.fromkeys(row.label for table in tables for row in measured_rows(table)))
+    labels = list(dict.fromkeys(row.label for table in tables for row in table.measured))
     if len(labels) < 2:
         return []
     try:
