@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from domainbed_sfp.analysis.figures.looks import COLOURS
-from domainbed_sfp.analysis.figures.plots import LINES, SUFFIXES, figure_style, image_bytes
+from domainbed_sfp.analysis.figures.style import LINES, SUFFIXES, figure_style, image_bytes
 from domainbed_sfp.analysis.methods import method_of, plain_number
+from domainbed_sfp.analysis.render.looks import COLOURS
 from domainbed_sfp.core.errors import UserError, unknown_name
 from domainbed_sfp.core.files import write_output
 from domainbed_sfp.runs.layout import RESULTS

@@ -10,7 +10,8 @@ from pathlib import Path
 from domainbed_sfp.analysis.account import rows_of_algorithms, take_account
 from domainbed_sfp.analysis.comparison import compare
 from domainbed_sfp.analysis.equal_compression import BEST
-from domainbed_sfp.analysis.figures.plots import PLOTS, SUFFIXES, save_plot
+from domainbed_sfp.analysis.figures.plots import PLOTS, save_plot
+from domainbed_sfp.analysis.figures.style import SUFFIXES
 from domainbed_sfp.analysis.published import find_published, load_published
 from domainbed_sfp.analysis.render.chosen import CHOSEN_FORMATS
 from domainbed_sfp.analysis.render.comparison import COMPARISON_FORMATS

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from domainbed_sfp.analysis.figures.looks import short_label
 from domainbed_sfp.analysis.render.grids import daggered, magnitude
 from domainbed_sfp.analysis.render.html.svg import Line, Look, Point, chart, scatter
+from domainbed_sfp.analysis.render.looks import short_label
 from domainbed_sfp.analysis.rows import FP32_BITOPS
 from domainbed_sfp.analysis.tables import Row, Table, average_of, tested_environments
 from domainbed_sfp.runs.records import Run

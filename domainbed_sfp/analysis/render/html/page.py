@@ -10,12 +10,12 @@ from typing import Any
 
 from domainbed_sfp.analysis.account import Account, Job, explain_missing, label_methods, row_labels, take_account
 from domainbed_sfp.analysis.comparison import compare
-from domainbed_sfp.analysis.figures.looks import short_label
 from domainbed_sfp.analysis.render import chosen
 from domainbed_sfp.analysis.render.comparison import comparison_grids
 from domainbed_sfp.analysis.render.grids import Grid, grids_of
 from domainbed_sfp.analysis.render.html import figures, svg
 from domainbed_sfp.analysis.render.html.self_contained import content_policy, packaged_text
+from domainbed_sfp.analysis.render.looks import short_label
 from domainbed_sfp.analysis.selection import RULES, TRAINING_DOMAIN
 from domainbed_sfp.analysis.tables import Report, build_report, environment_names
 from domainbed_sfp.core.errors import UserError
