@@ -337,10 +337,10 @@ def _add_collect(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
-    from domainbed_sfp.analysis.render.html import page
+    from domainbed_sfp.analysis.commands import report
 
-    parser = _add(commands, "report", "make one page of a sweep: tables, figures, comparisons, failures", page.run)
-    page.add_arguments(parser)
+    parser = _add(commands, "report", "make one page of a sweep: tables, figures, comparisons, failures", report.run)
+    report.add_arguments(parser)
 
 
 # export, latency ----------------------------------------------------------------------------------------------------
@@ -383,14 +383,14 @@ def _latency(args: argparse.Namespace) -> int:
 
 
 def _add_rankings(commands: argparse._SubParsersAction) -> None:
-    from domainbed_sfp.analysis import rankings
+    from domainbed_sfp.analysis.commands import rankings
 
     text = "how far samples' channel rankings agree with the global one in GlobalPru's runs: CSV and a plot"
     rankings.add_arguments(_add(commands, "rankings", text, rankings.run))
 
 
 def _add_degraded(commands: argparse._SubParsersAction) -> None:
-    from domainbed_sfp.analysis import degraded
+    from domainbed_sfp.analysis.commands import degraded
 
     text = "accuracy and bit-widths on degraded copies of the test environments, and whether widths move with quality"
     degraded.add_arguments(_add(commands, "degraded", text, degraded.run))

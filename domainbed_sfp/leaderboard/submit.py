@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_sfp.analysis.account import Account, explain_missing, take_account
+from domainbed_sfp.analysis.commands.console import warn
 from domainbed_sfp.analysis.methods import Method, label_methods
 from domainbed_sfp.analysis.tables import environment_names
 from domainbed_sfp.core.errors import UserError, unknown_name
@@ -59,7 +60,7 @@ def submit(
     target = Path(output)
     if target.exists() or target.is_symlink():
         raise UserError(f"--output {output!r} exists; choose another, or remove it")
-    account = take_account(records.load_records(input_dir, warn=_warn), input_dir, include_incomplete=False)
+    account = take_account(records.load_records(input_dir, warn=warn), input_dir, include_incomplete=False)
     label, directories = _row(account, row, input_dir)
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -151,7 +152,7 @@ def _row(account: Account, wanted: str, input_dir: str) -> tuple[str, list[str]]
 def _take_records(folder: Path, part: Path) -> SubmittedRun:
     """A run's records into the bundle, without the paths of this machine."""
     parsed = []
-    for number, record in enumerate(records.read_records(folder, _warn), start=1):
+    for number, record in enumerate(records.read_records(folder, warn), start=1):
         plain = _finite(record)
         _forget_places(plain)
         where = str(folder / records.RESULTS)
@@ -229,7 +230,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from domainbed_sfp.analysis.figures.critical_differences import draw_critical_differences
 from domainbed_sfp.analysis.figures.curves import draw_curves
 from domainbed_sfp.analysis.figures.fronts import draw_fronts
-from domainbed_sfp.analysis.figures.points import csv_of
 from domainbed_sfp.analysis.figures.style import SUFFIXES, figure_style, image_bytes
+from domainbed_sfp.analysis.render.csv_files import csv_of_points
 from domainbed_sfp.analysis.tables import Report
 from domainbed_sfp.core.errors import unknown_name
 from domainbed_sfp.core.files import write_output
@@ -42,6 +42,6 @@ def save_plot(kind: str, report: Report, output: str, *, warn: Callable[[str], N
     for one in said:
         warn(one)
     numbers = path.with_suffix(".csv")
-    for file, data in ((path, drawn), (numbers, csv_of(points))):
+    for file, data in ((path, drawn), (numbers, csv_of_points(points))):
         write_output("--output", file, data)
     return [path, numbers]

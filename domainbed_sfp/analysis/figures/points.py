@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from domainbed_sfp.analysis.methods import Method, label_methods
 from domainbed_sfp.analysis.ranks import rank_rows, ranking_notes
@@ -62,17 +59,6 @@ class RankPoint:
     mean_rank: float
     critical_difference: float
     datasets: str
-
-
-def csv_of(points: Sequence[Any]) -> str:
-    """Unrounded, a line a point; a missing value is empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(points[0])], lineterminator="\n")
-    writer.writeheader()
-    for point in points:
-        values = asdict(point)
-        writer.writerow({name: int(value) if isinstance(value, bool) else value for name, value in values.items()})
-    return out.getvalue()
 
 
 def front_points(report: Report) -> tuple[list[FrontPoint], list[str]]:
