@@ -21,9 +21,10 @@ from domainbed_sfp.core.errors import UserError, unknown_name
 from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.core.hparam import recorded_overrides
 from domainbed_sfp.leaderboard import summary, validation
-from domainbed_sfp.leaderboard.bundle import layout, signing
+from domainbed_sfp.leaderboard.bundle import layout, signing, weights
+from domainbed_sfp.leaderboard.bundle.places import without_places
+from domainbed_sfp.leaderboard.bundle.tree import sums_text
 from domainbed_sfp.leaderboard.documents.problems import problems_of
-from domainbed_sfp.leaderboard.rerun import models
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.runs import mask_files, records
 from domainbed_sfp.training.hparams import checked_overrides
@@ -72,7 +73,7 @@ def submit(
                 _take_masks(Path(input_dir), run, step, part)
             if with_models:
                 is_last = step == run.records[-1]["step"]
-                models.take(Path(input_dir) / run.name, run.name, step, is_last, part)
+                weights.take(Path(input_dir) / run.name, run.name, step, is_last, part)
         document = summary.document_of(name or label, runs)
         if without_masks:
             document["without_masks"] = True
@@ -99,7 +100,7 @@ def _seal(part: Path, author_key: str | None) -> None:
     """Writes the sums of all files, and their signature where there is a key."""
     files = [file for file in sorted(part.rglob("*")) if file.is_file()]
     sums = {file.relative_to(part).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    write_atomically(part / layout.SUMS, text := layout.sums_text(sums))
+    write_atomically(part / layout.SUMS, text := sums_text(sums))
     if author_key is not None:
         write_atomically(part / layout.SIGNATURE, signing.sign(author_key, text.encode()) + "\n")
     for file in part.rglob("*"):
@@ -172,10 +173,10 @@ def _forget_places(record: dict[str, Any]) -> None:
     for name in ("data_dir", "output_dir"):
         args[name] = None
     if "hparams" in record:
-        record["hparams"] = layout.without_places(record["hparams"])
+        record["hparams"] = without_places(record["hparams"])
     overrides = recorded_overrides(args.get("hparams"))
     # Runs of earlier versions may say 8.0 where others say 8; in a bundle all runs of a row say the same.
-    plain = layout.without_places(checked_overrides(args["algorithm"], args["dataset"], overrides))
+    plain = without_places(checked_overrides(args["algorithm"], args["dataset"], overrides))
     if json.dumps(plain) != json.dumps(overrides):
         args["hparams"] = json.dumps(plain, sort_keys=True)
 
