@@ -30,7 +30,7 @@ from domainbed_sfp.leaderboard.rerun.models import check_models
 from domainbed_sfp.leaderboard.rerun.place import Place, hours_of
 from domainbed_sfp.leaderboard.submit import submit
 from domainbed_sfp.leaderboard.validation.outcomes import Rerun
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
 from domainbed_sfp.training import train as training
 
@@ -50,7 +50,7 @@ def sweep(tmp_path_factory):
     directory = SweepDirectory(root)
     directory.register(jobs)
     for job in jobs:
-        args = job.train_args(None, directory.job_dir(job), skip_model_save=False)
+        args = job.settings(None, directory.job_dir(job), skip_model_save=False)
         args.save_model_every_checkpoint = True
         with contextlib.redirect_stdout(io.StringIO()):
             training.train(args)

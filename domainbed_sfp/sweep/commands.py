@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -12,18 +12,21 @@ from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core import locks
 from domainbed_sfp.core.errors import UserError, check_range
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.runs.layout import named, runs_below
+from domainbed_sfp.data.base import not_as_published
+from domainbed_sfp.runs.layout import LOCK, named, runs_below
 from domainbed_sfp.runs.manifests import read_manifests, several_sweeps
-from domainbed_sfp.sweep import slurm, slurm_batches
-from domainbed_sfp.sweep.capacity import choose_slots, usable_cores, usable_memory, visible_gpus
-from domainbed_sfp.sweep.job import Job, command_line
-from domainbed_sfp.sweep.jobs import State, SweepDirectory, amount, failure_reason
-from domainbed_sfp.sweep.launchers import Task, get_launcher, job_environment, required_gpus
-from domainbed_sfp.sweep.slurm import SlurmOptions
+from domainbed_sfp.runs.packed import packed_runs
+from domainbed_sfp.sweep import slurm_batches
+from domainbed_sfp.sweep.capacity import choose_slots, job_environment, usable_cores, usable_memory, visible_gpus
+from domainbed_sfp.sweep.directory import State, SweepDirectory, amount, failure_reason
+from domainbed_sfp.sweep.job import Job
+from domainbed_sfp.sweep.launchers import slurm
+from domainbed_sfp.sweep.launchers.base import LAUNCHERS, Outcome, Task
+from domainbed_sfp.sweep.launchers.local import required_gpus
+from domainbed_sfp.sweep.launchers.slurm import SlurmOptions
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
 from domainbed_sfp.sweep.spec import SweepSpec, check_rows, default_datasets, drawn_compression, make_jobs, read_spec
 from domainbed_sfp.sweep.watch import Watch, summary
-from domainbed_sfp.training.train import LOCK, not_as_published
 
 __all__ = ["check_rows", "default_spec", "delete_incomplete", "holds_a_sweep", "launch", "read_spec", "status"]
 
@@ -52,7 +55,7 @@ def launch(
     """
     if slots is not None:
         check_range("--jobs", slots, 1)
-    start = get_launcher(launcher)
+    start: Callable[..., Outcome] = LAUNCHERS.get(launcher)
     if launcher == "slurm":
         slurm_options = slurm_options or SlurmOptions()
         slurm.check(slurm_options)
@@ -90,8 +93,8 @@ def launch(
         return 0
     tasks = []
     for job in to_launch:
-        args = job.train_args(data_dir, folders[job], skip_model_save=spec.skip_model_save, cache_dir=cache_dir)
-        tasks.append(Task(job, command_line(args)))
+        places = {"skip_model_save": spec.skip_model_save, "cache_dir": cache_dir}
+        tasks.append(Task(job, job.settings(data_dir, folders[job], **places)))
     if slots is None:
         slots = _chosen_slots(jobs, is_told=bool(tasks) and launcher in ("local", "multi_gpu"))
     outcome = start(tasks, directory, slots)
@@ -128,11 +131,13 @@ def status(spec: SweepSpec | None, data_dir: str | None, output_dir: str, *, wat
         print(f"warning: --output_dir {output_dir}: there is no such folder yet", file=sys.stderr)
     standings = _standings(directory)
     states = directory.states(jobs, standings)
-    folders = directory.job_dirs(jobs)
+    folders, packed = directory.job_dirs(jobs), packed_runs(directory.path)
     for job, state in states.items():
         reason = failure_reason(folders[job], standings) if state is State.FAILED else None
         if state is State.RUNNING and (found := locks.holder(folders[job] / LOCK)) and found.host:
             reason = f"by its lock {found.describe()}"
+        if folders[job].name in packed:
+            reason = f"packed in {packed[folders[job].name].path}"
         print(f"{state.value}: {folders[job]} {job.describe()}" + (f": {reason}" if reason else ""))
     if copied := several_sweeps(read_manifests(directory.path)):
         print(copied)
