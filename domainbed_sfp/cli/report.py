@@ -7,9 +7,9 @@ from domainbed_sfp.cli.parsing import Commands, add_command
 
 def add(commands: Commands) -> None:
     """Adds the command and its flags."""
-    from domainbed_sfp.analysis.render.html import page
+    from domainbed_sfp.analysis.commands import report
 
     parser = add_command(
-        commands, "report", "make one page of a sweep: tables, figures, comparisons, failures", page.run
+        commands, "report", "make one page of a sweep: tables, figures, comparisons, failures", report.run
     )
-    page.add_arguments(parser)
+    report.add_arguments(parser)
