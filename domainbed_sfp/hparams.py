@@ -186,13 +186,16 @@ def recorded_overrides(text: str | None) -> dict[str, Any]:
 
 def checked_overrides(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     """`overrides` as a run takes them, each of its hparam's kind: 8 for 8.0 samples, a rate of 0.0 for 0. Two that say
-    the same are then the same. Raises UserError for an unknown name or a value of another kind."""
-    overrides = dict(overrides or {})
+    the same are then the same; a retired one is left out (see `registry.AlgorithmInfo`). Raises UserError for an unknown
+    name or a value of another kind."""
+    from domainbed_sfp import registry
+
+    overrides = registry.get(algorithm).current(overrides or {})
     table = hparam_table(algorithm, dataset, overrides)
     for name in overrides:
         if name not in table:
             raise unknown_name(f"hparam of {algorithm}", name, sorted(table))
-    return {name: _checked(algorithm, name, value, table[name]) for name, value in overrides.items()}
+    return {name: checked_value(algorithm, name, value, table[name]) for name, value in overrides.items()}
 
 
 def resolve_hparams(
@@ -221,7 +224,7 @@ def resolve_hparams(
     return values
 
 
-def _checked(algorithm: str, name: str, value: Any, hparam: Hparam) -> Any:
+def checked_value(algorithm: str, name: str, value: Any, hparam: Hparam) -> Any:
     """`value` if it is in range, of the default's kind: whole floats become integers, integers floats."""
     default = hparam.default
     if isinstance(default, bool):

@@ -11,11 +11,11 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from domainbed_sfp import plugins
 from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.hparams import Hparam, checked_value
 
 STANDINGS = ("reference", "published", "reconstruction")
 
@@ -28,6 +28,7 @@ class AlgorithmInfo:
 
     standing: `reference` (an uncompressed objective or a floor such as random pruning), `published` (built from
     the paper or its code) or `reconstruction` (the source does not determine it; no table may claim otherwise).
+    retired: hparams that earlier versions had, and the one value that is built in now.
     """
 
     name: str
@@ -36,6 +37,36 @@ class AlgorithmInfo:
     reference: str
     standing: str
     hparams: Mapping[str, Hparam] = field(default_factory=dict)
+    retired: Mapping[str, Any] = field(default_factory=dict)
+
+    def current(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Hparams of a run of any version as this one has them: without those that are retired.
+
+        Raises UserError where one of these has another value than is built in now.
+        """
+        for name in values.keys() & self.retired.keys():
+            built_in, value = self.retired[name], values[name]
+            if value != built_in or isinstance(value, bool) is not isinstance(built_in, bool):
+                raise UserError(
+                    f"hparam {name!r} of {self.name} is {value!r:.80}: it is built in as {built_in!r} now; only the version "
+                    "that the run's records name as `commit` can build it with another value"
+                )
+        return {name: value for name, value in values.items() if name not in self.retired}
+
+    def make(
+        self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
+    ) -> Any:
+        """A new instance of the algorithm (see `algorithms.base.Algorithm` for the arguments); the one place where
+        values are checked that `resolve_hparams` has not made.
+
+        Raises UserError for a value that is not in its range.
+        """
+        values = self.current(hparams)
+        table = dict(self.hparams)
+        if "objective" in table:
+            table.update(get_objective(values["objective"]).hparams)
+        checked = {name: checked_value(self.name, name, values[name], table[name]) for name in values.keys() & table}
+        return self.cls(input_shape, num_classes, num_domains, {**values, **checked})
 
 
 @dataclass(frozen=True)
@@ -59,8 +90,11 @@ def register(
     reference: str,
     standing: str = "published",
     hparams: Mapping[str, Hparam] | None = None,
+    retired: Mapping[str, Any] | None = None,
 ) -> Callable[[ClassT], ClassT]:
     """Class decorator: makes the class known as algorithm `name`.
+
+    retired: hparams that earlier versions had, and the one value that is built in now.
 
     Raises UserError for a name that is taken, and for an unknown standing.
     """
@@ -69,7 +103,9 @@ def register(
 
     def decorate(cls: ClassT) -> ClassT:
         _refuse_duplicate("algorithm", name, cls, _algorithms)
-        _algorithms[name] = AlgorithmInfo(name, cls, family, reference, standing, dict(hparams or {}))
+        _algorithms[name] = AlgorithmInfo(
+            name, cls, family, reference, standing, dict(hparams or {}), dict(retired or {})
+        )
         return cls
 
     return decorate
@@ -125,8 +161,8 @@ def _load() -> None:
     _loaded = True
     try:
         package = importlib.import_module("domainbed_sfp.algorithms")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"domainbed_sfp.algorithms.{module.name}")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
         plugins.load_all(plugins.ALGORITHMS, "algorithms")
     except BaseException:
         _loaded = False

@@ -338,7 +338,7 @@ class _Run:
 
         seed_everything(args.seed)
         domains = len(self.dataset) - len(args.test_envs)
-        self.algorithm: Algorithm = self.info.cls(
+        self.algorithm: Algorithm = self.info.make(
             self.dataset.input_shape, self.dataset.num_classes, domains, self.hparams
         )
         self.algorithm.total_steps = self.n_steps
@@ -499,8 +499,10 @@ class _Run:
             record["left_out"] = self.left_out
         if self.weights_digest is not None:
             record["weights_digest"] = self.weights_digest
-        if "granularity" in self.hparams:
-            record["granularity"] = self.hparams["granularity"]
+        if algorithm.granularity is not None:
+            record["granularity"] = algorithm.granularity
+        if decisions := algorithm.decisions():
+            record["decisions"] = decisions
         if masks and record["final_compression"]:
             record["masks"] = mask_files.keep(self.output_dir / mask_files.FOLDER, masks)
         return record

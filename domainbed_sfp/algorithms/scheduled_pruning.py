@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches, ObjectiveAlgorithm
-from domainbed_sfp.errors import UserError, unknown_name
+from domainbed_sfp.errors import UserError
 from domainbed_sfp.hparams import Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels, removed_units
 from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, CubicSchedule, Schedule
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
-
-GRANULARITIES = ("channel", "weight")
 
 # What is removed, whatever the schedule.
 UNIT_HPARAMS = {
@@ -47,6 +45,7 @@ class ScheduledPruning(ObjectiveAlgorithm):
     stays removed. Subclasses define `score`.
     """
 
+    granularity = "channel"
     # True where masks are renewed before a step's update instead of after it: pruning at initialization.
     prunes_before_update = False
     # True where a ranking across layers leaves every layer its best unit; otherwise a layer wiped out is an error.
@@ -59,9 +58,6 @@ class ScheduledPruning(ObjectiveAlgorithm):
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.schedule: Schedule = self.make_schedule()
-        self.granularity: str = self.hparams["granularity"]
-        if self.granularity not in GRANULARITIES:
-            raise unknown_name("granularity", self.granularity, GRANULARITIES)
         # Not every method has the hparam.
         self.prunes_streams = bool(self.hparams.get("prune_residual_streams", False))
         if self.prunes_streams and self.granularity != "channel":

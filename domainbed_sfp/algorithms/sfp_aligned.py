@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches
-from domainbed_sfp.algorithms.sfp import HPARAMS, SFP
+from domainbed_sfp.algorithms.sfp.algorithm import SFP
+from domainbed_sfp.algorithms.sfp.hparams import HPARAMS, REMOVAL_ENERGY, RETIRED
 from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, Hparam, one_of
 from domainbed_sfp.pruning.reconstruction import InputMoments, ReaderInputs, reconstruct
 from domainbed_sfp.pruning.spurious import ConditionalMoments, spurious_directions
@@ -65,6 +66,7 @@ TEMPERATURE = 2.0
             valid=one_of(*RECONSTRUCTIONS),
         ),
     },
+    retired=RETIRED,
 )
 class SFPAligned(SFP):
     """Spurious feature-targeted pruning with alignment, reconstructed.
@@ -142,10 +144,10 @@ class SFPAligned(SFP):
     def _follow_directions(self, features: Tensor, y: Tensor, flags: Tensor) -> None:
         self.feature_moments.update(features, y, flags)
         since = self.step - self.schedule.first_step(self.total_steps)
-        if self.hparams["alignment_directions"] == "none" or since == 0 or since % self._refresh_every():
+        if self.hparams["alignment_directions"] == "none" or since == 0 or since % self.refresh_every():
             return
         found = spurious_directions(
-            self.feature_moments, self.hparams["removal_rank"], self.hparams["removal_energy"], spare_classes=True
+            self.feature_moments, self.hparams["removal_rank"], REMOVAL_ENERGY, spare_classes=True
         )
         if self.hparams["alignment_directions"] == "random" and len(found):
             found = torch.linalg.qr(torch.randn(found.shape).to(found.device).t())[0].t()

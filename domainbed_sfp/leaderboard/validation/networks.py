@@ -89,7 +89,7 @@ class Network:
         raise Refused(refused)
 
     def _make(self, values: Mapping[str, Any]) -> Algorithm:
-        return self.info.cls(self.shape, self.classes, self.domains, values)
+        return self.info.make(self.shape, self.classes, self.domains, values)
 
     @cached_property
     def code(self) -> str | None:
