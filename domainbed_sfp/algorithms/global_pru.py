@@ -34,6 +34,7 @@ from domainbed_sfp.pruning.ranking import (
     kendall_tau,
     top_k_overlap,
 )
+from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION
 from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, StairSchedule, check_sparsity
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
 from domainbed_sfp.registry import register
@@ -81,6 +82,7 @@ CHOICES = {
             0.1, lambda r: 10 ** r.uniform(-2, 0), "lambda, weight of the rank loss; 0: without it", valid=NOT_NEGATIVE
         ),
         "gate_penalty": Hparam(1e-4, doc="mu, weight of the mean attention", valid=NOT_NEGATIVE),
+        "reconstruction": RECONSTRUCTION,
         "agreement_every": Hparam(0.01, doc="fraction of the run between two measurements of tau", valid=POSITIVE),
     },
 )  # fmt: skip

@@ -14,6 +14,7 @@ from domainbed_sfp.hparams import Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels, removed_units
 from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
+from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION, Reconstruction
 from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, CubicSchedule, Schedule
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
 
@@ -32,10 +33,12 @@ UNIT_HPARAMS = {
     "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO, CORAL or Mixup"),
 }
 
-PRUNING_HPARAMS = {**SCHEDULE_HPARAMS, **UNIT_HPARAMS}
+PRUNING_HPARAMS = {**SCHEDULE_HPARAMS, **UNIT_HPARAMS, "reconstruction": RECONSTRUCTION}
 
 # On a long ramp the mask is renewed this often, not at every step: ranking all weights costs time.
 RAMP_UPDATES = 100
+# The same with reconstruction: each renewal solves a system of equations for each layer.
+RECONSTRUCTED_RAMP_UPDATES = 20
 
 
 class ScheduledPruning(ObjectiveAlgorithm):
@@ -50,8 +53,6 @@ class ScheduledPruning(ObjectiveAlgorithm):
     prunes_before_update = False
     # True where a ranking across layers leaves every layer its best unit; otherwise a layer wiped out is an error.
     spares_best = False
-    # How often masks are renewed on the ramp.
-    ramp_updates = RAMP_UPDATES
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
@@ -62,6 +63,12 @@ class ScheduledPruning(ObjectiveAlgorithm):
         self.prunes_streams = bool(self.hparams.get("prune_residual_streams", False))
         if self.prunes_streams and self.granularity != "channel":
             raise UserError("hparam 'prune_residual_streams' is about channels: it needs granularity 'channel'")
+        # Nor this one.
+        reconstructs = self.hparams.get("reconstruction", "none") != "none"
+        if reconstructs and self.granularity != "channel":
+            raise UserError("hparam 'reconstruction' is about channels: it needs granularity 'channel'")
+        # How often masks are renewed on the ramp.
+        self.ramp_updates = RECONSTRUCTED_RAMP_UPDATES if reconstructs else RAMP_UPDATES
         self.step = 0
         self.groups: list[ChannelGroup] = []
         parameters = dict(self.named_parameters())
@@ -74,6 +81,7 @@ class ScheduledPruning(ObjectiveAlgorithm):
             self.unit_shapes = {f"featurizer.{name}": weight.shape for name, weight in prunable.items()}
             touched = set(self.unit_shapes)
         self.weight_masks = Masks({name: value.shape for name, value in parameters.items() if name in touched})
+        self.reconstruction = Reconstruction(self, self.groups if reconstructs else ())
         self._check_removes_something()
         # Which units live, in the method's own granularity; for weights that is what the masks say.
         self.unit_masks = Masks(self.unit_shapes) if self.granularity == "channel" else self.weight_masks
@@ -122,7 +130,9 @@ class ScheduledPruning(ObjectiveAlgorithm):
         if self.prunes_before_update and self._mask_is_due():
             self._renew_masks(minibatches)
             self._apply_masks()
-        metrics = super().update(minibatches, unlabeled)
+        with self.reconstruction.watch(self, self.step <= self.schedule.last_step(self.total_steps)) as seen:
+            metrics = super().update(minibatches, unlabeled)
+        self.reconstruction.take(seen, self.sample_weights(minibatches))
         self.before_masks()
         if not self.prunes_before_update and self._mask_is_due():
             self._renew_masks(minibatches)
@@ -133,9 +143,9 @@ class ScheduledPruning(ObjectiveAlgorithm):
     def before_masks(self) -> None:
         """Called after the optimizer's step and before masks are renewed and applied; may change weights."""
 
-    def before_removal(self, alive: Mapping[str, Tensor]) -> None:
-        """Called without gradients when units are about to go: `alive` has the new masks by unit name, `unit_masks`
-        still the old ones; may change weights."""
+    def sample_weights(self, minibatches: Minibatches) -> Tensor | None:
+        """[N]: how much each sample of the step counts where layers are reconstructed; None: alike."""
+        return None
 
     def prepare_evaluation(self, batches: Iterable[Tensor]) -> None:
         if self.step > self.schedule.first_step(self.total_steps):
@@ -209,7 +219,7 @@ class ScheduledPruning(ObjectiveAlgorithm):
         if sparsity == 0:
             return
         alive = self.choose_alive(minibatches, sparsity)
-        self.before_removal(alive)
+        self.reconstruction.take_over(self, self.unit_masks, alive)
         for name, keep in alive.items():
             self.unit_masks.set(name, keep)
         if self.granularity == "channel":

@@ -7,6 +7,7 @@ A reconstruction of what the abstracts promise ("aligning the pruned model with 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,12 +18,11 @@ from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.sfp.algorithm import SFP
 from domainbed_sfp.algorithms.sfp.hparams import HPARAMS, REMOVAL_ENERGY, RETIRED
 from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, Hparam, one_of
-from domainbed_sfp.pruning.reconstruction import InputMoments, ReaderInputs, reconstruct
+from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION
 from domainbed_sfp.pruning.spurious import ConditionalMoments, spurious_directions
 from domainbed_sfp.registry import register
 
 ALIGNMENT_DIRECTIONS = ("flags", "random", "none")
-RECONSTRUCTIONS = ("least_squares", "none")
 # Of the logits' distance, as in Hinton et al. 2015 (arXiv 1503.02531), section 2.
 TEMPERATURE = 2.0
 
@@ -59,12 +59,7 @@ TEMPERATURE = 2.0
             "weight of an unflagged sample in the alignment; a flagged one has 1",
             valid=POSITIVE,
         ),
-        "reconstruction": Hparam(
-            "least_squares",
-            doc="what becomes of removed channels: the remaining ones take over what can be said by them "
-            "(least_squares), or nothing does (none)",
-            valid=one_of(*RECONSTRUCTIONS),
-        ),
+        "reconstruction": replace(RECONSTRUCTION, default="least_squares"),
     },
     retired=RETIRED,
 )
@@ -80,8 +75,6 @@ class SFPAligned(SFP):
     feature_directions: Tensor
 
     flags_every_step = True
-    # Each renewal of the masks solves a system of equations for each layer.
-    ramp_updates = 20
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
@@ -90,10 +83,6 @@ class SFPAligned(SFP):
         width = self.featurizer.n_outputs
         self.feature_moments = ConditionalMoments(num_classes, width, with_energy=True)
         self.register_buffer("feature_directions", torch.zeros(min(num_classes, width), width))
-        self.group_of = {reader: group for group in self.groups for reader in group.readers}
-        readers = {name: group.channels for name, group in self.group_of.items()}
-        readers = {name: count for name, count in readers.items() if self._layer(name).weight.shape[1] == count}
-        self.input_moments = InputMoments(readers if self.hparams["reconstruction"] != "none" else {})
         # Of the step's samples, (features, logits) of the reference.
         self.followed: tuple[Tensor, Tensor] | None = None
 
@@ -105,18 +94,13 @@ class SFPAligned(SFP):
 
     def compute_loss(self, minibatches: Minibatches) -> tuple[Tensor, dict[str, float]]:
         if self.step < self.schedule.first_step(self.total_steps):
-            with self._reader_inputs() as seen:
-                loss, metrics = super().compute_loss(minibatches)
-            self._take_inputs(seen)
-            return loss, metrics
+            return super().compute_loss(minibatches)
         features: list[Tensor] = []
         handle = self.featurizer.register_forward_hook(lambda module, x, out: features.append(out))
         try:
-            with self._reader_inputs() as seen:
-                loss, metrics = super().compute_loss(minibatches)
+            loss, metrics = super().compute_loss(minibatches)
         finally:
             handle.remove()
-        self._take_inputs(seen)
         y, flags = torch.cat([y for _, y in minibatches]), torch.cat(self.flags)
         distance, divergence = self._alignment(torch.cat(features), y, flags)
         metrics = {**metrics, "alignment_distance": distance.item(), "alignment_divergence": divergence.item()}
@@ -154,20 +138,3 @@ class SFPAligned(SFP):
         self.feature_directions.zero_()
         self.feature_directions[: len(found)] = found
         self.diagnostics["alignment_directions"] = float(len(found))
-
-    # layer by layer ---------------------------------------------------------------------------------------------------
-
-    def _reader_inputs(self) -> ReaderInputs:
-        due = self.step <= self.schedule.last_step(self.total_steps)
-        return ReaderInputs({name: self._layer(name) for name in self.input_moments.names} if due else {})
-
-    def _take_inputs(self, seen: ReaderInputs) -> None:
-        for name, inputs in seen.inputs.items():
-            self.input_moments.update(name, torch.cat(inputs))
-
-    def before_removal(self, alive: Mapping[str, Tensor]) -> None:
-        parameters = dict(self.named_parameters())
-        for name in self.input_moments.names:
-            group = self.group_of[name].name
-            dying = self.unit_masks[group] & ~alive[group]
-            reconstruct(parameters[name].data, self.input_moments[name], dying, alive[group])
