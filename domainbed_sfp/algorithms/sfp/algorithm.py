@@ -48,6 +48,8 @@ class SFP(ScheduledPruning):
     Metrics of `domain{d}` are those of the d-th training environment.
     """
 
+    objective_name = "ERM"
+
     # Whether a subclass needs flags at every step, whatever else does.
     flags_every_step = False
 
@@ -147,7 +149,7 @@ class SFP(ScheduledPruning):
         return self.reference(x)
 
     def weighted_loss(self, minibatches: Minibatches, flags: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """The objective; with risk weights, cross-entropy in which unflagged samples weigh `risk_weight` times more. A
+        """Cross-entropy; with risk weights such in which unflagged samples weigh `risk_weight` times more. A
         domain without contrast has no unflagged samples to speak of: all of its samples weigh the same."""
         if self.hparams["risk_weight"] == 1:
             return super().compute_loss(minibatches)

@@ -17,7 +17,7 @@ STATISTICS_EVERY = 4
 REFRESH = 0.05
 
 HPARAMS = {
-    **{name: PRUNING_HPARAMS[name] for name in ("sparsity", "prune_start", "prune_end", "objective")},
+    **{name: PRUNING_HPARAMS[name] for name in ("sparsity", "prune_start", "prune_end", "reconstruction")},
     "flag_policy": Hparam(
         "loss",
         doc="loss: below the threshold; random: as many at random; oracle: the truth",
@@ -65,6 +65,7 @@ HPARAMS = {
 # What earlier records name: the one value that it has now.
 RETIRED = {
     "granularity": "channel",
+    "objective": "ERM",
     "pruning_scope": "layer",
     "prune_residual_streams": False,
     "removal_energy": REMOVAL_ENERGY,

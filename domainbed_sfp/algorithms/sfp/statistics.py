@@ -127,9 +127,7 @@ class LayerInputs(AbstractContextManager["LayerInputs"]):
     def _note(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
         def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             x = inputs[0]
-            # Objectives that run the network domain by domain come here once for each, in the domains' order.
-            earlier = self.inputs.get(name)
-            self.inputs[name] = x if earlier is None else torch.cat([earlier, x])
+            self.inputs[name] = x
             if name not in self.sensitive or not x.requires_grad:
                 return None
             own = x.view_as(x)  # others may read x too, and the gradient of x would be that of all of them
