@@ -53,9 +53,7 @@ class AlgorithmInfo:
                 )
         return {name: value for name, value in values.items() if name not in self.retired}
 
-    def make(
-        self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
-    ) -> Any:
+    def make(self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]) -> Any:
         """A new instance of the algorithm (see `algorithms.base.Algorithm` for the arguments); the one place where
         values are checked that `resolve_hparams` has not made.
 

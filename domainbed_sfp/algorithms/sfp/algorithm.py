@@ -17,7 +17,6 @@ from domainbed_sfp.algorithms.sfp.flags import Flags
 from domainbed_sfp.algorithms.sfp.hparams import HPARAMS, REFRESH, RETIRED, STATISTICS_EVERY, choices
 from domainbed_sfp.algorithms.sfp.removal import Removal, cleared_layers
 from domainbed_sfp.algorithms.sfp.statistics import ChannelScores, LayerInputs, channel_means
-from domainbed_sfp.errors import UserError
 from domainbed_sfp.hparams import POSITIVE, Hparam
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.registry import register

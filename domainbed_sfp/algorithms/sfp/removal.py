@@ -38,7 +38,10 @@ class Removal(nn.Module):
         self.rank_fraction = rank
         self.relative = relative
         self.moments = nn.ModuleDict(
-            {attribute_name(name): ConditionalMoments(classes, c, with_energy=True) for name, c in self.channels.items()}
+            {
+                attribute_name(name): ConditionalMoments(classes, c, with_energy=True)
+                for name, c in self.channels.items()
+            }
         )
         self.stored = NamedTensors({name: torch.zeros(c, c) for name, c in self.channels.items()})
         # The directions on the channels that live, until masks or directions change.
