@@ -186,8 +186,8 @@ def recorded_overrides(text: str | None) -> dict[str, Any]:
 
 def checked_overrides(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     """`overrides` as a run takes them, each of its hparam's kind: 8 for 8.0 samples, a rate of 0.0 for 0. Two that say
-    the same are then the same; a retired one is left out (see `registry.AlgorithmInfo`). Raises UserError for an unknown
-    name or a value of another kind."""
+    the same are then the same; retired ones are left out (see `registry.AlgorithmInfo`). Raises UserError for an
+    unknown name or a value of another kind."""
     from domainbed_sfp import registry
 
     overrides = registry.get(algorithm).current(overrides or {})

@@ -48,8 +48,8 @@ class AlgorithmInfo:
             built_in, value = self.retired[name], values[name]
             if value != built_in or isinstance(value, bool) is not isinstance(built_in, bool):
                 raise UserError(
-                    f"hparam {name!r} of {self.name} is {value!r:.80}: it is built in as {built_in!r} now; only the version "
-                    "that the run's records name as `commit` can build it with another value"
+                    f"hparam {name!r} of {self.name} is {value!r:.80}: it is built in as {built_in!r} now; only "
+                    "the version that the run's records name as `commit` can build it with another value"
                 )
         return {name: value for name, value in values.items() if name not in self.retired}
 

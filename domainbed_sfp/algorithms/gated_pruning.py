@@ -239,8 +239,8 @@ class LearnedMaskPruning(GatedPruning):
         alive = self.deterministic_gates()
         if all(keep.all() for keep in alive.values()):
             raise UserError(
-                "mask_rule 'threshold' removes nothing: no mask logit fell to 0; raise hparam 'mask_lr' or "
-                "'mask_alpha', train masks longer (mask_start, mask_end), or choose 'top_k'"
+                "mask_rule 'threshold' removes nothing: no mask logit fell to 0; raise hparam 'mask_alpha', train for "
+                "more steps, or choose 'top_k'"
             )
         return alive
 

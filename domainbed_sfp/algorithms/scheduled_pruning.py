@@ -53,6 +53,8 @@ class ScheduledPruning(ObjectiveAlgorithm):
     prunes_before_update = False
     # True where a ranking across layers leaves every layer its best unit; otherwise a layer wiped out is an error.
     spares_best = False
+    # Whether channels that stay take over from those that go, where no hparam `reconstruction` says it.
+    reconstructs = False
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
@@ -63,12 +65,12 @@ class ScheduledPruning(ObjectiveAlgorithm):
         self.prunes_streams = bool(self.hparams.get("prune_residual_streams", False))
         if self.prunes_streams and self.granularity != "channel":
             raise UserError("hparam 'prune_residual_streams' is about channels: it needs granularity 'channel'")
-        # Nor this one.
-        reconstructs = self.hparams.get("reconstruction", "none") != "none"
-        if reconstructs and self.granularity != "channel":
+        if "reconstruction" in self.hparams:
+            self.reconstructs = self.hparams["reconstruction"] != "none"
+        if self.reconstructs and self.granularity != "channel":
             raise UserError("hparam 'reconstruction' is about channels: it needs granularity 'channel'")
         # How often masks are renewed on the ramp.
-        self.ramp_updates = RECONSTRUCTED_RAMP_UPDATES if reconstructs else RAMP_UPDATES
+        self.ramp_updates = RECONSTRUCTED_RAMP_UPDATES if self.reconstructs else RAMP_UPDATES
         self.step = 0
         self.groups: list[ChannelGroup] = []
         parameters = dict(self.named_parameters())
@@ -81,7 +83,7 @@ class ScheduledPruning(ObjectiveAlgorithm):
             self.unit_shapes = {f"featurizer.{name}": weight.shape for name, weight in prunable.items()}
             touched = set(self.unit_shapes)
         self.weight_masks = Masks({name: value.shape for name, value in parameters.items() if name in touched})
-        self.reconstruction = Reconstruction(self, self.groups if reconstructs else ())
+        self.reconstruction = Reconstruction(self, self.groups if self.reconstructs else ())
         self._check_removes_something()
         # Which units live, in the method's own granularity; for weights that is what the masks say.
         self.unit_masks = Masks(self.unit_shapes) if self.granularity == "channel" else self.weight_masks

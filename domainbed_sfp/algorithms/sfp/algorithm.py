@@ -69,7 +69,7 @@ class SFP(ScheduledPruning):
             cleared, num_classes, self.hparams["removal_rank"], self.chosen["removal_vectors"] == "relative"
         )
         self.captured: LayerInputs | None = None
-        # Of the step's samples: the flags, domain by domain, and which of them lie in a domain with contrast, unflagged.
+        # Of the step's samples: their flags, domain by domain, and which are unflagged in a domain with contrast.
         self.flags: list[Tensor] = []
         self.unflagged: Tensor | None = None
         # What the last statistics were; repeated until the next, so that every record has some.

@@ -99,8 +99,8 @@ class Flags(nn.Module):
         if not self.has_contrast().any():
             raise UserError(
                 f"SFP finds no contrast in any domain: the share of flagged samples is outside [{CONTRAST[0]}, "
-                f"{CONTRAST[1]}] everywhere (flag_policy {self.policy!r}, flag_kappa {self.kappa}); train longer before "
-                "pruning (prune_start) or change flag_kappa"
+                f"{CONTRAST[1]}] everywhere (flag_policy {self.policy!r}, flag_kappa {self.kappa}); train longer "
+                "before pruning (prune_start) or change flag_kappa"
             )
 
     def _chosen(self, low: Tensor, truth: Tensor | None) -> Tensor:

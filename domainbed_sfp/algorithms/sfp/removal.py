@@ -37,12 +37,9 @@ class Removal(nn.Module):
         self.channels = {name: layer.weight.shape[1] for name, layer in layers.items()}
         self.rank_fraction = rank
         self.relative = relative
-        self.moments = nn.ModuleDict(
-            {
-                attribute_name(name): ConditionalMoments(classes, c, with_energy=True)
-                for name, c in self.channels.items()
-            }
-        )
+        self.moments = nn.ModuleDict()
+        for name, channels in self.channels.items():
+            self.moments[attribute_name(name)] = ConditionalMoments(classes, channels, with_energy=True)
         self.stored = NamedTensors({name: torch.zeros(c, c) for name, c in self.channels.items()})
         # The directions on the channels that live, until masks or directions change.
         self.living: dict[str, Tensor] = {}
@@ -117,8 +114,8 @@ def cleared_layers(featurizer: nn.Module, groups: Iterable[ChannelGroup], which:
     for name in names:
         if not uses_weight_as_is(mixing[name]):
             raise UserError(
-                f"SFP cannot take directions out of layer {name!r}: {type(mixing[name]).__name__} transforms its weight "
-                "before it uses it; set hparam 'removal' to none, or choose another backbone"
+                f"SFP cannot take directions out of layer {name!r}: {type(mixing[name]).__name__} transforms its "
+                "weight before it uses it; set hparam 'removal' to none, or choose another backbone"
             )
     return {name: mixing[name] for name in names}
 
