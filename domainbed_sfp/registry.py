@@ -54,17 +54,19 @@ class AlgorithmInfo:
         return {name: value for name, value in values.items() if name not in self.retired}
 
     def make(self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]) -> Any:
-        """A new instance of the algorithm (see `algorithms.base.Algorithm` for the arguments); the one place where
-        values are checked that `resolve_hparams` has not made.
+        """A new instance of the algorithm (see `algorithms.base.Algorithm` for the arguments). Raises UserError as
+        `checked` does."""
+        return self.cls(input_shape, num_classes, num_domains, self.checked(hparams))
 
-        Raises UserError for a value that is not in its range.
-        """
-        values = self.current(hparams)
+    def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`current` values, each of the algorithm's own of its hparam's kind and in its range: a UserError says which is
+        not. What `resolve_hparams` gives is; a record or DomainBed's registry can say anything."""
+        values = self.current(values)
         table = dict(self.hparams)
         if "objective" in table:
             table.update(get_objective(values["objective"]).hparams)
-        checked = {name: checked_value(self.name, name, values[name], table[name]) for name in values.keys() & table}
-        return self.cls(input_shape, num_classes, num_domains, {**values, **checked})
+        own = {name: checked_value(self.name, name, values[name], table[name]) for name in values.keys() & table}
+        return {**values, **own}
 
 
 @dataclass(frozen=True)

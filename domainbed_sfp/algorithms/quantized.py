@@ -60,7 +60,7 @@ POLICY_HPARAMS = {
     ),
 }
 
-# Fractions of the run: at 8 bits, before policies choose; and when widths settle, after which the network trains as it is
+# Fractions of the run: until when all have 8 bits, and from when widths are settled and the network trains as it is
 # evaluated. Half of the run is for that: a network of many layers has to meet the one assignment that it will have.
 POLICY_START, POLICY_END = 0.1, 0.5
 # Sigma of the policies at first, in bits: draws reach the neighbouring widths and hardly further.

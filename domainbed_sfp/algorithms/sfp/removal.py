@@ -124,7 +124,7 @@ def _mixing_layers(featurizer: nn.Module, groups: Iterable[ChannelGroup]) -> dic
     """Full convolutions and linear layers by the names of their weights, in the order of the network; without linear
     layers that read a flattened map, whose inputs are no channels."""
     read = {name: group.channels for group in groups for name in group.readers}
-    mixing = {}
+    mixing: dict[str, nn.Module] = {}
     for name, layer in featurizer.named_modules():
         if not (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)):
             continue

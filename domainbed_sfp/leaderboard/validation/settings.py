@@ -43,9 +43,14 @@ def check_hparams(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         return
     yield from _places(file, overrides, run.run.hparams)
     try:
-        registry.get(args["algorithm"])
+        info = registry.get(args["algorithm"])
     except UserError as error:
         bundle.cannot(f"hparams, masks and costs of {args['algorithm']}: {error}; install the package that has it")
+        return
+    try:
+        own = info.current(run.run.hparams)
+    except UserError as error:
+        bundle.cannot(f"hparams, masks and costs of {args['algorithm']}: {error}")
         return
     try:
         drawn = hparams.resolve_hparams(
@@ -55,7 +60,7 @@ def check_hparams(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         bundle.unfit.add(run.name)
         yield Problem(file, "line 1.args.hparams", _in_ranges(run), str(error))
         return
-    differing = list(_differing(bundle, run, drawn, overrides))
+    differing = list(_differing(bundle, run, drawn, own, overrides))
     yield from differing
     if not differing:
         yield from _expect(bundle, run)
@@ -65,11 +70,16 @@ def check_fields(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
     """The fields of records that follow from arguments, hparams and the algorithm's registration."""
     first, file, expected = run.records[0], records_of(run), bundle.expected.get(run.name)
     granularity = run.run.hparams.get("granularity")
+    if granularity is None and run.run.algorithm in registry.names():
+        granularity = registry.get(run.run.algorithm).cls.granularity
     if first.get("granularity") != granularity:
-        words = "no such field" if granularity is None else f"{shown(granularity)}, as in hparams"
+        words = "no such field" if granularity is None else f"{shown(granularity)}, as its hparams or its method say"
         yield Problem(file, "line 1.granularity", words, shown(first.get("granularity")))
     if (asked := run.run.args["precision"]) not in ("auto", first["precision"]):
         yield Problem(file, "line 1.precision", f"{shown(asked)}, as in args", shown(first["precision"]))
+    if expected and first.get("decisions", expected.decisions) != expected.decisions:
+        words = f"{shown(expected.decisions)}, as {run.run.algorithm} decides it"
+        yield Problem(file, "line 1.decisions", words, shown(first["decisions"]))
     yield from _devices(run)
     weights = run.run.hparams.get("weights")
     if "weights_digest" in first and weights in layout.WEIGHTS:
@@ -119,9 +129,13 @@ def _in_ranges(run: SubmittedRun) -> str:
 
 
 def _differing(
-    bundle: Bundle, run: SubmittedRun, drawn: Mapping[str, Any], overrides: Mapping[str, Any]
+    bundle: Bundle,
+    run: SubmittedRun,
+    drawn: Mapping[str, Any],
+    own: Mapping[str, Any],
+    overrides: Mapping[str, Any],
 ) -> Iterator[Problem]:
-    args, own = run.run.args, run.run.hparams
+    args = run.run.args
     seeds = f"the draw of hparams_seed {args['hparams_seed']} and trial_seed {args['trial_seed']}"
     for name in sorted({*drawn, *own}):
         there, found = drawn.get(name), own.get(name)
