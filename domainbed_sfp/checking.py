@@ -97,7 +97,11 @@ def run_backbone(name: str, image_size: int) -> int:
     able = 0
     for algorithm in registry.names():
         info = registry.get(algorithm)
-        granularity = info.hparams["granularity"].default if "granularity" in info.hparams else info.cls.granularity
+        granularity = (
+            info.hparams["granularity"].default
+            if "granularity" in info.hparams
+            else getattr(info.cls, "granularity", None)
+        )
         if granularity is None:
             continue
         try:

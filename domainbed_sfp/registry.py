@@ -59,8 +59,8 @@ class AlgorithmInfo:
         return self.cls(input_shape, num_classes, num_domains, self.checked(hparams))
 
     def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """`current` values, each of the algorithm's own of its hparam's kind and in its range: a UserError says which is
-        not. What `resolve_hparams` gives is; a record or DomainBed's registry can say anything."""
+        """`current` values, checked to be of their hparams' kinds and in range; a UserError says which is not. What
+        `resolve_hparams` gives is so; a record or DomainBed's registry can say anything."""
         values = self.current(values)
         table = dict(self.hparams)
         if "objective" in table:

@@ -325,12 +325,12 @@ def _with_checked_hparams(name: str) -> Callable[..., None]:
     """The constructor of algorithm `name`, for hparams that nobody has checked yet."""
     info = registry.get(name)
 
-    def __init__(
+    def construct(
         self: Any, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
         info.cls.__init__(self, input_shape, num_classes, num_domains, info.checked(hparams))  # type: ignore[misc]
 
-    return __init__
+    return construct
 
 
 def register_hparams(checkout: Checkout, names: Collection[str], overrides: Mapping[str, Any]) -> None:

@@ -71,7 +71,7 @@ def check_fields(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
     first, file, expected = run.records[0], records_of(run), bundle.expected.get(run.name)
     granularity = run.run.hparams.get("granularity")
     if granularity is None and run.run.algorithm in registry.names():
-        granularity = registry.get(run.run.algorithm).cls.granularity
+        granularity = getattr(registry.get(run.run.algorithm).cls, "granularity", None)
     if first.get("granularity") != granularity:
         words = "no such field" if granularity is None else f"{shown(granularity)}, as its hparams or its method say"
         yield Problem(file, "line 1.granularity", words, shown(first.get("granularity")))
