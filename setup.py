@@ -41,6 +41,7 @@ EXTRAS["test"] = [
     *EXTRAS["timm"],
     *EXTRAS["signing"],
     "hypothesis>=6.90",
+    "import-linter>=2.1",
     "pytest>=7.4",
     "pytest-timeout>=2.2",
     "pytest-xdist>=3.3",
@@ -66,7 +67,7 @@ setup(
     package_data={
         "domainbed_sfp": ["py.typed"],
         "domainbed_sfp.analysis.report": ["report.html", "report.css", "report.js"],
-        "domainbed_sfp.data": ["domain_net.txt"],
+        "domainbed_sfp.data.download": ["domain_net.txt"],
         "domainbed_sfp.leaderboard": ["page.html", "page.css", "page.js"],
         "domainbed_sfp.published_rows": ["published.csv"],
         "domainbed_sfp.specs": ["*.yaml"],
@@ -90,7 +91,7 @@ setup(
         "torchvision>=0.19",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["domainbed-sfp=domainbed_sfp.cli:main"]},
+    entry_points={"console_scripts": ["domainbed-sfp=domainbed_sfp.cli.main:main"]},
     classifiers=[
         "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3",

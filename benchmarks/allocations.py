@@ -30,18 +30,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from domainbed_sfp import environment, hparams, networks, runtime, training
+from domainbed_sfp import networks
 from domainbed_sfp.algorithms.uniform_quant import UniformQuant
 from domainbed_sfp.analysis.display import ABSENT
-from domainbed_sfp.analysis.statistics import holm, paired_test
+from domainbed_sfp.analysis.significance import holm, paired_test
+from domainbed_sfp.core import provenance, runtime
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.files import write_output
+from domainbed_sfp.core.hparam import parse_overrides
+from domainbed_sfp.core.seeds import seed_everything, seed_hash
 from domainbed_sfp.data import Dataset, get_dataset_class
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import split_environment
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.files import write_output
 from domainbed_sfp.quantization.bitops import EXHAUSTIVE_SEARCH, fit_shifts
 from domainbed_sfp.quantization.policy import WIDTHS
-from domainbed_sfp.seeds import seed_everything, seed_hash
+from domainbed_sfp.training import hparams
+from domainbed_sfp.training import train as training
 
 # How far below the budget an allocation of a few layers may be.
 TOLERANCE = 0.1
@@ -93,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     """Adds the lines that are missing to the file."""
     runtime.prepare_for_training()
     values = hparams.resolve_hparams(
-        "UniformQuant", args.dataset, overrides={**hparams.parse_overrides(args.hparams), "bits": 8}
+        "UniformQuant", args.dataset, overrides={**parse_overrides(args.hparams), "bits": 8}
     )
     settings = {name: getattr(args, name) for name in ("dataset", "test_env", "steps", "finetune", "samples")}
     settings["hparams"] = values
@@ -150,8 +154,8 @@ def evaluated(
             "bitops": costs["bitops"] / costs["bitops_8bit"],
             "cases": [[case["degradation"], case["severity"], case["accuracy"]] for case in cases],
             "images": cases[0]["samples"],
-            "commit": environment.commit(),
-            "environment": environment.fingerprint(torch.device("cpu")),
+            "commit": provenance.commit(),
+            "environment": provenance.fingerprint(torch.device("cpu")),
         }
     loader.close()
     calibration.close()

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, augment, draw_parameters
+from domainbed_sfp.data.images.augmentation import IMAGENET_MEAN, IMAGENET_STD, augment, draw_parameters
 
 
 def median_ms(work: Callable[[], object], repeats: int) -> float:

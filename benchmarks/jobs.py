@@ -23,8 +23,8 @@ import torch
 import yaml
 from collect import ROOT
 
-from domainbed_sfp import environment
-from domainbed_sfp.files import write_atomically
+from domainbed_sfp.core import provenance
+from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.sweep.capacity import usable_cores
 
 FIXED_COST = 1.5
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     settings = {"runs": args.runs, "steps": args.steps}
-    report: dict[str, object] = {"environment": environment.fingerprint(torch.device("cpu")), "settings": settings}
+    report: dict[str, object] = {"environment": provenance.fingerprint(torch.device("cpu")), "settings": settings}
     failed = []
     for dataset in [*SMALL, *(PHOTOGRAPHS if args.data_dir else ())]:
         figures = {}

@@ -21,15 +21,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from domainbed_sfp import environment, hparams, networks
-from domainbed_sfp.export import compare
-from domainbed_sfp.exported import ExportedNetwork
-from domainbed_sfp.latency import compare_latency, show
-from domainbed_sfp.pruning import accounting, surgery
+from domainbed_sfp import networks
+from domainbed_sfp.core import provenance
+from domainbed_sfp.core.device import choose_device
+from domainbed_sfp.deploy import shrink
+from domainbed_sfp.deploy.export import compare
+from domainbed_sfp.deploy.exported import ExportedNetwork
+from domainbed_sfp.deploy.latency import compare_latency, show
+from domainbed_sfp.pruning import accounting
 from domainbed_sfp.pruning.masks import keep_highest, lower_channels
 from domainbed_sfp.pruning.scores import channel_magnitude
 from domainbed_sfp.pruning.structure import channel_groups
-from domainbed_sfp.training import choose_device
+from domainbed_sfp.training import hparams
 
 CLASSES = 7
 
@@ -44,8 +47,8 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     report: dict[str, Any] = {
         "settings": vars(args),
-        "environment": environment.fingerprint(device),
-        "commit": environment.commit(),
+        "environment": provenance.fingerprint(device),
+        "commit": provenance.commit(),
         "results": [measure(args, name, size, device) for name in args.backbones for size in args.image_sizes],
     }
     if args.json:
@@ -71,7 +74,7 @@ def measure(args: argparse.Namespace, backbone: str, size: int, device: torch.de
     """Times one backbone at one image size, prints it and returns it as data."""
     shape = (3, size, size)
     dense, masks = pruned_by_magnitude(backbone, shape, args.sparsity, args.prune_residual_streams)
-    exported, _ = surgery.remove_channels(dense, masks, shape)
+    exported, _ = shrink.remove_channels(dense, masks, shape)
     compare(dense, exported, torch.randn(2, *shape), "random")
     plain = ExportedNetwork(dense[0], dense[1])
     cost = accounting.measure_cost(dict(plain.named_parameters()), accounting.count_positions(plain, shape), masks)
@@ -81,7 +84,7 @@ def measure(args: argparse.Namespace, backbone: str, size: int, device: torch.de
         flush=True,
     )
     found = compare_latency(dense, exported, shape, [args.batch_size], args.repeats, device)
-    show(found, environment.fingerprint(device))
+    show(found, provenance.fingerprint(device))
     speedup = found[0].speedup
     if (args.sparsity, args.batch_size, device.type) == (0.5, 32, "cpu"):
         print(f"speedup {speedup:.2f}   target {TARGET:.2f}: {'met' if speedup >= TARGET else 'MISSED'}", flush=True)
@@ -89,8 +92,8 @@ def measure(args: argparse.Namespace, backbone: str, size: int, device: torch.de
         "backbone": backbone,
         "image_size": size,
         **asdict(cost),
-        "dense_bytes": surgery.exported_bytes(dense, {}),
-        "exported_bytes": surgery.exported_bytes(dense, masks),
+        "dense_bytes": shrink.exported_bytes(dense, {}),
+        "exported_bytes": shrink.exported_bytes(dense, masks),
         **asdict(found[0]),
     }
 

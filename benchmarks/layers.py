@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from domainbed_sfp import environment, hparams, networks, runtime
-from domainbed_sfp.files import write_atomically
-from domainbed_sfp.folding import Folding
+from domainbed_sfp import networks
+from domainbed_sfp.core import provenance, runtime
+from domainbed_sfp.core.files import write_atomically
+from domainbed_sfp.networks.folding import Folding
+from domainbed_sfp.training import hparams
 
 
 def main() -> int:
@@ -42,8 +44,8 @@ def main() -> int:
     total = {f"{whose}_{way}": sum(row["count"] * row[f"{whose}_{way}"] for row in rows) for whose, way in COLUMNS}
     print(line({"name": "all layers", "count": len(found), **total}))
     if args.json:
-        report = {"settings": vars(args), "environment": environment.fingerprint(torch.device("cpu")),
-                  "commit": environment.commit(), "layers": rows, "total": total}  # fmt: skip
+        report = {"settings": vars(args), "environment": provenance.fingerprint(torch.device("cpu")),
+                  "commit": provenance.commit(), "layers": rows, "total": total}  # fmt: skip
         write_atomically(Path(args.json), json.dumps(report, indent=1) + "\n")
     return 0
 

@@ -22,11 +22,13 @@ from typing import Any
 
 import torch
 
-from domainbed_sfp import environment, hparams, registry, runtime
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.base import Algorithm
+from domainbed_sfp.core import provenance, runtime
+from domainbed_sfp.core.files import write_atomically
+from domainbed_sfp.core.seeds import seed_everything, seed_hash
 from domainbed_sfp.data.loaders import Minibatch
-from domainbed_sfp.files import write_atomically
-from domainbed_sfp.seeds import seed_everything, seed_hash
+from domainbed_sfp.training import hparams
 
 CLASSES, ENVIRONMENTS = 7, 3
 
@@ -63,8 +65,8 @@ def main() -> int:
         settings = {name: getattr(args, name) for name in ("image_size", "batch_size", "steps")}
         report: dict[str, Any] = {
             **settings,
-            "commit": environment.commit(),
-            "environment": environment.fingerprint(device),
+            "commit": provenance.commit(),
+            "environment": provenance.fingerprint(device),
             "results": results,
         }
         write_atomically(Path(args.json), json.dumps(report, indent=1) + "\n")

@@ -23,9 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domainbed_sfp import environment, hparams, networks, registry, runtime
+from domainbed_sfp import networks
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.base import Algorithm
-from domainbed_sfp.seeds import seed_everything
+from domainbed_sfp.core import provenance, runtime
+from domainbed_sfp.core.seeds import seed_everything
+from domainbed_sfp.training import hparams
 
 NETWORKS = {"lite0": ("efficientnet_lite0", 64), "resnet18": ("resnet18", 224)}
 CLASSES, DOMAINS = 7, 3
@@ -45,9 +48,9 @@ def main() -> int:
     parser.add_argument("--json", help="file to write the report to")
     args = parser.parse_args()
     runtime.prepare_for_training()
-    fingerprint = environment.fingerprint(torch.device("cpu"))
+    fingerprint = provenance.fingerprint(torch.device("cpu"))
     print(f"{fingerprint['cpu']}, {fingerprint['threads']} threads, torch {fingerprint['torch']}")
-    report: dict[str, Any] = {"settings": vars(args), "environment": fingerprint, "commit": environment.commit()}
+    report: dict[str, Any] = {"settings": vars(args), "environment": fingerprint, "commit": provenance.commit()}
     for network in args.networks:
         report[network] = measure(network, args)
     if args.json:

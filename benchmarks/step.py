@@ -37,9 +37,12 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from domainbed_sfp import environment, runtime, training, upstream
+from domainbed_sfp.core import provenance, runtime
+from domainbed_sfp.core.device import choose_device
 from domainbed_sfp.data.splits import split_environment
 from domainbed_sfp.networks import ImageFeaturizer
+from domainbed_sfp.training import train as training
+from domainbed_sfp.upstream import bridge as upstream
 
 ENVIRONMENTS = ("art_painting", "cartoon", "photo", "sketch")
 CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
@@ -124,8 +127,8 @@ def measure_ours_and_bare(
     for precision in args.precision:
         run = make_run(args, data_dir, cache_dir, precision, folder)
         if "environment" not in report:
-            report["environment"] = environment.fingerprint(run.device)
-            report["commit"] = environment.commit()
+            report["environment"] = provenance.fingerprint(run.device)
+            report["commit"] = provenance.commit()
             print(describe(report["environment"], args))
         if precision == "auto":
             report["auto"] = run.precision
@@ -185,7 +188,7 @@ def network_step(run: training._Run, args: argparse.Namespace, is_folded: bool =
     """A step of the same backbone and classifier with nothing around them: bare, in PyTorch's own layers, or folded, as
     training runs it."""
     # Imported here because an earlier version, which this file may be run on, need not have them.
-    from domainbed_sfp.convolutions import DepthwiseConv2d, SameConv2d
+    from domainbed_sfp.networks.convolutions import DepthwiseConv2d, SameConv2d
 
     featurizer = run.algorithm.featurizer
     if not isinstance(featurizer, ImageFeaturizer):
@@ -281,7 +284,7 @@ def measure_upstream(args: argparse.Namespace, data_dir: str, folder: Path) -> d
         hparams.update(batch_size=args.batch_size, freeze_bn=args.freeze_bn)
         dataset = checkout.datasets.PACS(data_dir, TEST_ENVS, hparams)
         batches = zip(*training_loaders(dataset, args.batch_size))
-        device = training.choose_device("auto")
+        device = choose_device("auto")
         algorithm = checkout.algorithms.ERM(
             dataset.input_shape, dataset.num_classes, len(dataset) - len(TEST_ENVS), hparams
         ).to(device)

@@ -21,7 +21,7 @@ import figures
 import yaml
 from collect import ROOT, measure, write_run
 
-from domainbed_sfp import registry
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.sweep.jobs import Job, SweepDirectory
 from domainbed_sfp.sweep.spec import make_jobs, read_spec

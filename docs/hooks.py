@@ -11,8 +11,9 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 import domainbed_sfp as dsfp
-from domainbed_sfp import cli, registry
-from domainbed_sfp.hparams import hparam_table
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.cli import main as cli
+from domainbed_sfp.training.hparams import hparam_table
 
 RESULTS = Path(__file__).parents[1] / "results"
 # Committed sweeps whose rows the pages of methods quote.

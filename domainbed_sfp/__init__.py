@@ -20,42 +20,42 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from domainbed_sfp.core.version import __version__
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from domainbed_sfp import algorithms
     from domainbed_sfp.algorithms.base import Algorithm, ObjectiveAlgorithm
+    from domainbed_sfp.algorithms.registry import register
     from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
     from domainbed_sfp.analysis import plot
     from domainbed_sfp.analysis.frames import compare, read_records, select, table
-    from domainbed_sfp.errors import UserError
-    from domainbed_sfp.exported import load as load_exported
-    from domainbed_sfp.hparams import Hparam
+    from domainbed_sfp.core.errors import UserError
+    from domainbed_sfp.core.hparam import Hparam
+    from domainbed_sfp.deploy.exported import load as load_exported
+    from domainbed_sfp.deploy.finished_runs import load_algorithm as load_run
     from domainbed_sfp.pruning.masks import Masks
-    from domainbed_sfp.registry import register
-    from domainbed_sfp.runs import load_algorithm as load_run
-    from domainbed_sfp.training import TrainArgs as RunSettings
-    from domainbed_sfp.training import train
+    from domainbed_sfp.training.train import TrainArgs as RunSettings
+    from domainbed_sfp.training.train import train
 
 # Public name: (module, name in it; None for the module itself).
 _FACE: dict[str, tuple[str, str | None]] = {
     "Algorithm": ("algorithms.base", "Algorithm"),
-    "Hparam": ("hparams", "Hparam"),
+    "Hparam": ("core.hparam", "Hparam"),
     "Masks": ("pruning.masks", "Masks"),
     "ObjectiveAlgorithm": ("algorithms.base", "ObjectiveAlgorithm"),
-    "RunSettings": ("training", "TrainArgs"),
+    "RunSettings": ("training.train", "TrainArgs"),
     "ScheduledPruning": ("algorithms.scheduled_pruning", "ScheduledPruning"),
-    "UserError": ("errors", "UserError"),
+    "UserError": ("core.errors", "UserError"),
     "algorithms": ("algorithms", None),
     "compare": ("analysis.frames", "compare"),
-    "load_exported": ("exported", "load"),
-    "load_run": ("runs", "load_algorithm"),
+    "load_exported": ("deploy.exported", "load"),
+    "load_run": ("deploy.finished_runs", "load_algorithm"),
     "plot": ("analysis.plot", None),
     "read_records": ("analysis.frames", "read_records"),
-    "register": ("registry", "register"),
+    "register": ("algorithms.registry", "register"),
     "select": ("analysis.frames", "select"),
     "table": ("analysis.frames", "table"),
-    "train": ("training", "train"),
+    "train": ("training.train", "train"),
 }
 
 __all__ = [

@@ -54,7 +54,7 @@ def domainbed_root() -> Path:
 @pytest.fixture
 def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """The same command in this process, for the many cases that need no process of their own."""
-    from domainbed_sfp import cli
+    from domainbed_sfp.cli import main as cli
 
     def run(*args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(tmp_path)

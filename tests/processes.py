@@ -50,6 +50,6 @@ def _run(arguments: list[str], folder: Path, environment: dict[str, str], printe
     os.environ.update(environment)
     for descriptor, path in enumerate(printed, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
-    from domainbed_sfp import cli
+    from domainbed_sfp.cli import main as cli
 
     cli.main(arguments)

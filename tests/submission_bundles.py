@@ -13,18 +13,21 @@ from typing import Any
 
 from torch import Tensor
 
-from domainbed_sfp import registry, training
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.erm import ERM
 from domainbed_sfp.algorithms.magnitude import Magnitude
+from domainbed_sfp.algorithms.registry import register
+from domainbed_sfp.deploy import shrink
 from domainbed_sfp.leaderboard import bundle, summary
 from domainbed_sfp.leaderboard.submit import submit
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.networks import Network
-from domainbed_sfp.pruning import accounting, mask_files, surgery
-from domainbed_sfp.records import run_of
-from domainbed_sfp.registry import register
+from domainbed_sfp.pruning import accounting
+from domainbed_sfp.runs import mask_files
+from domainbed_sfp.runs.records import run_of
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
+from domainbed_sfp.training import train as training
 
 DATASET = "FullColoredDigits"
 STEPS = 6
@@ -234,7 +237,7 @@ def _costs(network: Network, masks: Masks) -> dict[str, Any]:
     known = {name: mask for name, mask in masks.items() if network.shapes.get(name) == mask.shape}
     cost = accounting.measure_cost(network.deployed, network.positions, known)
     removed = accounting.sparsities_of(network.algorithm, known)
-    size = surgery.exported_bytes(network.algorithm.export(), known)
+    size = shrink.exported_bytes(network.algorithm.export(), known)
     counted = {"surviving_parameters": cost.surviving_parameters, "macs": cost.macs, "exported_bytes": size}
     return {**counted, "sparsity": next(iter(removed.values()), 0.0)}
 

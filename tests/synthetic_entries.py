@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from types import SimpleNamespace
 from typing import Any
 
-from domainbed_sfp import registry
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.leaderboard.drawing import draw
 from domainbed_sfp.leaderboard.entries import Entry, EntryCell, Result, Trial
 from domainbed_sfp.leaderboard.facts import facts_of, split_sizes

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "allocations.py"
 

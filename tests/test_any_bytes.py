@@ -20,13 +20,18 @@ from runs_on_disk import record, write_run
 from safetensors.torch import save
 from synthetic_entries import many
 
-from domainbed_sfp import checkpoints, exported, hparams, networks, records, registry, runs
+from domainbed_sfp import networks
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.analysis import collect, degraded, rank_convergence
-from domainbed_sfp.data.cache import cached_images
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import parse_overrides
+from domainbed_sfp.data.images.cache import cached_images
+from domainbed_sfp.deploy import exported, finished_runs
 from domainbed_sfp.leaderboard import entries, page, validation
+from domainbed_sfp.runs import checkpoints, records
 from domainbed_sfp.sweep import slurm_batches, spec
 from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.training import hparams
 
 # The same examples each time: what fails fails for everybody.
 EXAMPLES = settings(
@@ -139,7 +144,7 @@ def test_specs(tmp_path, data):
 def test_hparams(text):
     def read():
         for algorithm in ("Magnitude", "SFP", "DQMQ"):
-            hparams.resolve_hparams(algorithm, "ColoredDigits", overrides=hparams.parse_overrides(text))
+            hparams.resolve_hparams(algorithm, "ColoredDigits", overrides=parse_overrides(text))
 
     answered(read)
 
@@ -278,7 +283,7 @@ def test_saved_models(tmp_path, value, name, setting):
     else:
         saved["model_hparams"][setting] = value
     (run / "model.pkl").write_bytes(_saved(saved))
-    answered(lambda: runs.load_run(run))
+    answered(lambda: finished_runs.load_run(run))
 
 
 # the leaderboard -----------------------------------------------------------------------------------------------------

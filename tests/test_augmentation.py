@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_image
 from torchvision import transforms
 from torchvision.transforms import functional as pil
 
-from domainbed_sfp.data.augmentation import (
+from domainbed_sfp.data.images.augmentation import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     JITTER_OPERATIONS,

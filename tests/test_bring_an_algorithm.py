@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from domainbed_sfp import contract, hparams, registry, scaffold
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.algorithms.erm import ERM
 from domainbed_sfp.algorithms.magnitude import Magnitude
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import Hparam
-from domainbed_sfp.pruning import surgery
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import Hparam
+from domainbed_sfp.deploy import shrink
+from domainbed_sfp.plugins import contract, new
+from domainbed_sfp.training import hparams
 
 ROOT = Path(__file__).parents[1]
 
@@ -178,7 +180,7 @@ def broken(monkeypatch):
 
 @pytest.mark.parametrize("check, cls, hparams, words", BROKEN, ids=[f"{case[0]}-{case[1].__name__}" for case in BROKEN])
 def test_every_check_finds_what_it_is_for(main, broken, check, cls, hparams, words):
-    if cls is Overclaiming and not surgery.is_available():
+    if cls is Overclaiming and not shrink.is_available():
         pytest.skip("torch-pruning is not installed")
     broken(cls, hparams, check)
     done = main("check", "Broken", check=False)
@@ -294,7 +296,7 @@ def test_a_folder_in_the_way_stays(main, tmp_path):
 
 @pytest.mark.parametrize("given, package, algorithm", [("my_method", "my_method", "MyMethod"), ("MyMethod", "my_method", "MyMethod"), ("SFP2Net", "sfp2_net", "SFP2Net"), ("tiny", "tiny", "Tiny")])  # fmt: skip
 def test_both_names_from_either(given, package, algorithm):
-    assert scaffold.names_of(given) == (package, algorithm)
+    assert new.names_of(given) == (package, algorithm)
 
 
 def install(package: Path, site: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from domainbed_sfp import contract, registry
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.plugins import contract
 
 VARIANTS = {
     "Magnitude": [{"granularity": "weight"}, {"pruning_scope": "global", "granularity": "weight"}, {"objective": "VREx"},
@@ -57,13 +58,13 @@ def test_an_installed_package_adds_an_algorithm(tmp_path):
     name that is taken, and one that cannot be loaded, are left out with a warning that says why."""
     site = tmp_path / "site"
     _install(site, "mypkg", "MyMethod")
-    found = _python(site, "from domainbed_sfp import contract, registry; assert 'MyMethod' in registry.names();"
+    found = _python(site, "from domainbed_sfp.algorithms import registry; from domainbed_sfp.plugins import contract; assert 'MyMethod' in registry.names();"
                           "[check('MyMethod') for check in contract.CHECKS.values()]; print('passed')")  # fmt: skip
     assert found.stdout.strip() == "passed", found.stderr
     _install(site, "other", "ERM")
     _install(site, "third", "Third")
     (site / "third" / "method.py").write_text("import a_module_that_is_missing\n")
-    listed = _python(site, "from domainbed_sfp.cli import main; main(['list', 'algorithms'])")
+    listed = _python(site, "from domainbed_sfp.cli.main import main; main(['list', 'algorithms'])")
     assert listed.returncode == 0 and "MyMethod" in listed.stdout
     clash, broken = sorted(listed.stderr.splitlines())
     assert "'ERM'" in clash and "other.method" in clash and "algorithms.erm" in clash
@@ -76,8 +77,9 @@ def test_a_run_knows_the_code_of_a_package(tmp_path):
     _install(site, "mypkg", "MyMethod")
     program = f"""
 import contextlib, os, signal
-from domainbed_sfp import cli, training
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.cli import main as cli
+from domainbed_sfp.training import train as training
+from domainbed_sfp.core.errors import UserError
 
 def train():
     training.train(training.TrainArgs(dataset="ColoredDigits", steps=3, checkpoint_freq=1, algorithm="MyMethod",
@@ -128,7 +130,7 @@ def _install(site: Path, package: str, name: str) -> None:
     (site / package / "__init__.py").write_text("")
     (site / package / "method.py").write_text(
         "from domainbed_sfp.algorithms.erm import ERM\n"
-        "from domainbed_sfp.registry import register\n\n"
+        "from domainbed_sfp.algorithms.registry import register\n\n"
         f"@register({name!r}, family='pruning', reference='here', standing='published')\n"
         "class Method(ERM):\n    '''A method.'''\n"
     )

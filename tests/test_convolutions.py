@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from domainbed_sfp import convolutions, networks
-from domainbed_sfp.convolutions import DepthwiseConv2d, SameConv2d
+from domainbed_sfp import networks
+from domainbed_sfp.networks import convolutions
+from domainbed_sfp.networks.convolutions import DepthwiseConv2d, SameConv2d
 
 
 @pytest.fixture

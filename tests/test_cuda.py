@@ -46,9 +46,11 @@ def test_a_run_on_the_gpu_agrees_with_one_on_the_cpu(main, tmp_path, algorithm):
 
 
 def test_evaluation_does_not_depend_on_how_batches_are_filled_up(monkeypatch):
-    from domainbed_sfp import hparams, registry, training
+    from domainbed_sfp.algorithms import registry
     from domainbed_sfp.data import get_dataset_class
     from domainbed_sfp.data.splits import split_environment
+    from domainbed_sfp.training import hparams
+    from domainbed_sfp.training import train as training
 
     values = hparams.resolve_hparams("ERM", "FullColoredDigits", 0, 0, {"backbone": "mnist_cnn_bn"})
     dataset = get_dataset_class("FullColoredDigits").build(None, values, 0, None)

@@ -21,13 +21,14 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets import folder as torchvision_folder
 
-from domainbed_sfp.data import cache, get_dataset_class
-from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.data import get_dataset_class
+from domainbed_sfp.data.images import cache
+from domainbed_sfp.data.images.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from domainbed_sfp.data.images.contents import IMAGE_EXTENSIONS
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.sets import digits
 from domainbed_sfp.data.sets.folders import _crop_side
-from domainbed_sfp.errors import UserError
 from domainbed_sfp.sweep.spec import default_datasets
 
 FOLDER_HPARAMS = {"image_size": 16, "data_augmentation": True}

@@ -37,7 +37,7 @@ def test_the_algorithms_in_the_documents_keep_the_contract(tmp_path, document, n
     )
     (tmp_path / "example.py").write_text(source)
     code = (
-        f"import example; from domainbed_sfp import contract; [check('{name}') for check in contract.CHECKS.values()];"
+        f"import example; from domainbed_sfp.plugins import contract; [check('{name}') for check in contract.CHECKS.values()];"
         "print('passed')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)

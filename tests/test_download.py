@@ -30,9 +30,10 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domainbed_sfp.data import archives, disk, transfer, verify
-from domainbed_sfp.data import download as command
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.data import disk
+from domainbed_sfp.data.download import archives, transfer, verify
+from domainbed_sfp.data.download import commands as command
 
 SMALL = verify._counted("PACS", ("cat", "dog"), {"art": (2, 1), "photo": (1, 3)})
 
@@ -1056,7 +1057,7 @@ def test_missing_folders_are_told_apart(small_pacs, tmp_path):
 
 def test_the_command_line(tmp_path):
     def call(*arguments):
-        line = [sys.executable, "-m", "domainbed_sfp.data.download", *arguments, "--data_dir", str(tmp_path)]
+        line = [sys.executable, "-m", "domainbed_sfp.data.download.commands", *arguments, "--data_dir", str(tmp_path)]
         return subprocess.run(line, capture_output=True, text=True, check=False)
 
     wrong = call("Office_Home")
@@ -1076,7 +1077,7 @@ import sys, types
 package = types.ModuleType("domainbed_sfp.data")
 package.__path__ = [{str(package)!r}]
 sys.modules["domainbed_sfp.data"] = package
-import domainbed_sfp.data.download
+import domainbed_sfp.data.download.commands
 print(sorted({{"torch", "numpy", "gdown", "rich"}} & set(sys.modules)))
 """
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from synthetic_entries import METHODS, as_added, entry
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard import entries, store
 from domainbed_sfp.leaderboard.board import board_of
 from domainbed_sfp.leaderboard.tiers import NOTES, TIERS

@@ -10,14 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from domainbed_sfp import folding, hparams, records, registry, training
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data.base import Dataset, Environment
 from domainbed_sfp.data.splits import split_environment
-from domainbed_sfp.efficientnet_lite0 import EfficientNetLite0
-from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard.submit import submit
+from domainbed_sfp.networks import folding
+from domainbed_sfp.networks.efficientnet_lite0 import EfficientNetLite0
+from domainbed_sfp.runs import records
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
+from domainbed_sfp.training import hparams
+from domainbed_sfp.training import train as training
 
 ARGUMENTS = training.TrainArgs(
     dataset="FullColoredDigits", algorithm="Magnitude", test_envs=[2], steps=9, checkpoint_freq=2,

@@ -22,11 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from domainbed_sfp import export, exported, hparams, latency, networks, registry, runs, training
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.pruning import accounting, surgery
+from domainbed_sfp import networks
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.deploy import export, exported, finished_runs, latency, shrink
+from domainbed_sfp.pruning import accounting
 from domainbed_sfp.pruning.masks import lower_channels
 from domainbed_sfp.pruning.structure import channel_groups
+from domainbed_sfp.training import hparams
+from domainbed_sfp.training import train as training
 
 pytest.importorskip("torch_pruning", reason="the extra `export` is not installed")
 
@@ -79,7 +83,7 @@ def images(size: int) -> torch.Tensor:
 
 def through_a_file(network: exported.ExportedNetwork, backbone: str, size: int, **options) -> exported.ExportedNetwork:
     description = exported.Description(
-        backbone, (3, size, size), CLASSES, group_norms=surgery.surviving_groups(network), **options
+        backbone, (3, size, size), CLASSES, group_norms=shrink.surviving_groups(network), **options
     )
     data = exported.to_bytes(network, description)
     return exported.rebuild(exported.Description.from_json(description.to_json()), tensors_of(data))
@@ -93,7 +97,7 @@ def test_without_dead_channels_the_logits_stay_and_the_costs_are_those_claimed(b
     """Parameters by counting tensors, MACs by torch's own counter (2 FLOPs a MAC), bytes by the stored tensors."""
     network = make(backbone, size)
     masks = mask(network, streams=streams)
-    pruned, dead = surgery.remove_channels(network, masks, (3, size, size))
+    pruned, dead = shrink.remove_channels(network, masks, (3, size, size))
     rebuilt = through_a_file(pruned, backbone, size)
     x = images(size)
     with torch.no_grad():
@@ -114,19 +118,19 @@ def test_without_dead_channels_the_logits_stay_and_the_costs_are_those_claimed(b
     assert sum(counts.values()) == sum(
         8 * 2 * 4 * module.num_channels for module in rebuilt.modules() if isinstance(module, exported.GroupNormOfSurvivors)
     )  # fmt: skip
-    stored = sum(value.numel() * value.element_size() for value in exported.stored_tensors(rebuilt).values())
-    assert surgery.exported_bytes(network, masks) == stored
-    assert not any((~one).any() for one in surgery.surviving_masks(masks, dead).values())
+    stored = sum(value.numel() * value.element_size() for value in network.stored_tensors(rebuilt).values())
+    assert shrink.exported_bytes(network, masks) == stored
+    assert not any((~one).any() for one in shrink.surviving_masks(masks, dead).values())
 
 
 def test_residual_streams_stay_whole_and_what_is_inside_blocks_is_cut():
     network = make("resnet18", 32)
-    pruned, _ = surgery.remove_channels(network, mask(network), (3, 32, 32))
+    pruned, _ = shrink.remove_channels(network, mask(network), (3, 32, 32))
     block = pruned.featurizer.network.layer2[0]
     assert (block.conv1.in_channels, block.conv1.out_channels, block.bn1.num_features) == (64, 64, 64)
     assert (block.conv2.in_channels, block.conv2.out_channels, block.downsample[0].out_channels) == (64, 128, 128)
     lite = make("efficientnet_lite0", 32)
-    pruned, _ = surgery.remove_channels(lite, mask(lite), (3, 32, 32))
+    pruned, _ = shrink.remove_channels(lite, mask(lite), (3, 32, 32))
     block = pruned.featurizer.network.blocks[1]
     assert block.depthwise_conv.weight.shape == (48, 1, 3, 3) and block.depthwise_conv.groups == 48
     assert pruned.featurizer.network.conv_stem.out_channels == 16 and pruned.classifier.in_features == 640
@@ -134,7 +138,7 @@ def test_residual_streams_stay_whole_and_what_is_inside_blocks_is_cut():
 
 def test_residual_streams_are_cut_where_masks_leave_nothing_of_them():
     network = make("resnet18", 32)
-    pruned, _ = surgery.remove_channels(network, mask(network, streams=True), (3, 32, 32))
+    pruned, _ = shrink.remove_channels(network, mask(network, streams=True), (3, 32, 32))
     block = pruned.featurizer.network.layer2[0]
     assert (block.conv1.in_channels, block.conv1.out_channels) == (32, 64)
     assert (block.conv2.out_channels, block.downsample[0].in_channels, block.downsample[0].out_channels) == (64, 32, 64)
@@ -153,7 +157,7 @@ def test_any_channels_of_mnist_cnn_can_go(halvings, nonlinear, seed):
         kept[torch.randint(group.channels, (1,), generator=generator)] = True
         alive[group.name] = kept
     masks = mask(network, alive)
-    pruned, dead = surgery.remove_channels(network, masks, (3, 8, 8))
+    pruned, dead = shrink.remove_channels(network, masks, (3, 8, 8))
     assert {e.group.name: (~e.dead).tolist() for e in dead} == {n: a.tolist() for n, a in alive.items() if not a.all()}
     rebuilt = through_a_file(pruned, "mnist_cnn", 8, nonlinear_classifier=nonlinear)
     with torch.no_grad():
@@ -180,14 +184,12 @@ def test_group_norm_counts_what_is_gone(survivors, offset):
 
 def test_masks_of_single_weights_take_nothing_out():
     network = make("mnist_cnn", 8)
-    dense = surgery.exported_bytes(network, {})
+    dense = shrink.exported_bytes(network, {})
     masks = {"featurizer.conv2.weight": torch.rand(128, 64, 3, 3) < 0.3}
     masks["featurizer.conv2.weight"][:7] = False  # whole filters even: their biases live
-    pruned, dead = surgery.remove_channels(network, masks, (3, 8, 8))
-    assert not dead and surgery.exported_bytes(network, masks) == dense
-    assert torch.equal(
-        surgery.surviving_masks(masks, dead)["featurizer.conv2.weight"], masks["featurizer.conv2.weight"]
-    )
+    pruned, dead = shrink.remove_channels(network, masks, (3, 8, 8))
+    assert not dead and shrink.exported_bytes(network, masks) == dense
+    assert torch.equal(shrink.surviving_masks(masks, dead)["featurizer.conv2.weight"], masks["featurizer.conv2.weight"])
     assert torch.equal(pruned(images(8)), network(images(8)))
 
 
@@ -195,23 +197,23 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     network = make("mnist_cnn", 8)
     masks = mask(network)
     with pytest.raises(UserError, match=r"another network.*no parameter 'featurizer\.layer1'"):
-        surgery.remove_channels(network, {"featurizer.layer1": torch.zeros(3, dtype=torch.bool)}, (3, 8, 8))
+        shrink.remove_channels(network, {"featurizer.layer1": torch.zeros(3, dtype=torch.bool)}, (3, 8, 8))
     with pytest.raises(
         UserError, match=r"another network.*'featurizer\.conv1\.bias' has shape \(3,\), expected \(64,\)"
     ):
-        surgery.remove_channels(network, {"featurizer.conv1.bias": torch.zeros(3, dtype=torch.bool)}, (3, 8, 8))
+        shrink.remove_channels(network, {"featurizer.conv1.bias": torch.zeros(3, dtype=torch.bool)}, (3, 8, 8))
     with pytest.raises(UserError, match=r"nn\.Sequential\(featurizer, classifier\).*Linear"):
-        surgery.remove_channels(nn.Linear(2, 2), {}, (2,))
+        shrink.remove_channels(nn.Linear(2, 2), {}, (2,))
     groups = channel_groups(network[0], network[1])
-    wrong = surgery.ChannelGroup(groups[0].name, 64, groups[0].filters, groups[0].vectors[:1], groups[0].readers)
+    wrong = shrink.ChannelGroup(groups[0].name, 64, groups[0].filters, groups[0].vectors[:1], groups[0].readers)
     with monkeypatch.context() as patch:
-        patch.setattr(surgery, "channel_groups", lambda *parts, **options: [wrong])
+        patch.setattr(shrink, "channel_groups", lambda *parts, **options: [wrong])
         with pytest.raises(UserError, match=r"disagree.*'featurizer\.conv1'.*featurizer\.bn0"):
-            surgery.remove_channels(network, masks, (3, 8, 8))
-    monkeypatch.setattr(surgery, "is_available", lambda: False)
+            shrink.remove_channels(network, masks, (3, 8, 8))
+    monkeypatch.setattr(shrink, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"pip install 'domainbed_sfp\[export\]'"):
-        surgery.remove_channels(network, masks, (3, 8, 8))
-    assert surgery.exported_bytes(network, masks) < surgery.exported_bytes(network, {})  # the extra is not needed
+        shrink.remove_channels(network, masks, (3, 8, 8))
+    assert shrink.exported_bytes(network, masks) < shrink.exported_bytes(network, {})  # the extra is not needed
 
 
 def test_backbones_are_rebuilt_without_a_download(monkeypatch):
@@ -249,13 +251,13 @@ def test_export_writes_what_a_plain_script_can_load(run, main, tmp_path):
     printed = main("export", run, "--output", "net.safetensors").stdout
     assert "224 channels taken out" in printed and "96 real images" in printed
     code = (
-        "import sys, torch; from domainbed_sfp import exported; net = exported.load('net.safetensors');"
-        "loaded = [m for m in sys.modules if m.startswith(('domainbed_sfp.algorithms', 'domainbed_sfp.training',"
-        "'torch_pruning', 'domainbed_sfp.registry'))]; assert not loaded, loaded;"
+        "import sys, torch; from domainbed_sfp.deploy import exported; net = exported.load('net.safetensors');"
+        "loaded = [m for m in sys.modules if m.startswith(('domainbed_sfp.algorithms', 'domainbed_sfp.training.train',"
+        "'torch_pruning', 'domainbed_sfp.algorithms.registry'))]; assert not loaded, loaded;"
         "torch.save(net(torch.linspace(-1, 2, 2 * 192).view(2, 3, 8, 8)), 'logits.pt')"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
-    algorithm = runs.load_run(run).algorithm
+    algorithm = finished_runs.load_run(run).algorithm
     x = torch.linspace(-1, 2, 2 * 192).view(2, 3, 8, 8)
     with torch.no_grad():
         expected = algorithm.predict(x)
@@ -277,7 +279,7 @@ def test_export_to_onnx_takes_any_batch(run, main, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     main("export", run, "--output", "net.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
-    algorithm = runs.load_run(run).algorithm
+    algorithm = finished_runs.load_run(run).algorithm
     for batch in (1, 5):
         x = torch.randn(batch, 3, 8, 8)
         with torch.no_grad():
@@ -347,15 +349,15 @@ def test_photographs_are_normalised_and_a_network_without_masks_is_whole(main, t
     description = exported.read_description(tmp_path / "net.safetensors")
     assert description.normalization == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     x = images(32)
-    network, algorithm = exported.load(tmp_path / "net.safetensors"), runs.load_run(tmp_path / "run").algorithm
+    network, algorithm = exported.load(tmp_path / "net.safetensors"), finished_runs.load_run(tmp_path / "run").algorithm
     with torch.no_grad():
         assert torch.allclose(network(x), algorithm.predict(x), atol=1e-5)
 
 
 def test_files_that_are_no_export_are_refused(tmp_path):
     network = make("mnist_cnn", 8)
-    pruned, _ = surgery.remove_channels(network, mask(network), (3, 8, 8))
-    norms = surgery.surviving_groups(pruned)
+    pruned, _ = shrink.remove_channels(network, mask(network), (3, 8, 8))
+    norms = shrink.surviving_groups(pruned)
     path = tmp_path / "net.safetensors"
 
     def written(tensors: dict, **values) -> Path:
@@ -477,7 +479,7 @@ def test_outputs_formats_and_extras_that_are_not_there(run, main, tmp_path, monk
         )
         refused("cannot be written: No space left on device", "--output", "net")
     with monkeypatch.context() as patch:
-        patch.setattr(surgery, "is_available", lambda: False)
+        patch.setattr(shrink, "is_available", lambda: False)
         refused("pip install 'domainbed_sfp[export]'", "--output", "net")
     with monkeypatch.context() as patch:
         patch.setattr(export.importlib.util, "find_spec", lambda name: None)

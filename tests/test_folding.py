@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from domainbed_sfp import folding, hparams, networks, registry
-from domainbed_sfp.convolutions import SameConv2d
+from domainbed_sfp import networks
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.networks import folding
+from domainbed_sfp.networks.convolutions import SameConv2d
+from domainbed_sfp.training import hparams
 
 BUILT_IN = ("resnet18", "resnet50", "efficientnet_lite0")
 TIMM = ("resnet10t", "mobilenetv2_050", "mobilenetv3_small_050", "efficientnet_b0", "regnetx_002", "regnety_002")

@@ -13,7 +13,7 @@ import pytest
 from runs_on_disk import record, write_run
 
 import domainbed_sfp as dsfp
-from domainbed_sfp.cli import main
+from domainbed_sfp.cli.main import main
 
 
 @pytest.fixture(scope="module")

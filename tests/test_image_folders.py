@@ -14,11 +14,12 @@ from PIL import Image
 from test_training import FOLDER_RUN, make_tree, read
 from torchvision.datasets import ImageFolder
 
-from domainbed_sfp.data import get_dataset_class, verify
+from domainbed_sfp.core.errors import UserError, look_alike, spelled
+from domainbed_sfp.data import get_dataset_class
+from domainbed_sfp.data.download import verify
 from domainbed_sfp.data.images import layout
 from domainbed_sfp.data.images.contents import HIDDEN, is_hidden, scan
 from domainbed_sfp.data.images.published import tree_problems, unlike_published
-from domainbed_sfp.errors import UserError, look_alike, spelled
 from domainbed_sfp.leaderboard.bundle import RECORD_SCHEMA
 from domainbed_sfp.leaderboard.schema import problems_of
 

@@ -17,7 +17,7 @@ from browser import Browser, find_browser
 from synthetic_entries import ENVIRONMENTS, METHODS, entry, many
 
 from domainbed_sfp.analysis.display import ABSENT
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard import board_formats, entries, page, store
 from domainbed_sfp.leaderboard.board import band_of, board_of, family_of
 from domainbed_sfp.leaderboard.entries import Entry

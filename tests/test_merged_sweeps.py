@@ -11,7 +11,7 @@ import pytest
 from runs_on_disk import record, write_run
 from test_training import assert_one_line_error
 
-from domainbed_sfp.manifests import read_manifests
+from domainbed_sfp.runs.manifests import read_manifests
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
 

@@ -11,9 +11,10 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from domainbed_sfp import hparams, networks
-from domainbed_sfp.data.augmentation import normalize
-from domainbed_sfp.errors import UserError
+from domainbed_sfp import networks
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.data.images.augmentation import normalize
+from domainbed_sfp.training import hparams
 
 
 def featurizer(shape=(3, 32, 32), **overrides):

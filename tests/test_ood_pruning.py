@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import nn
 
-from domainbed_sfp import hparams, registry
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.dcwp import debiased_contrastive, generalized_cross_entropy
 from domainbed_sfp.algorithms.evil import ExchangeSchedule, exchange
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.pruning.gates import (
     Gates,
     binary_concrete,
@@ -31,6 +31,7 @@ from domainbed_sfp.pruning.gates import (
 )
 from domainbed_sfp.pruning.schedules import exchange_period
 from domainbed_sfp.pruning.structure import ChannelGroup
+from domainbed_sfp.training import hparams
 
 STEPS = 20
 MODULAR = ["MRM", "ModIRM", "ModREx", "ModGroupDRO"]

@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from domainbed_sfp import hparams, networks, registry
-from domainbed_sfp.convolutions import SameConv2d
-from domainbed_sfp.errors import UserError
+from domainbed_sfp import networks
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.networks.convolutions import SameConv2d
 from domainbed_sfp.pruning.accounting import count_positions, measure_cost, sparsities_of
 from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels
 from domainbed_sfp.pruning.schedules import CubicSchedule
 from domainbed_sfp.pruning.scores import channel_magnitude, prunable_weights, random_like, weight_magnitude
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
+from domainbed_sfp.training import hparams
 
 
 def test_cubic_schedule_by_hand():

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from domainbed_sfp import hparams, networks, registry
+from domainbed_sfp import networks
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.network_slimming import NetworkSlimming
 from domainbed_sfp.algorithms.pruning_at_initialization import balanced_batch
 from domainbed_sfp.algorithms.rigl import RigLSchedule, drop_and_grow, layer_densities
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.pruning.masks import keep_highest
 from domainbed_sfp.pruning.schedules import OneShotSchedule, RoundSchedule
 from domainbed_sfp.pruning.scores import (
@@ -27,6 +28,7 @@ from domainbed_sfp.pruning.scores import (
     weight_taylor,
 )
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
+from domainbed_sfp.training import hparams
 
 STEPS = 20
 

@@ -19,12 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from domainbed_sfp import contract, exported, hparams, registry, training
-from domainbed_sfp.data import degradations, get_dataset_class
-from domainbed_sfp.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, normalize
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.data import get_dataset_class
+from domainbed_sfp.data.images import degradations
+from domainbed_sfp.data.images.augmentation import IMAGENET_MEAN, IMAGENET_STD, normalize
 from domainbed_sfp.data.loaders import MinibatchLoader
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.quantization import export
+from domainbed_sfp.deploy import exported, packed
+from domainbed_sfp.plugins import contract
 from domainbed_sfp.quantization.bitops import BitOps, fit_shifts, starting_mean
 from domainbed_sfp.quantization.layers import Control, QuantizedLayer, run_by_width
 from domainbed_sfp.quantization.packing import pack, unpack
@@ -38,6 +40,8 @@ from domainbed_sfp.quantization.policy import (
     straight_through,
 )
 from domainbed_sfp.quantization.quantizers import StepSizes, integer_range, lsq, to_integers
+from domainbed_sfp.training import hparams
+from domainbed_sfp.training import train as training
 
 
 def run_lsq(values, step, bits, signed, scale=1.0, coefficient=None):
@@ -297,7 +301,7 @@ def test_a_uniform_width_may_begin_later(tmp_path):
     again.load_state_dict(algorithm.state_dict())
     x = torch.rand(4, 3, 8, 8)
     assert torch.equal(again.eval().predict(x), algorithm.eval().predict(x))
-    assert {tuple(layer.widths) for layer in export.deployed_layers(algorithm.export()).values()} == {(8,), (3,)}
+    assert {tuple(layer.widths) for layer in packed.deployed_layers(algorithm.export()).values()} == {(8,), (3,)}
 
 
 def test_a_policy_pools_over_positions_wherever_channels_are():
@@ -885,8 +889,8 @@ def images(count=4):
 )
 def test_the_integer_file_gives_the_logits(tmp_path, name, overrides):
     algorithm = trained(name, **overrides)
-    export.save(tmp_path / "network.safetensors", algorithm)
-    network = export.load(tmp_path / "network.safetensors")
+    packed.save(tmp_path / "network.safetensors", algorithm)
+    network = packed.load(tmp_path / "network.safetensors")
     with torch.no_grad():
         assert torch.equal(network(images()), algorithm.predict(images()))
 
@@ -895,7 +899,7 @@ def test_file_size_falls_with_the_width(tmp_path):
     sizes = {}
     for bits in (2, 3, 4, 8):
         untrained = contract.make("UniformQuant", overrides={"bits": bits})
-        export.save(tmp_path / "network.safetensors", untrained)
+        packed.save(tmp_path / "network.safetensors", untrained)
         sizes[bits] = (tmp_path / "network.safetensors").stat().st_size
     inner = 9 * 64 * 128 + 2 * 9 * 128 * 128
     for bits in (2, 3, 4):
@@ -904,7 +908,7 @@ def test_file_size_falls_with_the_width(tmp_path):
 
 def test_a_policys_file_holds_the_widths_in_use_alone(tmp_path):
     algorithm = trained("DQMQ")
-    export.save(tmp_path / "network.safetensors", algorithm)
+    packed.save(tmp_path / "network.safetensors", algorithm)
     with safe_open(tmp_path / "network.safetensors", framework="pt") as file:
         stored = [key for key in file.keys() if key.startswith("integers/")]  # noqa: SIM118
     allowed = sum(int(policy.allowed.sum()) for policy in algorithm.policies().values())
@@ -913,9 +917,9 @@ def test_a_policys_file_holds_the_widths_in_use_alone(tmp_path):
 
 def test_one_loader_reads_pruned_and_quantized_networks(tmp_path):
     algorithm, x = trained("DQMQ"), torch.rand(4, 3, 8, 8)
-    export.save(tmp_path / "network.safetensors", algorithm)
+    packed.save(tmp_path / "network.safetensors", algorithm)
     with torch.no_grad():
-        expected = export.load(tmp_path / "network.safetensors")(x)
+        expected = packed.load(tmp_path / "network.safetensors")(x)
         assert torch.equal(exported.load(tmp_path / "network.safetensors")(x), expected)
 
 
@@ -947,7 +951,7 @@ def test_budgets_between_two_assignments_are_refused_where_all_images_are_alike(
 def test_files_that_are_none_of_ours(tmp_path):
     (tmp_path / "text").write_text("no tensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    export.save(tmp_path / "network.safetensors", trained("UniformQuant", bits=3))
+    packed.save(tmp_path / "network.safetensors", trained("UniformQuant", bits=3))
     with safe_open(tmp_path / "network.safetensors", framework="pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     del tensors["integers/0.conv2/3"]
@@ -955,7 +959,7 @@ def test_files_that_are_none_of_ours(tmp_path):
     for name, words in (("text", "not a quantized"), ("other.safetensors", "not a quantized"), ("none", "no file"),
                         ("damaged.safetensors", "not a whole quantized network")):  # fmt: skip
         with pytest.raises(UserError, match=words) as raised:
-            export.load(tmp_path / name)
+            packed.load(tmp_path / name)
         assert "\n" not in str(raised.value)
 
 
@@ -967,7 +971,7 @@ def test_onnx_predicts_as_we_do(tmp_path, name, overrides):
     pytest.importorskip("onnxscript", reason="the extra export is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="the extra export is not installed")
     algorithm = trained(name, **overrides)
-    export.save_onnx(tmp_path / "network.onnx", algorithm)
+    packed.save_onnx(tmp_path / "network.onnx", algorithm)
     session = runtime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
     ours = algorithm.predict(images()).detach()
     theirs = torch.from_numpy(session.run(None, {"images": images().numpy()})[0])
@@ -983,11 +987,11 @@ def test_onnx_refuses_to_decide_by_sample(tmp_path):
     algorithm = contract.make("DQMQ")
     algorithm.step = contract.STEPS  # behind the stage at 8 bits
     with pytest.raises(UserError, match="chooses bit-widths sample by sample"):
-        export.save_onnx(tmp_path / "network.onnx", algorithm)
+        packed.save_onnx(tmp_path / "network.onnx", algorithm)
     assert not list(tmp_path.iterdir())
 
 
 def test_onnx_names_the_extra_it_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'domainbed_sfp\[export\]'"):
-        export.save_onnx(tmp_path / "network.onnx", trained("UniformQuant", bits=3))
+        packed.save_onnx(tmp_path / "network.onnx", trained("UniformQuant", bits=3))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from domainbed_sfp import training
 from domainbed_sfp.algorithms import scheduled_pruning
-from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
+from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
+from domainbed_sfp.training import train as training
 
 
 def test_statistics_are_the_averages_over_the_batches():

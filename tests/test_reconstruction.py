@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from domainbed_sfp import registry
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.obs import removal_errors
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import resolve_hparams
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.pruning.masks import Masks
 from domainbed_sfp.pruning.reconstruction import (
     InputMoments,
@@ -19,6 +18,7 @@ from domainbed_sfp.pruning.reconstruction import (
     reconstruct,
 )
 from domainbed_sfp.pruning.structure import ChannelGroup
+from domainbed_sfp.training.hparams import resolve_hparams
 
 
 class Network(nn.Module):

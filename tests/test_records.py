@@ -13,19 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs_on_disk import record, write_run
 
-from domainbed_sfp import domainbed_facts
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.files import write_atomically
-from domainbed_sfp.manifests import read_manifests
-from domainbed_sfp.record_lines import end_last_line
-from domainbed_sfp.records import (
+from domainbed_sfp.core import domainbed_facts
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.files import write_atomically
+from domainbed_sfp.runs.manifests import read_manifests
+from domainbed_sfp.runs.record_lines import end_last_line
+from domainbed_sfp.runs.records import (  # fmt: skip
     is_done,
     last_record,
     last_step,
     load_records,
     read_records,
     write_records,
-)  # fmt: skip
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -64,7 +64,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_what_is_written_is_read(tmp_path_factory, records):
     path = tmp_path_factory.mktemp("records") / "results.jsonl"
     write_records(path, records)
-    assert repr(list(read_records(path, fail))) == repr([dict(sorted(one.items())) for one in records])
+    assert repr(list(read_records(path.parent, fail))) == repr([dict(sorted(one.items())) for one in records])
 
 
 @settings(deadline=None)
@@ -77,7 +77,7 @@ def test_a_file_cut_anywhere_loses_at_most_its_last_record(tmp_path_factory, dat
     size = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:size])
     warnings: list[str] = []
-    got = list(read_records(path, warnings.append))
+    got = list(read_records(path.parent, warnings.append))
     # A record is whole with or without the line break after it.
     ends = [len(b"\n".join(whole.split(b"\n")[: n + 1])) for n in range(3)]
     assert got == records[: sum(size >= end for end in ends)]
@@ -307,4 +307,4 @@ def test_what_is_appended_is_never_glued_to_what_is_there(tmp_path, end, kept):
     end_last_line(path)
     with open(path, "a") as file:
         file.write('{"step": 9}\n')
-    assert [one["step"] for one in read_records(path, fail)] == [*range(kept), 9]
+    assert [one["step"] for one in read_records(path.parent, fail)] == [*range(kept), 9]

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from domainbed_sfp import registry, training
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard import bundle, comparing, models, rerun, validation
 from domainbed_sfp.leaderboard.commands import entries_of
 from domainbed_sfp.leaderboard.comparing import check_means, compare
@@ -29,6 +29,7 @@ from domainbed_sfp.leaderboard.outcomes import Rerun
 from domainbed_sfp.leaderboard.submit import submit
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
+from domainbed_sfp.training import train as training
 
 DATASET = "FullColoredDigits"
 HERE = Place()

@@ -13,7 +13,7 @@ import pytest
 PROGRAM = """
 import resource
 import torch
-from domainbed_sfp import runtime
+from domainbed_sfp.core import runtime
 
 print(runtime.keep_freed_memory())
 network = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3))

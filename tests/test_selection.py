@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from domainbed_sfp.analysis.selection import LEAVE_ONE_OUT, ORACLE, RULES, TRAINING_DOMAIN, choose, ranked
-from domainbed_sfp.records import Run
+from domainbed_sfp.runs.records import Run
 
 
 def run(

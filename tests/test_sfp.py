@@ -9,15 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from domainbed_sfp import contract, hparams, networks, registry, training
+from domainbed_sfp import networks
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.sfp.algorithm import SFP
 from domainbed_sfp.algorithms.sfp.hparams import choices
 from domainbed_sfp.algorithms.sfp.removal import Removal, cleared_layers
 from domainbed_sfp.algorithms.sfp.statistics import by_image, channel_means
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data.loaders import Minibatch
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.plugins import contract
 from domainbed_sfp.pruning import spurious
 from domainbed_sfp.pruning.spurious import DECAY, ConditionalMoments, remove_directions, spurious_directions
+from domainbed_sfp.training import hparams
+from domainbed_sfp.training import train as training
 
 
 def moments_of(vectors, labels, flags, with_energy=False):

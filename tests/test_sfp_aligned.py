@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domainbed_sfp import registry
-from domainbed_sfp.hparams import resolve_hparams
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.training.hparams import resolve_hparams
 
 
 def made(**changes):
@@ -62,7 +62,7 @@ def test_reconstruction_changes_the_weights_that_remain():
 
 @pytest.mark.parametrize("name", ["alignment_directions", "reconstruction"])
 def test_choices_are_checked(name):
-    from domainbed_sfp.errors import UserError
+    from domainbed_sfp.core.errors import UserError
 
     with pytest.raises(UserError, match=f"{name}.*none"):
         made(**{name: "al"})

@@ -21,8 +21,8 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from test_training import assert_one_line_error
 
-from domainbed_sfp import records
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.runs import records
 from domainbed_sfp.sweep import slurm, slurm_batches, slurm_task
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.slurm_batches import Note

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import slurm_on_this_machine as slurm_here
 
-from domainbed_sfp.records import VOLATILE_FIELDS
+from domainbed_sfp.runs.records import VOLATILE_FIELDS
 from domainbed_sfp.sweep import slurm, slurm_batches
 from domainbed_sfp.sweep.slurm import SlurmOptions
 

@@ -11,15 +11,16 @@ import torch
 from PIL import Image
 from test_training import make_tree
 
-from domainbed_sfp.data import augmentation, base, get_dataset_class
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.data import base, get_dataset_class
 from domainbed_sfp.data.attributes import draw_attribute
 from domainbed_sfp.data.base import dataset
+from domainbed_sfp.data.images import augmentation
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.sets.folders import PACS, Folder
 from domainbed_sfp.data.sets.stamped import FRAME_WIDTH, MARKS, STAMPS, Stamped, mark_colors, stamp_images
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import resolve_hparams
 from domainbed_sfp.leaderboard.facts import facts_of
+from domainbed_sfp.training.hparams import resolve_hparams
 
 CPU = torch.device("cpu")
 CLASSES = ("cat", "dog", "eel", "fox")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs_on_disk import record, write_run
 
-from domainbed_sfp.analysis.statistics import (
+from domainbed_sfp.analysis.significance import (
     blocks_needed,
     bootstrap_interval,
     friedman_nemenyi,

@@ -20,17 +20,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from domainbed_sfp import hparams, networks, records, registry, training
-from domainbed_sfp.errors import UserError
+from domainbed_sfp import networks
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard import bundle, entries, mask_headers, store, summary, tracks, validation
 from domainbed_sfp.leaderboard.commands import entries_of
 from domainbed_sfp.leaderboard.comparing import Comparison
 from domainbed_sfp.leaderboard.facts import facts_of
 from domainbed_sfp.leaderboard.outcomes import Rerun
 from domainbed_sfp.leaderboard.submit import submit
-from domainbed_sfp.pruning import accounting, mask_files
+from domainbed_sfp.pruning import accounting
+from domainbed_sfp.runs import mask_files, records
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
+from domainbed_sfp.training import hparams
+from domainbed_sfp.training import train as training
 
 DATASET, ROW = "FullColoredDigits", "Magnitude (sparsity=0.5)"
 # Held out of 599 samples a fifth: 119; the others: 480.

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from domainbed_sfp.core import crashes, locks, surroundings
-from domainbed_sfp.data.cache import default_cache_dir
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.data.images.cache import default_cache_dir
 from domainbed_sfp.sweep import slurm_task
 from domainbed_sfp.sweep.launchers import job_environment
 

@@ -18,8 +18,8 @@ from filelock import FileLock
 from processes import Command
 from test_training import assert_one_line_error, make_tree
 
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError
 from domainbed_sfp.sweep import capacity, commands, launchers
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs, read_spec, shipped_specs

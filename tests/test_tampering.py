@@ -33,7 +33,7 @@ from submission_bundles import (
     write,
 )
 
-from domainbed_sfp import registry
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.leaderboard import names, validation
 
 LAST, FIRST = slice(-1, None), slice(0, 1)

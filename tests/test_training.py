@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from processes import Command
 
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.records import VOLATILE_FIELDS
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.runs.records import VOLATILE_FIELDS
 
 RUN = ("train", "--dataset", "FullColoredDigits", "--algorithm", "Magnitude", "--test_envs", 2, "--checkpoint_freq", 10)
 SMALL_BATCHES = ("--hparams", '{"batch_size": 16}')
@@ -143,7 +143,7 @@ def test_sigterm_during_preparation_stops_at_once(main, tmp_path, monkeypatch):
 )
 def test_a_stop_at_any_moment_loses_and_repeats_nothing(tmp_path, monkeypatch, algorithm, moment):
     """SIGTERM while a step is computed, evaluated, recorded or saved: the records end as those of an undisturbed run."""
-    from domainbed_sfp import training
+    from domainbed_sfp.training import train as training
 
     own = {"backbone": "mnist_cnn_bn", "policy_lr": 0.1, "batch_size": 16} if algorithm == "DQMQ" else {}
     arguments = {"dataset": "FullColoredDigits", "algorithm": algorithm, "test_envs": [2], "checkpoint_freq": 5,
@@ -168,8 +168,8 @@ def test_a_stop_at_any_moment_loses_and_repeats_nothing(tmp_path, monkeypatch, a
 
 
 def test_an_unforeseen_error_is_in_err_txt(tmp_path, monkeypatch):
-    from domainbed_sfp import training
     from domainbed_sfp.algorithms.erm import ERM
+    from domainbed_sfp.training import train as training
 
     monkeypatch.setattr(ERM, "predict", lambda self, x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -197,7 +197,7 @@ def test_done_is_not_done_again_and_other_arguments_are_refused(main, tmp_path):
 
 
 def _stopped_in_its_first_evaluation(monkeypatch, **arguments):
-    from domainbed_sfp import training
+    from domainbed_sfp.training import train as training
 
     def stopped(*args):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -210,7 +210,7 @@ def _stopped_in_its_first_evaluation(monkeypatch, **arguments):
 
 
 def test_a_run_stopped_before_its_first_record_is_known_by_its_checkpoint(tmp_path, monkeypatch):
-    from domainbed_sfp import training
+    from domainbed_sfp.training import train as training
 
     folder = str(tmp_path / "run")
     arguments = {"dataset": "FullColoredDigits", "steps": 3, "checkpoint_freq": 2, "output_dir": folder,
@@ -232,8 +232,8 @@ def test_a_run_stopped_before_its_first_record_is_known_by_its_checkpoint(tmp_pa
 
 
 def test_a_run_begun_on_an_incomplete_copy_does_not_go_on_with_the_whole(tmp_path, monkeypatch):
-    from domainbed_sfp import training
     from domainbed_sfp.data import get_dataset_class
+    from domainbed_sfp.training import train as training
 
     make_tree(tmp_path / "PACS", environments=("art_painting", "cartoon", "photo", "sketch"))
     arguments = {"dataset": "PACS", "data_dir": str(tmp_path), "steps": 2, "output_dir": str(tmp_path / "run"),
@@ -245,7 +245,8 @@ def test_a_run_begun_on_an_incomplete_copy_does_not_go_on_with_the_whole(tmp_pat
 
 
 def test_every_checkpoints_model_is_there_after_a_kill(tmp_path, monkeypatch):
-    from domainbed_sfp import checkpoints, training
+    from domainbed_sfp.runs import checkpoints
+    from domainbed_sfp.training import train as training
 
     arguments = {"dataset": "ColoredDigits", "steps": 5, "checkpoint_freq": 2, "save_model_every_checkpoint": True,
                  "output_dir": str(tmp_path / "run"), "hparams": '{"batch_size": 16}'}  # fmt: skip
@@ -269,7 +270,9 @@ def test_every_checkpoints_model_is_there_after_a_kill(tmp_path, monkeypatch):
 
 def test_moments_keep_their_order_in_memory(tmp_path):
     """Where parameters are channels_last, an optimizer whose moments are not is half as fast."""
-    from domainbed_sfp import checkpoints, hparams, registry
+    from domainbed_sfp.algorithms import registry
+    from domainbed_sfp.runs import checkpoints
+    from domainbed_sfp.training import hparams
 
     def made():
         values = hparams.resolve_hparams("ERM", "FullColoredDigits", 0, 0, {"backbone": "mnist_cnn_bn"})
@@ -342,7 +345,7 @@ def test_precision(main, tmp_path, precision):
 
 @pytest.mark.parametrize("capability, expected", [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_auto_precision_is_bf16_where_a_gpu_computes_it(monkeypatch, capability, expected):
-    from domainbed_sfp.training import choose_precision
+    from domainbed_sfp.training.train import choose_precision
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -507,7 +510,7 @@ def test_a_file_name_need_not_be_unicode(main, tmp_path):
 
 def test_a_run_on_other_images_is_not_continued(main, tmp_path, monkeypatch):
     """`Folder` is whatever a user has: a checkpoint made on one folder must not go on with another."""
-    from domainbed_sfp import training
+    from domainbed_sfp.training import train as training
 
     make_tree(tmp_path / "tree")
     make_tree(tmp_path / "other", n=9)

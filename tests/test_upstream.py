@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from domainbed_sfp import hparams, registry, upstream
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.training import hparams
+from domainbed_sfp.upstream import bridge as upstream
 
 # Hparams of ours that DomainBed's own loaders and loop decide or lack.
 NOT_DOMAINBEDS = ("image_size", "degrade", "degraded_evaluation")

@@ -29,7 +29,7 @@ class _Package(ModuleType):
         """
         import pandas as pd
 
-        from domainbed_sfp import registry
+        from domainbed_sfp.algorithms import registry
 
         infos = [registry.get(name) for name in registry.names()]
         columns = ("name", "family", "standing", "reference")

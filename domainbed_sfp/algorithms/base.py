@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from domainbed_sfp import networks, registry
+from domainbed_sfp import networks
+from domainbed_sfp.algorithms import registry
 
 Minibatches = Sequence[tuple[Tensor, Tensor]]
 
@@ -106,18 +107,10 @@ class Algorithm(nn.Module):
         None where only training can tell. What overrides `at_final_compression` says it too (see `final_step_of`)."""
         return 0
 
-    def exported_bytes(self) -> int | None:
-        """Bytes of the tensors in the file that the command `export` writes; None where there is no `export`."""
-        from domainbed_sfp.pruning import surgery
-
-        if type(self).export is Algorithm.export:
-            return None
-        return surgery.exported_bytes(self.export(), self.masks())
-
     def export(self) -> nn.Module:
         """A plain network with the logits of `predict`, in evaluation mode and detached from this object.
 
-        Where channels are masked it is nn.Sequential(featurizer, classifier): `pruning.surgery` takes them out of that.
+        Where channels are masked it is nn.Sequential(featurizer, classifier): `deploy.shrink` takes them out of that.
         """
         raise TypeError(f"{type(self).__name__} does not define export()")
 

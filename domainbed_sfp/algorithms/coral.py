@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches, Objective, ObjectiveAlgorithm
-from domainbed_sfp.hparams import NOT_NEGATIVE, Hparam
-from domainbed_sfp.registry import register, register_objective
+from domainbed_sfp.algorithms.registry import register, register_objective
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, Hparam
 
 HPARAMS = {
     "mmd_gamma": Hparam(1.0, lambda r: 10 ** r.uniform(-1, 1), "weight of the feature alignment", valid=NOT_NEGATIVE)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LEARNED_MASK_RETIRED, LearnedMaskPruning
-from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, Hparam
-from domainbed_sfp.registry import register
+from domainbed_sfp.algorithms.registry import register
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, Hparam
 
 # Of the generalized cross-entropy that trains the biased model.
 GCE_Q = 0.7

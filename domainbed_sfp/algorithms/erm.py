@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches, Objective, ObjectiveAlgorithm
-from domainbed_sfp.registry import register, register_objective
+from domainbed_sfp.algorithms.registry import register, register_objective
 
 
 @register_objective("ERM")

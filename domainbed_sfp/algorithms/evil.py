@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import RUN_FRACTION, SHARE, Hparam, but
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import RUN_FRACTION, SHARE, Hparam, but
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.schedules import EXCHANGE_INTERVAL, exchange_period
-from domainbed_sfp.registry import register
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import NOT_NEGATIVE, RUN_FRACTION, Hparam, Range, one_of
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, RUN_FRACTION, Hparam, Range, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.channel_attention import (
     gate_logits,
@@ -32,7 +33,6 @@ from domainbed_sfp.pruning.ranking import RankingVote, kendall_tau, list_mle, to
 from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION
 from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, StairSchedule
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
-from domainbed_sfp.registry import register
 
 # Fraction of the run at which the vote closes: by then gates behind a pretrained network have learned something.
 VOTE_AT = 0.2

@@ -12,9 +12,9 @@ from domainbed_sfp.algorithms.pruning_at_initialization import (
     PruningAtInitialization,
     balanced_batch,
 )
-from domainbed_sfp.hparams import POSITIVE, Hparam
+from domainbed_sfp.algorithms.registry import register
+from domainbed_sfp.core.hparam import POSITIVE, Hparam
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.registry import register
 
 # Of each class, from which scores are taken, where there are as many; as in the authors' code.
 SAMPLES = 25

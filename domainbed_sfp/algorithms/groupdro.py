@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches, Objective, ObjectiveAlgorithm
-from domainbed_sfp.hparams import NOT_NEGATIVE, Hparam
-from domainbed_sfp.registry import register, register_objective
+from domainbed_sfp.algorithms.registry import register, register_objective
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, Hparam
 
 HPARAMS = {
     "groupdro_eta": Hparam(

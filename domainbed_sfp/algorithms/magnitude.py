@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS, ScheduledPruning
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.registry import register
 
 
 @register(

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches, Objective, ObjectiveAlgorithm
-from domainbed_sfp.hparams import POSITIVE, Hparam
-from domainbed_sfp.registry import register, register_objective
+from domainbed_sfp.algorithms.registry import register, register_objective
+from domainbed_sfp.core.hparam import POSITIVE, Hparam
 
 HPARAMS = {
     "mixup_alpha": Hparam(0.2, lambda r: 10 ** r.uniform(-1, 1), "Beta(alpha, alpha) mixes two samples", valid=POSITIVE)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
-from domainbed_sfp.hparams import Hparam, one_of
+from domainbed_sfp.core.hparam import Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.schedules import OneShotSchedule
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches, ObjectiveAlgorithm
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, PROBABILITY, Hparam, Range
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, PROBABILITY, Hparam, Range
+from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning.accounting import count_positions, rows_of_an_image
-from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
 from domainbed_sfp.quantization.bitops import BitOps, fit_shifts, starting_mean
 from domainbed_sfp.quantization.deployment import deploy
 from domainbed_sfp.quantization.layers import (
@@ -164,11 +164,6 @@ class QuantizedAlgorithm(ObjectiveAlgorithm):
     def costs(self) -> dict[str, float]:
         bits, bitops = self._taken({}, 0)
         return {"bitops": bitops, "bitops_8bit": float(self.bitops.at_8_bits), "mean_bits": bits}
-
-    def exported_bytes(self) -> int:
-        from domainbed_sfp.quantization import export
-
-        return export.stored_bytes(self.export())
 
     def export(self) -> nn.Module:
         self.control.mode = self.evaluation_mode()

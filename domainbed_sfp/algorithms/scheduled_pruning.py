@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches, ObjectiveAlgorithm
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import Hparam, one_of
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import Hparam, one_of
+from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels, removed_units
-from domainbed_sfp.pruning.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION, Reconstruction
 from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, CubicSchedule, Schedule
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.pruning_at_initialization import AT_INITIALIZATION_HPARAMS, PruningAtInitialization
+from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.registry import register
 
 
 @register("SNIP", family="pruning", reference="Lee et al. 2019, arXiv 1810.02340", hparams=AT_INITIALIZATION_HPARAMS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from domainbed_sfp.algorithms.quantized import POLICY_HPARAMS, POLICY_RETIRED, PolicyQuantization
-from domainbed_sfp.registry import register
+from domainbed_sfp.algorithms.registry import register
 
 
 @register(

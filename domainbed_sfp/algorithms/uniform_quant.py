@@ -9,10 +9,10 @@ from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.quantized import QUANTIZATION_HPARAMS, QuantizedAlgorithm
-from domainbed_sfp.hparams import FRACTION, Hparam, Range
+from domainbed_sfp.algorithms.registry import register
+from domainbed_sfp.core.hparam import FRACTION, Hparam, Range
 from domainbed_sfp.quantization.layers import QuantizedLayer, quantize_layers
 from domainbed_sfp.quantization.quantizers import NARROWEST, WIDEST
-from domainbed_sfp.registry import register
 
 
 @register(

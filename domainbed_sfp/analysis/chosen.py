@@ -7,12 +7,12 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from .data_formats import choices_of, json_text, place_of
-from .display import Grid, Shown, daggered
-from .latex import latex_of
-from .markdown import markdown_of
-from .rows import Row
-from .tables import Report, Table
+from domainbed_sfp.analysis.data_formats import choices_of, json_text, place_of
+from domainbed_sfp.analysis.display import Grid, Shown, daggered
+from domainbed_sfp.analysis.latex import latex_of
+from domainbed_sfp.analysis.markdown import markdown_of
+from domainbed_sfp.analysis.rows import Row
+from domainbed_sfp.analysis.tables import Report, Table
 
 _HEADER = ("Algorithm", "Test", "Trial", "Hparams seed", "Step", "Validation", "Accuracy", "Searched hparams", "Run")
 

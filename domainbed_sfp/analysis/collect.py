@@ -7,22 +7,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..core import crashes
-from ..errors import UserError, unknown_name
-from ..records import Run, load_records, write_atomically
-from .chosen import CHOSEN_FORMATS
-from .comparison import BEST, compare
-from .comparison_formats import COMPARISON_FORMATS
-from .data_formats import csv_text, json_text
-from .domainbed_format import domainbed_text
-from .jobs import rows_of_algorithms, take_account
-from .latex import latex_text
-from .markdown import markdown_text
-from .plots import PLOTS, SUFFIXES, save_plot
-from .published import find_published, load_published
-from .selection import RULES, TRAINING_DOMAIN, Rule
-from .tables import Report, build_report
-from .top_hparams import top_hparams_text
+from domainbed_sfp.analysis.chosen import CHOSEN_FORMATS
+from domainbed_sfp.analysis.comparison import BEST, compare
+from domainbed_sfp.analysis.comparison_formats import COMPARISON_FORMATS
+from domainbed_sfp.analysis.data_formats import csv_text, json_text
+from domainbed_sfp.analysis.domainbed_format import domainbed_text
+from domainbed_sfp.analysis.jobs import rows_of_algorithms, take_account
+from domainbed_sfp.analysis.latex import latex_text
+from domainbed_sfp.analysis.markdown import markdown_text
+from domainbed_sfp.analysis.plots import PLOTS, SUFFIXES, save_plot
+from domainbed_sfp.analysis.published import find_published, load_published
+from domainbed_sfp.analysis.selection import RULES, TRAINING_DOMAIN, Rule
+from domainbed_sfp.analysis.tables import Report, build_report
+from domainbed_sfp.analysis.top_hparams import top_hparams_text
+from domainbed_sfp.core import crashes
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.runs.records import Run, load_records, write_atomically
 
 _FORMATS: dict[str, Callable[[Report], str]] = {
     "markdown": markdown_text,

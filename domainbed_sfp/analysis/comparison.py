@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..errors import UserError, unknown_name
-from .display import DAGGER
-from .jobs import number_ranges
-from .rows import Cell, Row, average_of
-from .selection import Rule
-from .statistics import (
+from domainbed_sfp.analysis.display import DAGGER
+from domainbed_sfp.analysis.jobs import number_ranges
+from domainbed_sfp.analysis.rows import Cell, Row, average_of
+from domainbed_sfp.analysis.selection import Rule
+from domainbed_sfp.analysis.significance import (
     ALPHA,
     Interval,
     PairedTest,
@@ -30,7 +29,15 @@ from .statistics import (
     pairs_text,
     smallest_wilcoxon_p,
 )
-from .tables import SPARSITY_TOLERANCE, Report, Table, one_a_dataset, tested_environments, unlike_settings
+from domainbed_sfp.analysis.tables import (
+    SPARSITY_TOLERANCE,
+    Report,
+    Table,
+    one_a_dataset,
+    tested_environments,
+    unlike_settings,
+)
+from domainbed_sfp.core.errors import UserError, unknown_name
 
 BEST = "best"
 

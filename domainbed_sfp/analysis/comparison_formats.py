@@ -8,8 +8,7 @@ import json
 import re
 from typing import Any
 
-from .. import __version__
-from .comparison import (
+from domainbed_sfp.analysis.comparison import (
     BEST,
     BEST_RULE,
     AcrossDatasets,
@@ -18,12 +17,13 @@ from .comparison import (
     Summary,
     TableComparison,
 )
-from .display import ABSENT, MISSING, RECONSTRUCTION_NOTE, Grid, Shown, daggered
-from .latex import latex_of
-from .markdown import markdown_of
-from .protocol import MNIST_LIKE, is_dealt_by_seed
-from .rows import RECONSTRUCTION
-from .statistics import CONFIDENCE, RESAMPLES, Interval, PairedTest
+from domainbed_sfp.analysis.display import ABSENT, MISSING, RECONSTRUCTION_NOTE, Grid, Shown, daggered
+from domainbed_sfp.analysis.latex import latex_of
+from domainbed_sfp.analysis.markdown import markdown_of
+from domainbed_sfp.analysis.protocol import MNIST_LIKE, is_dealt_by_seed
+from domainbed_sfp.analysis.rows import RECONSTRUCTION
+from domainbed_sfp.analysis.significance import CONFIDENCE, RESAMPLES, Interval, PairedTest
+from domainbed_sfp.core.version import __version__
 
 _PERCENT = f"{100 * CONFIDENCE:g}%"
 

@@ -7,10 +7,10 @@ import io
 import json
 from typing import Any
 
-from .. import __version__
-from ..records import COST_FIELDS
-from .rows import Cell, Row
-from .tables import Report, Table
+from domainbed_sfp.analysis.rows import Cell, Row
+from domainbed_sfp.analysis.tables import Report, Table
+from domainbed_sfp.core.version import __version__
+from domainbed_sfp.runs.records import COST_FIELDS
 
 _COLUMNS = (
     "dataset",

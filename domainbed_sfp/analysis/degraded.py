@@ -19,16 +19,17 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, unknown_name
-from ..files import write_output
-from ..layout import run_files
-from ..records import Warn, is_done, last_record
-from .display import ABSENT, RECONSTRUCTION_NOTE, daggered
-from .looks import COLOURS
-from .methods import Method, alike, label_methods, method_of
-from .plots import LINES, SUFFIXES, figure_style, image_bytes
-from .rows import RECONSTRUCTION
-from .statistics import paired_test
+from domainbed_sfp.analysis.display import ABSENT, RECONSTRUCTION_NOTE, daggered
+from domainbed_sfp.analysis.looks import COLOURS
+from domainbed_sfp.analysis.methods import Method, alike, label_methods, method_of
+from domainbed_sfp.analysis.plots import LINES, SUFFIXES, figure_style, image_bytes
+from domainbed_sfp.analysis.rows import RECONSTRUCTION
+from domainbed_sfp.analysis.significance import paired_test
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.files import write_output
+from domainbed_sfp.runs.layout import RESULTS
+from domainbed_sfp.runs.packed import run_folders
+from domainbed_sfp.runs.records import Warn, is_done, last_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,21 +101,21 @@ def cases_of(input_dir: str | Path, warn: Warn) -> list[Case]:
     """The cases of all finished runs of a directory, row by row as tables have them. Raises UserError where there are
     none."""
     root = Path(input_dir)
-    files = run_files(root)
-    runs = list(_degraded_runs(files, warn))
+    folders = run_folders(root, warn)
+    runs = list(_degraded_runs(folders, warn))
     same = alike(method for method, _, _ in runs)
     found: list[tuple[Method, str, Mapping[str, Any]]] = []
     known: dict[tuple[Any, ...], Path] = {}
     seeds: dict[tuple[Method, str], set[int]] = defaultdict(set)
-    for spelled, file, last in runs:
+    for spelled, folder, last in runs:
         args, method = last["args"], same[spelled]
         key = (method, args["dataset"], *(str(args[name]) for name in SEEDS))
         if key in known:
-            warn(f"{file.parent} is the same run as {known[key]}, left out")
+            warn(f"{folder} is the same run as {known[key]}, left out")
             continue
-        known[key] = file.parent
+        known[key] = folder
         seeds[method, args["dataset"]].add(args["hparams_seed"])
-        found.append((method, file.parent.name, last))
+        found.append((method, folder.name, last))
     for (method, dataset), drawn in seeds.items():
         if len(drawn) > 1:
             warn(
@@ -123,7 +124,7 @@ def cases_of(input_dir: str | Path, warn: Warn) -> list[Case]:
             )
     if not found:
         raise UserError(
-            f"--input_dir {root}: no record of its {len(files)} runs was made on degraded copies; those of the "
+            f"--input_dir {root}: no record of its {len(folders)} runs was made on degraded copies; those of the "
             "quantizing algorithms are, and others with hparam degraded_evaluation set to true"
         )
     labels = label_methods((record["args"]["dataset"], method) for method, _, record in found)
@@ -134,13 +135,13 @@ def cases_of(input_dir: str | Path, warn: Warn) -> list[Case]:
     ]
 
 
-def _degraded_runs(files: Iterable[Path], warn: Warn) -> Iterator[tuple[Method, Path, dict[str, Any]]]:
-    """Method, file and last record of each finished run that was evaluated on degraded copies."""
-    for file in files:
+def _degraded_runs(folders: Iterable[Path], warn: Warn) -> Iterator[tuple[Method, Path, dict[str, Any]]]:
+    """Method, folder and last record of each finished run that was evaluated on degraded copies."""
+    for folder in folders:
         try:
-            last = last_record(file.parent)
-            if last is None or not is_done(file.parent):
-                warn(f"{file.parent}: not finished, left out")
+            last = last_record(folder)
+            if last is None or not is_done(folder):
+                warn(f"{folder}: not finished, left out")
                 continue
             if not any(_FIELD.fullmatch(name) for name in last):
                 continue
@@ -149,13 +150,13 @@ def _degraded_runs(files: Iterable[Path], warn: Warn) -> Iterator[tuple[Method, 
             [str(args[name]) for name in SEEDS]
             list(_cases("", "", last))
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+            raise UserError(f"{folder / RESULTS} cannot be read: {error.strerror or error}") from error
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{file} holds a record that is not one of DomainBed's or ours ({type(error).__name__}: {error}); move "
-                "it out of --input_dir"
+                f"{folder / RESULTS} holds a record that is not one of DomainBed's or ours ({type(error).__name__}: "
+                f"{error}); move it out of --input_dir"
             ) from error
-        yield method, file, last
+        yield method, folder, last
 
 
 def _cases(row: str, run: str, record: Mapping[str, Any]) -> Iterator[Case]:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .rows import RECONSTRUCTION, Cell, Row
-from .sources import by_source
-from .tables import Averages, Report, Table
+from domainbed_sfp.analysis.rows import RECONSTRUCTION, Cell, Row
+from domainbed_sfp.analysis.sources import by_source
+from domainbed_sfp.analysis.tables import Averages, Report, Table
 
 BEST, SECOND = "best", "second"
 MISSING = "X"

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..domainbed_facts import ALGORITHMS, DATASETS, ENVIRONMENTS
-from ..errors import UserError
-from ..records import Run
-from .selection import RULES, Rule, choose
+from domainbed_sfp.analysis.selection import RULES, Rule, choose
+from domainbed_sfp.core.domainbed_facts import ALGORITHMS, DATASETS, ENVIRONMENTS
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.runs.records import Run
 
 # Test accuracy chosen by a rule, by (trial_seed, dataset, algorithm, test_env), in the order the groups
 # appear.

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..errors import UserError, unknown_name
-from ..records import COST_FIELDS, Run, load_records
-from .comparison import Comparison, Summary
-from .comparison import compare as compare_rows
-from .jobs import row_labels, take_account
-from .rows import Cell, Row
-from .selection import RULES, TRAINING_DOMAIN, Rule
-from .tables import Report, Table, build_report, one_a_dataset
+from domainbed_sfp.analysis.comparison import Comparison, Summary
+from domainbed_sfp.analysis.comparison import compare as compare_rows
+from domainbed_sfp.analysis.jobs import row_labels, take_account
+from domainbed_sfp.analysis.rows import Cell, Row
+from domainbed_sfp.analysis.selection import RULES, TRAINING_DOMAIN, Rule
+from domainbed_sfp.analysis.tables import Report, Table, build_report, one_a_dataset
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.runs.records import COST_FIELDS, Run, load_records
 
 # What a run is, once for all of its records.
 _RUN_COLUMNS = ("run", "complete", "failure", "dataset", "algorithm", "row", "test_env", "trial_seed", "hparams_seed")

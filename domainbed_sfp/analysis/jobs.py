@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..domainbed_facts import DEFAULT_STEPS
-from ..errors import UserError
-from ..layout import SWEEP
-from ..manifests import jobs_of, read_manifests, several_sweeps
-from ..records import Run, load_failure
-from .methods import Method, alike, label_methods, method_of
+from domainbed_sfp.analysis.methods import Method, alike, label_methods, method_of
+from domainbed_sfp.core.domainbed_facts import DEFAULT_STEPS
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.runs.layout import SWEEP
+from domainbed_sfp.runs.manifests import jobs_of, read_manifests, several_sweeps
+from domainbed_sfp.runs.records import Run, load_failure
 
 # Arguments that two runs of one job must share, beside those which make the job and its method.
 _SHARED_ARGS = ("holdout_fraction", "uda_holdout_fraction", "task")

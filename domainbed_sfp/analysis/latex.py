@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .display import BEST, SECOND, Grid, Shown, grids_of
-from .tables import Report
+from domainbed_sfp.analysis.display import BEST, SECOND, Grid, Shown, grids_of
+from domainbed_sfp.analysis.tables import Report
 
 _SPECIAL = {
     "\\": "\\textbackslash{}",

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..domainbed_facts import ALGORITHMS, DEFAULT_STEPS, ENVIRONMENTS
+from domainbed_sfp.core.domainbed_facts import ALGORITHMS, DEFAULT_STEPS, ENVIRONMENTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from .frames import report_of
-from .plots import PLOTS, figure_style
-from .selection import TRAINING_DOMAIN
+from domainbed_sfp.analysis.frames import report_of
+from domainbed_sfp.analysis.plots import PLOTS, figure_style
+from domainbed_sfp.analysis.selection import TRAINING_DOMAIN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..errors import UserError
-from .comparison import measured_rows, rank_rows, ranking_notes
-from .methods import Method, label_methods
-from .rows import Cell, average_of
-from .statistics import Ranking, friedman_nemenyi
-from .tables import Report, Table, one_a_dataset, tested_environments
+from domainbed_sfp.analysis.comparison import measured_rows, rank_rows, ranking_notes
+from domainbed_sfp.analysis.methods import Method, label_methods
+from domainbed_sfp.analysis.rows import Cell, average_of
+from domainbed_sfp.analysis.significance import Ranking, friedman_nemenyi
+from domainbed_sfp.analysis.tables import Report, Table, one_a_dataset, tested_environments
+from domainbed_sfp.core.errors import UserError
 
 AVERAGE = "average"
 

@@ -15,14 +15,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, unknown_name
-from ..files import write_atomically
-from .display import daggered, magnitude
-from .looks import COLOURS, colour_of, short_label
-from .plot_data import AVERAGE, CurvePoint, RankPoint, csv_of, curve_points, front_points, rank_points
-from .selection import RULES
-from .statistics import ALPHA, Ranking
-from .tables import Report
+from domainbed_sfp.analysis.display import daggered, magnitude
+from domainbed_sfp.analysis.looks import COLOURS, colour_of, short_label
+from domainbed_sfp.analysis.plot_data import (
+    AVERAGE,
+    CurvePoint,
+    RankPoint,
+    csv_of,
+    curve_points,
+    front_points,
+    rank_points,
+)
+from domainbed_sfp.analysis.selection import RULES
+from domainbed_sfp.analysis.significance import ALPHA, Ranking
+from domainbed_sfp.analysis.tables import Report
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from .. import __version__
-from ..domainbed_facts import SMALL_IMAGES
-from ..records import PUBLISHED, Run
-from .jobs import Job, number_ranges, steps_of
-from .selection import Rule
+from domainbed_sfp.analysis.jobs import Job, number_ranges, steps_of
+from domainbed_sfp.analysis.selection import Rule
+from domainbed_sfp.core.domainbed_facts import SMALL_IMAGES
+from domainbed_sfp.core.version import __version__
+from domainbed_sfp.runs.records import PUBLISHED, Run
 
 # Inputs of at most so many pixels get DomainBed's MNIST_CNN from a backbone "auto" (networks.SMALL_IMAGE_SIDE, whose
 # module would load torch).

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..domainbed_facts import DEFAULT_STEPS
-from ..errors import UserError
-from ..records import PUBLISHED
-from .protocol import Protocol, shown_value
-from .selection import Rule
+from domainbed_sfp.analysis.protocol import Protocol, shown_value
+from domainbed_sfp.analysis.selection import Rule
+from domainbed_sfp.core.domainbed_facts import DEFAULT_STEPS
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.runs.records import PUBLISHED
 
 # The environments of a data set under the names publications use, in DomainBed's order.
 _DOMAINS = {

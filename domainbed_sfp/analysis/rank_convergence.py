@@ -16,13 +16,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, unknown_name
-from ..files import write_output
-from ..layout import run_files
-from ..records import Warn, read_records
-from .looks import COLOURS
-from .methods import method_of, plain_number
-from .plots import LINES, SUFFIXES, figure_style, image_bytes
+from domainbed_sfp.analysis.looks import COLOURS
+from domainbed_sfp.analysis.methods import method_of, plain_number
+from domainbed_sfp.analysis.plots import LINES, SUFFIXES, figure_style, image_bytes
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.files import write_output
+from domainbed_sfp.runs.layout import RESULTS
+from domainbed_sfp.runs.packed import run_folders
+from domainbed_sfp.runs.records import Warn, read_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,13 +46,13 @@ def agreement_rows(input_dir: str | Path, warn: Warn) -> list[Row]:
     Raises UserError where `input_dir` is no directory of runs, or none of its records tells an agreement.
     """
     root = Path(input_dir)
-    files = run_files(root)
+    folders = run_folders(root, warn)
     rows: list[Row] = []
     methods: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for file in files:
+    for folder in folders:
         try:
-            for record in read_records(file, warn):
-                found = list(_rows(file.parent.name, record))
+            for record in read_records(folder, warn):
+                found = list(_rows(folder.name, record))
                 rows += found
                 for key in {_line(row)[:-1] for row in found}:
                     method = _method(record["args"])
@@ -59,19 +60,19 @@ def agreement_rows(input_dir: str | Path, warn: Warn) -> list[Row]:
                         methods[key] = method  # each is told once
                         one, two = method.items() - other.items(), other.items() - method.items()
                         warn(
-                            f"{file.parent}: this run and others of the same {', '.join(SETTINGS)} differ beyond these "
+                            f"{folder}: this run and others of the same {', '.join(SETTINGS)} differ beyond these "
                             f"({_told(one)} and {_told(two)}): the plot takes means over them together"
                         )
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+            raise UserError(f"{folder / RESULTS} cannot be read: {error.strerror or error}") from error
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(
-                f"{file} holds a record that is not one of DomainBed's or ours ({type(error).__name__}: {error}); move "
-                "it out of --input_dir"
+                f"{folder / RESULTS} holds a record that is not one of DomainBed's or ours ({type(error).__name__}: "
+                f"{error}); move it out of --input_dir"
             ) from error
     if not rows:
         raise UserError(
-            f"--input_dir {root}: no record of its {len(files)} runs tells how far rankings agree; GlobalPru's do, "
+            f"--input_dir {root}: no record of its {len(folders)} runs tells how far rankings agree; GlobalPru's do, "
             "between the vote and the first pruning (hparams vote_at, prune_start; --checkpoint_freq, --evaluate all)"
         )
     return rows

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..records import COST_FIELDS, Run
-from .jobs import Job
-from .methods import Method
-from .published import PublishedRow
-from .selection import Choice, Rule, choose
+from domainbed_sfp.analysis.jobs import Job
+from domainbed_sfp.analysis.methods import Method
+from domainbed_sfp.analysis.published import PublishedRow
+from domainbed_sfp.analysis.selection import Choice, Rule, choose
+from domainbed_sfp.runs.records import COST_FIELDS, Run
 
 RECONSTRUCTION = "reconstruction"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..records import Run
+from domainbed_sfp.runs.records import Run
 
 
 @dataclass(frozen=True, slots=True)

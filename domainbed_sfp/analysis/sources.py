@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .rows import Cell, Row, average_of, summed_up
-from .tables import Table, trained_on
+from domainbed_sfp.analysis.rows import Cell, Row, average_of, summed_up
+from domainbed_sfp.analysis.tables import Table, trained_on
 
 
 @dataclass(frozen=True, slots=True)

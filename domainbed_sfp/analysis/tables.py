@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..domainbed_facts import DATASETS, ENVIRONMENTS
-from ..records import SPARSITY_ASKED, Run
-from .jobs import Account, Job, explain_missing
-from .methods import Method, algorithm_order, label_methods
-from .protocol import Protocol, protocol_of
-from .published import PublishedRow, matching_rows
-from .rows import Cell, Row, Source, average_of, measured_row, standing_of, worst_of
-from .selection import Rule
+from domainbed_sfp.analysis.jobs import Account, Job, explain_missing
+from domainbed_sfp.analysis.methods import Method, algorithm_order, label_methods
+from domainbed_sfp.analysis.protocol import Protocol, protocol_of
+from domainbed_sfp.analysis.published import PublishedRow, matching_rows
+from domainbed_sfp.analysis.rows import Cell, Row, Source, average_of, measured_row, standing_of, worst_of
+from domainbed_sfp.analysis.selection import Rule
+from domainbed_sfp.core.domainbed_facts import DATASETS, ENVIRONMENTS
+from domainbed_sfp.runs.records import SPARSITY_ASKED, Run
 
 # Sparsities (fractions) that differ by no more are equal: channel pruning cannot meet a target to the last weight.
 SPARSITY_TOLERANCE = 0.005

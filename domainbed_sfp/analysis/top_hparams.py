@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..errors import UserError, unknown_name
-from ..records import Run
-from .selection import ORACLE, RULES, Rule, ranked
+from domainbed_sfp.analysis.selection import ORACLE, RULES, Rule, ranked
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.runs.records import Run
 
 
 def top_hparams_text(runs: Sequence[Run], dataset: str, algorithm: str, test_env: int) -> str:

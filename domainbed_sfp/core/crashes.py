@@ -19,9 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from domainbed_sfp import __version__
 from domainbed_sfp.core import surroundings
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.version import __version__
 
 DEBUG = "DOMAINBED_SFP_DEBUG"
 

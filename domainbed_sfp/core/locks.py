@@ -21,7 +21,7 @@ from pathlib import Path
 import filelock
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 
 # What file systems without flock answer: Lustre, NFS without its lock service, and others.
 _NO_FLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}

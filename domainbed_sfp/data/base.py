@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domainbed_sfp import plugins
-from domainbed_sfp.data import augmentation
-from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.hparams import Hparam
+from domainbed_sfp.core import entry_points
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.hparam import Hparam
+from domainbed_sfp.data.images import augmentation
 
 # Images a batch of an evaluation.
 EVALUATION_BATCH = 256
@@ -198,4 +198,4 @@ def _load() -> None:
     package = importlib.import_module("domainbed_sfp.data.sets")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"domainbed_sfp.data.sets.{module.name}")
-    plugins.load_all(plugins.DATASETS, "data sets")
+    entry_points.load_all(entry_points.DATASETS, "data sets")

@@ -6,7 +6,7 @@ import errno
 import shutil
 from pathlib import Path
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domainbed_sfp.data import augmentation
+from domainbed_sfp.core.seeds import seed_hash
 from domainbed_sfp.data.base import Dataset
-from domainbed_sfp.data.degradations import DegradationParameters, degrade_batch, draw_degradations
-from domainbed_sfp.seeds import seed_hash
+from domainbed_sfp.data.images import augmentation
+from domainbed_sfp.data.images.degradations import DegradationParameters, degrade_batch, draw_degradations
 
 
 class Minibatch(tuple[Tensor, Tensor]):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from domainbed_sfp.seeds import seed_hash
+from domainbed_sfp.core.seeds import seed_hash
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from domainbed_sfp.data import archives, transfer
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.data.download import archives, transfer
 from domainbed_sfp.leaderboard.bundle import CHUNK, LARGEST_BUNDLE, MOST_FILES, SUBMISSION, limit_of
 
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from domainbed_sfp import registry
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.analysis.plot_data import FP32_BITOPS
 from domainbed_sfp.analysis.selection import RULES, Rule
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard.entries import Entry, EntryCell, Result
 from domainbed_sfp.leaderboard.entry_schema import TRACKS
 from domainbed_sfp.leaderboard.tiers import SELF_REPORTED, TIERS

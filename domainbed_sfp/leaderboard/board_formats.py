@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from domainbed_sfp import __version__
 from domainbed_sfp.analysis.display import (
     ABSENT,
     BEST,
@@ -24,11 +23,12 @@ from domainbed_sfp.analysis.display import (
 )
 from domainbed_sfp.analysis.latex import latex_of
 from domainbed_sfp.analysis.markdown import markdown_of
+from domainbed_sfp.core.version import __version__
 from domainbed_sfp.leaderboard import tiers
 from domainbed_sfp.leaderboard.board import Board, Line, Ranking
 from domainbed_sfp.leaderboard.entries import as_json
 from domainbed_sfp.leaderboard.schema import printable
-from domainbed_sfp.records import COST_FIELDS
+from domainbed_sfp.runs.records import COST_FIELDS
 
 RECONSTRUCTION = "reconstruction"
 

@@ -29,7 +29,7 @@ from domainbed_sfp.leaderboard import entry_schema
 from domainbed_sfp.leaderboard.entry_schema import list_of, object_of, or_null
 from domainbed_sfp.leaderboard.plain_files import open_plain
 from domainbed_sfp.leaderboard.schema import Problem
-from domainbed_sfp.training import EVALUATIONS, TrainArgs
+from domainbed_sfp.training.train import EVALUATIONS, TrainArgs
 
 FORMAT = 1
 SUBMISSION = "submission.json"

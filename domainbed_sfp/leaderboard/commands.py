@@ -8,8 +8,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from domainbed_sfp.core.errors import UserError, check_range
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError, check_range
 from domainbed_sfp.leaderboard import archiving, comparing, rerun, store, validation
 from domainbed_sfp.leaderboard.computing import Place, place_of
 from domainbed_sfp.leaderboard.first_steps import check_first_steps

@@ -19,7 +19,7 @@ from typing import Any
 from domainbed_sfp.leaderboard.bundle import RECORD_SCHEMA, RECORDS
 from domainbed_sfp.leaderboard.entry_schema import AGREEMENTS
 from domainbed_sfp.leaderboard.schema import Problem, shown
-from domainbed_sfp.records import VOLATILE_FIELDS
+from domainbed_sfp.runs.records import VOLATILE_FIELDS
 
 Record = Mapping[str, Any]
 

@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 
-from domainbed_sfp import environment, networks, registry, training
+from domainbed_sfp import networks
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.core import provenance
+from domainbed_sfp.core.device import choose_device
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard.bundle import WEIGHTS
 from domainbed_sfp.leaderboard.facts import facts_of, split_sizes
 from domainbed_sfp.leaderboard.schema import shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.training import train as training
 
 # Multiply-accumulate operations a second, as a core or a GPU does them with all that is around them, and seconds that a
 # step takes however small the network is: for estimates, which are right within a factor of three or so.
@@ -125,5 +129,5 @@ def as_recorded(run: SubmittedRun) -> Iterator[None]:
 
 def here() -> str:
     """The machine that computes, in a line."""
-    found = environment.fingerprint(training.choose_device("auto"))
+    found = provenance.fingerprint(choose_device("auto"))
     return ", ".join(f"{name} {value}" for name, value in found.items())

@@ -15,10 +15,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from domainbed_sfp import __version__, hparams, registry
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.analysis.protocol import conditions_of
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.version import __version__
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import names, tracks
 from domainbed_sfp.leaderboard.comparing import MEAN_TOLERANCE, TOLERANCE, points_allowed
 from domainbed_sfp.leaderboard.drawing import draw
@@ -33,7 +34,8 @@ from domainbed_sfp.leaderboard.tiers import (
     RERUN_VERIFIED,
     SELF_REPORTED,
 )
-from domainbed_sfp.records import SPARSITY_ASKED, Run
+from domainbed_sfp.runs.records import SPARSITY_ASKED, Run
+from domainbed_sfp.training import hparams
 
 Told = Iterator[tuple[str, str, str]]
 Entry = Mapping[str, Any]

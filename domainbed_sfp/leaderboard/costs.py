@@ -9,7 +9,7 @@ from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
-from domainbed_sfp.pruning import surgery
+from domainbed_sfp.deploy.size import exported_bytes
 from domainbed_sfp.quantization.policy import WIDTHS
 from domainbed_sfp.quantization.quantizers import WIDEST
 
@@ -44,10 +44,9 @@ def settled(
         found["bitops_8bit"] = costs["bitops_8bit"]
         if not _chooses_widths(algorithm):
             found |= {"bitops": costs["bitops"], "mean_bits": costs["mean_bits"]}
-            found["exported_bytes"] = algorithm.exported_bytes()
-    elif type(algorithm).exported_bytes is Algorithm.exported_bytes:
-        exports = type(algorithm).export is not Algorithm.export
-        found["exported_bytes"] = surgery.exported_bytes(algorithm.export(), masks) if exports else None
+            found["exported_bytes"] = exported_bytes(algorithm)
+    else:
+        found["exported_bytes"] = exported_bytes(algorithm, masks)
     return found
 
 

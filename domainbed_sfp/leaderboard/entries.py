@@ -67,7 +67,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard.entry_schema import FORMAT, SCHEMA
 from domainbed_sfp.leaderboard.schema import problems_of
 

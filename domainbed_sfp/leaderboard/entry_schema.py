@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from domainbed_sfp.algorithms.registry import STANDINGS
 from domainbed_sfp.leaderboard.tiers import TIERS
-from domainbed_sfp.records import COST_FIELDS
-from domainbed_sfp.registry import STANDINGS
+from domainbed_sfp.runs.records import COST_FIELDS
 
 FORMAT = 1
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from domainbed_sfp.data import get_dataset_class
+from domainbed_sfp.data.download.verify import MNIST_FILES, image_tree
 from domainbed_sfp.data.sets.digits import Digits
 from domainbed_sfp.data.sets.stamped import Stamped
-from domainbed_sfp.data.verify import MNIST_FILES, image_tree
 
 # Training set and test set of MNIST.
 MNIST_DIGITS = sum(file.dimensions[0] for name, file in MNIST_FILES.items() if "images" in name)

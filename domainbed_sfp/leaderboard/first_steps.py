@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import tempfile
 
-from domainbed_sfp import training
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard.comparing import TOLERANCE, compare
 from domainbed_sfp.leaderboard.computing import Place, args_of, as_recorded, hours_of, reason_not_to, sizes_of
 from domainbed_sfp.leaderboard.outcomes import FirstSteps
@@ -13,6 +12,7 @@ from domainbed_sfp.leaderboard.schema import Problem
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation import Validation
 from domainbed_sfp.leaderboard.validation.context import records_of
+from domainbed_sfp.training import train as training
 
 
 def check_first_steps(outcome: Validation, place: Place) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard import entries, summary
 from domainbed_sfp.leaderboard.consistency import NOT_CHECKED, OPEN_TRACK, note_of
 from domainbed_sfp.leaderboard.validation import Validation

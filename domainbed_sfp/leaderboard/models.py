@@ -12,9 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from domainbed_sfp import training
-from domainbed_sfp.checkpoints import without_aliases
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.tensor_files import load_tensors
 from domainbed_sfp.leaderboard.bundle import MODELS, Tree, model_file
 from domainbed_sfp.leaderboard.comparing import compare_model
 from domainbed_sfp.leaderboard.computing import Place, args_of, as_recorded, hours_of, reason_not_to, sizes_of
@@ -23,7 +22,8 @@ from domainbed_sfp.leaderboard.outcomes import Models
 from domainbed_sfp.leaderboard.schema import Problem, parse, problems_of
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation import Validation
-from domainbed_sfp.tensor_files import load_tensors
+from domainbed_sfp.runs.checkpoints import without_aliases
+from domainbed_sfp.training import train as training
 
 # Bytes of names, shapes and plain values.
 LONGEST_HEADER = 2**22
@@ -72,7 +72,7 @@ def take(folder: Path, run: str, step: int, is_last: bool, target: Path) -> None
     if not source.exists():
         raise UserError(
             f"--with_models: {folder} has no model of step {step}, which a selection rule chooses; train it with "
-            "--save_model_every_checkpoint"
+            "--save_model_every_checkpoint, and submit before sweep pack, which keeps none"
         )
     try:
         state = load_tensors(source)["model_dict"]

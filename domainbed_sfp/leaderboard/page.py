@@ -10,11 +10,11 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from domainbed_sfp import __version__
 from domainbed_sfp.analysis.display import ABSENT, MISSING, RECONSTRUCTION_NOTE
 from domainbed_sfp.analysis.self_contained import content_policy, packaged_text
-from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.files import write_atomically
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.files import write_atomically
+from domainbed_sfp.core.version import __version__
 from domainbed_sfp.leaderboard import board_formats, store, tracks
 from domainbed_sfp.leaderboard.board import BANDS, DENSE, UNKNOWN, Board, board_of
 from domainbed_sfp.leaderboard.entry_schema import SELECTIONS, TRACKS

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard import archiving, rerun, store, validation
 from domainbed_sfp.leaderboard.computing import Place
 from domainbed_sfp.leaderboard.entries import Entry, as_json

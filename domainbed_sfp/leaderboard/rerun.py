@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp import records, training
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard.comparing import Comparison, check_means, compare
 from domainbed_sfp.leaderboard.computing import Place, args_of, as_recorded, here, hours_of, reason_not_to, sizes_of
 from domainbed_sfp.leaderboard.drawing import draw
@@ -19,6 +18,8 @@ from domainbed_sfp.leaderboard.schema import Problem
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation import Validation
 from domainbed_sfp.leaderboard.validation.context import records_of
+from domainbed_sfp.runs import records
+from domainbed_sfp.training import train as training
 
 
 def train_again(outcome: Validation, again: Rerun, place: Place) -> None:

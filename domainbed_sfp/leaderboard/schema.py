@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 import jsonschema.validators
 
-from domainbed_sfp.strict_json import unique_names
+from domainbed_sfp.core.strict_json import unique_names
 
 # Longer values are cut where a problem tells them.
 SHOWN = 160

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 
 
 def sign(key_file: str | Path, data: bytes) -> str:

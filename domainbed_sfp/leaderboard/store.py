@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.files import write_atomically
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.leaderboard import consistency
 from domainbed_sfp.leaderboard.entries import Entry, as_json, from_json, slug, text_of
 from domainbed_sfp.leaderboard.plain_files import open_plain

@@ -13,17 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp import records
 from domainbed_sfp.analysis.jobs import Account, explain_missing, take_account
 from domainbed_sfp.analysis.methods import Method, label_methods
 from domainbed_sfp.analysis.tables import environment_names
-from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.files import write_atomically
-from domainbed_sfp.hparams import checked_overrides, recorded_overrides
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.files import write_atomically
+from domainbed_sfp.core.hparam import recorded_overrides
 from domainbed_sfp.leaderboard import bundle, models, signing, summary, validation
 from domainbed_sfp.leaderboard.schema import problems_of
 from domainbed_sfp.leaderboard.summary import SubmittedRun
-from domainbed_sfp.pruning import mask_files
+from domainbed_sfp.runs import mask_files, records
+from domainbed_sfp.training.hparams import checked_overrides
 
 # Problems told at once.
 SHOWN = 20
@@ -149,7 +149,7 @@ def _row(account: Account, wanted: str, input_dir: str) -> tuple[str, list[str]]
 def _take_records(folder: Path, part: Path) -> SubmittedRun:
     """A run's records into the bundle, without the paths of this machine."""
     parsed = []
-    for number, record in enumerate(records.read_records(folder / records.RESULTS, _warn), start=1):
+    for number, record in enumerate(records.read_records(folder, _warn), start=1):
         plain = _finite(record)
         _forget_places(plain)
         where = str(folder / records.RESULTS)
@@ -206,7 +206,7 @@ def _take_masks(input_dir: Path, run: SubmittedRun, step: int, part: Path) -> No
         shutil.copyfile(source, target)
     except FileNotFoundError:
         raise UserError(
-            f"{source} is missing: the masks of step {step}, which its record names; "
+            f"{source} is missing: the masks of step {step}, which its record names (sweep pack keeps none); "
             "without them (--without_masks) the row is self-reported"
         ) from None
 

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from domainbed_sfp import registry
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.analysis.jobs import Account, Job
 from domainbed_sfp.analysis.methods import Method
 from domainbed_sfp.analysis.protocol import conditions_of
 from domainbed_sfp.analysis.rows import Row
 from domainbed_sfp.analysis.selection import RULES, Choice
 from domainbed_sfp.analysis.tables import build_report
+from domainbed_sfp.core.hparam import recorded_overrides
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.hparams import recorded_overrides
 from domainbed_sfp.leaderboard import names
 from domainbed_sfp.leaderboard.bundle import FORMAT, OPTIONAL
 from domainbed_sfp.leaderboard.entries import EntryCell, Result, Trial, result_as_json
-from domainbed_sfp.records import Run
+from domainbed_sfp.runs.records import Run
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.leaderboard.bundle import WEIGHTS
-from domainbed_sfp.records import Run
+from domainbed_sfp.runs.records import Run
 
 # Words of `analysis.protocol.backbone_of`. DomainBed's networks: of its tables of 2020, its default of today, and that
 # of small images, whose variant with BatchNorm is this project's.

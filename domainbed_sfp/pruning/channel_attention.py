@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from domainbed_sfp.channel_gates import CARRIERS, put_gate
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.networks.channel_gates import CARRIERS, put_gate
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups, layers_in_order
 
 # Narrow layers get a gate of at least this many hidden units.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from domainbed_sfp.folding import find_pairs
-from domainbed_sfp.hparams import Hparam, one_of
+from domainbed_sfp.core.hparam import Hparam, one_of
+from domainbed_sfp.networks.folding import find_pairs
 from domainbed_sfp.pruning.masks import Masks
 from domainbed_sfp.pruning.named_tensors import attribute_name
 from domainbed_sfp.pruning.structure import ChannelGroup

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import FRACTION, RUN_FRACTION, Hparam, Range
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import FRACTION, RUN_FRACTION, Hparam, Range
 
 SCHEDULE_HPARAMS = {
     "sparsity": Hparam(

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.introspection import uses_weight_as_is
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.networks.introspection import uses_weight_as_is
 from domainbed_sfp.pruning.structure import ChannelGroup
 
 # By parameter name (one score a weight) or by channel group (one score a channel).

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from domainbed_sfp.channel_gates import ChannelGate
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.introspection import LayerTracer, uses_weight_as_is
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.networks.channel_gates import ChannelGate
+from domainbed_sfp.networks.introspection import LayerTracer, uses_weight_as_is
 
 
 @dataclass(frozen=True)

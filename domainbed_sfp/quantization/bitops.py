@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.quantization.policy import WIDTHS, Choice
 from domainbed_sfp.quantization.quantizers import WIDEST
 

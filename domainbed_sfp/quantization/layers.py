@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.introspection import uses_weight_as_is
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.networks.introspection import uses_weight_as_is
 from domainbed_sfp.quantization.policy import WIDTHS, Choice, Policy
 from domainbed_sfp.quantization.quantizers import WIDEST, StepSizes
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from domainbed_sfp import hparams
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.sweep.job import Job
+from domainbed_sfp.training import hparams
 
 CGROUP = Path("/sys/fs/cgroup")
 

@@ -8,12 +8,12 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from domainbed_sfp import registry
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core import locks
+from domainbed_sfp.core.errors import UserError, check_range
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError, check_range
-from domainbed_sfp.layout import named, runs_below
-from domainbed_sfp.manifests import read_manifests, several_sweeps
+from domainbed_sfp.runs.layout import named, runs_below
+from domainbed_sfp.runs.manifests import read_manifests, several_sweeps
 from domainbed_sfp.sweep import slurm, slurm_batches
 from domainbed_sfp.sweep.capacity import choose_slots, usable_cores, usable_memory, visible_gpus
 from domainbed_sfp.sweep.job import Job, command_line
@@ -23,7 +23,7 @@ from domainbed_sfp.sweep.slurm import SlurmOptions
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
 from domainbed_sfp.sweep.spec import SweepSpec, check_rows, default_datasets, drawn_compression, make_jobs, read_spec
 from domainbed_sfp.sweep.watch import Watch, summary
-from domainbed_sfp.training import LOCK, not_as_published
+from domainbed_sfp.training.train import LOCK, not_as_published
 
 __all__ = ["check_rows", "default_spec", "delete_incomplete", "holds_a_sweep", "launch", "read_spec", "status"]
 

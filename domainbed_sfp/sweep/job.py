@@ -12,7 +12,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp.training import TrainArgs
+from domainbed_sfp.training.train import TrainArgs
 
 # The program `domainbed-sfp`, by the interpreter that runs now.
 PROGRAM = (sys.executable, "-m", "domainbed_sfp")

@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp import environment, records, registry
-from domainbed_sfp.core import locks
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.core import locks, provenance
+from domainbed_sfp.core.errors import UserError, spelled
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError, spelled
-from domainbed_sfp.layout import DONE
-from domainbed_sfp.manifests import jobs_of, read_manifests, write_manifest
+from domainbed_sfp.runs import records
+from domainbed_sfp.runs.layout import DONE
+from domainbed_sfp.runs.manifests import jobs_of, read_manifests, write_manifest
+from domainbed_sfp.runs.packed import packed_runs
 from domainbed_sfp.sweep import slurm_batches
 from domainbed_sfp.sweep.job import LATER_SETTINGS, PROTOCOL, Job
 from domainbed_sfp.sweep.slurm_batches import Standing
-from domainbed_sfp.training import LOCK
+from domainbed_sfp.training.train import LOCK
 
 SWEEP_LOCK = "sweep.lock"
 WAY_ON = "go on with --break_lock"
@@ -67,18 +69,18 @@ class SweepDirectory:
         self._other_names: dict[Job, list[str]] = {}
 
     def job_dir(self, job: Job) -> Path:
-        """The job's folder; another name of it is honoured where an earlier version or DomainBed has begun the job."""
-        return self._job_dir(job, lambda name: (self.path / name).is_dir())
+        """The job's folder, which a packed run has no more; another name of it is honoured where an earlier version or
+        DomainBed has begun the job."""
+        return self.job_dirs([job])[job]
 
     def job_dirs(self, jobs: Sequence[Job]) -> dict[Job, Path]:
         """The folder of each job, by one look at the directory instead of one or two a job."""
         present = self._folders()
-        return {job: self._job_dir(job, present.__contains__) for job in jobs}
+        return {job: self._job_dir(job, present) for job in jobs}
 
     def state(self, job: Job) -> State:
         """The job's state, from what is on disk and who holds its lock."""
-        folder = self.job_dir(job)
-        return self._state(folder) if folder.is_dir() else State.NOT_LAUNCHED
+        return self.states([job])[job]
 
     def states(self, jobs: Sequence[Job], standings: Mapping[str, Standing] | None = None) -> dict[Job, State]:
         """The state of each job; `standings`, from `slurm_batches.look`, adds what SLURM's queue says.
@@ -86,12 +88,14 @@ class SweepDirectory:
         `standings` must be older than the disk is looked at, as it is when made before this call: a job that has left
         the queue by then has also left its last word on disk.
         """
-        present = self._folders()
+        present, packed = self._folders(), packed_runs(self.path)
         standings = standings or {}
         states = {}
         for job in jobs:
-            folder = self._job_dir(job, present.__contains__)
-            state = self._state(folder) if folder.name in present else State.NOT_LAUNCHED
+            folder = self._job_dir(job, present)
+            state = State.NOT_LAUNCHED
+            if folder.name in present:
+                state = State.DONE if folder.name in packed else self._state(folder)
             standing = standings.get(folder.name)
             if standing and state is not State.DONE:
                 if standing.queued:
@@ -102,18 +106,20 @@ class SweepDirectory:
         return states
 
     def _folders(self) -> set[str]:
+        """The folders of runs, and those that packed runs had."""
         try:
             with os.scandir(self.path) as entries:
-                return {entry.name for entry in entries if entry.is_dir()}
+                folders = {entry.name for entry in entries if entry.is_dir()}
+            return folders | packed_runs(self.path, folders).keys()
         except (FileNotFoundError, NotADirectoryError):
             return set()
 
-    def _job_dir(self, job: Job, is_there: Callable[[str], bool]) -> Path:
-        if not is_there(job.name):
+    def _job_dir(self, job: Job, present: Container[str]) -> Path:
+        if job.name not in present:
             if job not in self._other_names:
                 self._other_names[job] = job.other_names(self.data_dir)
             for name in self._other_names[job]:
-                if is_there(name):
+                if name in present:
                     return self.path / name
         return self.path / job.name
 
@@ -158,10 +164,10 @@ class SweepDirectory:
             protocol[f"data of {dataset}"] = digest or records.PUBLISHED
         for algorithm in dict.fromkeys(job.algorithm for job in jobs):
             # One row is one method: a package that has changed since is another.
-            if code := environment.code_of(registry.get(algorithm).cls):
+            if code := provenance.code_of(registry.get(algorithm).cls):
                 protocol[f"code of {algorithm}"] = code
         for weights in dict.fromkeys(job.hparams.get("weights") for job in jobs):
-            if digest := environment.weights_digest(weights):
+            if digest := provenance.weights_digest(weights):
                 protocol[f"weights {weights}"] = digest
         return protocol
 
@@ -213,8 +219,7 @@ class SweepDirectory:
     def leftovers(self, jobs: Iterable[Job]) -> list[Leftover]:
         """What there is of jobs that have begun; `jobs` are neither done nor running."""
         found = []
-        for job in jobs:
-            folder = self.job_dir(job)
+        for job, folder in self.job_dirs(list(jobs)).items():
             step = max(records.last_step(folder) + 1, records.saved_step(folder))
             sizes = [file.lstat().st_size for file in folder.rglob("*") if not file.is_dir()]
             found.append(Leftover(job, folder, int(folder.is_dir()), step, sum(sizes)))

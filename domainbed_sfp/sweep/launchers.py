@@ -15,16 +15,16 @@ from typing import Any
 
 from rich.console import Console
 
-from domainbed_sfp import records
 from domainbed_sfp.core import locks, surroundings
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.progress import LOG_INTERVAL, bar
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError, unknown_name
-from domainbed_sfp.progress import LOG_INTERVAL, bar
+from domainbed_sfp.runs import records
 from domainbed_sfp.sweep.capacity import usable_cores, visible_gpus
 from domainbed_sfp.sweep.job import PROGRAM, Job
 from domainbed_sfp.sweep.jobs import WAY_ON, State, SweepDirectory
 from domainbed_sfp.sweep.processes import JobProcess
-from domainbed_sfp.training import LOCK, AlreadyRunning
+from domainbed_sfp.training.train import LOCK, AlreadyRunning
 
 POLL_SECONDS = 0.2
 # Asking for another launch's jobs takes their locks for a moment.

@@ -11,9 +11,12 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 import torch._dynamo  # imported by torch's optimizers at their first step; takes as long as torch itself
 import torchvision
 
-from domainbed_sfp import cli, environment, registry, training
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.cli import main as cli
+from domainbed_sfp.core import provenance
 from domainbed_sfp.data import dataset_names
 from domainbed_sfp.data.sets.digits import read_embedded
+from domainbed_sfp.training import train as training
 
 __all__ = ["cli", "torch", "torchvision", "training"]
 
@@ -22,4 +25,4 @@ registry.names()
 dataset_names()
 read_embedded(None)  # numbers too few for torch to start threads, which a fork would not survive
 # The jobs run the code that is loaded now, whatever is edited or checked out while the sweep goes on.
-environment.commit()
+provenance.commit()

@@ -70,7 +70,7 @@ def _run(arguments: list[str], environment: dict[str, str], folder: Path, errors
 
     if status := crashes.guarded("starting a job", prepared):
         sys.exit(status)
-    from domainbed_sfp import cli
+    from domainbed_sfp.cli import main as cli
 
     cli.main(arguments)
 

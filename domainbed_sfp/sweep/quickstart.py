@@ -10,8 +10,8 @@ from domainbed_sfp.analysis.markdown import markdown_text
 from domainbed_sfp.analysis.report.page import report_page
 from domainbed_sfp.analysis.selection import TRAINING_DOMAIN
 from domainbed_sfp.analysis.tables import Table, build_report
-from domainbed_sfp.files import write_atomically
-from domainbed_sfp.records import load_records
+from domainbed_sfp.core.files import write_atomically
+from domainbed_sfp.runs.records import load_records
 from domainbed_sfp.sweep import commands
 
 PAGE = "report.html"

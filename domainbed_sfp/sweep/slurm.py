@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_sfp.core import locks
-from domainbed_sfp.errors import UserError, check_range
+from domainbed_sfp.core.errors import UserError, check_range
 from domainbed_sfp.sweep import slurm_batches
 from domainbed_sfp.sweep.jobs import WAY_ON, State, SweepDirectory
 from domainbed_sfp.sweep.launchers import Outcome, Task

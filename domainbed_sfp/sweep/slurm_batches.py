@@ -26,9 +26,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp import strict_json
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.files import write_atomically
+from domainbed_sfp.core import strict_json
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.files import write_atomically
 
 FOLDER = "slurm"
 TASKS = "tasks.json"

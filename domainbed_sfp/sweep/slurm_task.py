@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from domainbed_sfp.core import crashes, surroundings
-from domainbed_sfp.records import saved_step
+from domainbed_sfp.runs.records import saved_step
 from domainbed_sfp.sweep.slurm_batches import TIME_IS_UP, Note, ask, one_line, read_note, read_tasks, write_note
 
 

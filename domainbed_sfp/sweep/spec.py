@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 
-from domainbed_sfp import hparams, registry
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.core.errors import LARGEST, UserError, check_range, did_you_mean, unknown_name
+from domainbed_sfp.core.seeds import seed_hash
 from domainbed_sfp.data import dataset_names, get_dataset_class
 from domainbed_sfp.data.sets.folders import Folder
-from domainbed_sfp.errors import LARGEST, UserError, check_range, did_you_mean, unknown_name
-from domainbed_sfp.seeds import seed_hash
 from domainbed_sfp.sweep.job import Job
-from domainbed_sfp.training import check_settings, check_test_envs
+from domainbed_sfp.training import hparams
+from domainbed_sfp.training.train import check_settings, check_test_envs
 
 
 class _GivenTwice(yaml.YAMLError):

@@ -13,10 +13,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from domainbed_sfp import records
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.progress import LOG_INTERVAL
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.progress import LOG_INTERVAL
+from domainbed_sfp.runs import records
 from domainbed_sfp.sweep import slurm_batches
 from domainbed_sfp.sweep.job import Job
 from domainbed_sfp.sweep.jobs import State, SweepDirectory, failure_reason

@@ -7,7 +7,6 @@ today. A test compares the page with what this makes of them.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,9 @@ from jinja2 import Environment, StrictUndefined
 
 import domainbed_sfp as dsfp
 from domainbed_sfp.analysis.looks import short_label
-from domainbed_sfp.analysis.statistics import paired_test
+from domainbed_sfp.analysis.significance import paired_test
+from domainbed_sfp.runs.packed import run_folders
+from domainbed_sfp.runs.records import read_records
 from domainbed_sfp.sweep.spec import read_spec, shipped_specs
 
 HERE = Path(__file__).parent
@@ -126,9 +127,8 @@ def files() -> str:
 def hardware(sweep: str) -> str:
     """The processors and GPUs that the records of a sweep name."""
     found = set()
-    for path in (RESULTS / sweep).glob("*/results.jsonl"):
-        with path.open() as file:
-            environment: dict[str, Any] = json.loads(file.readline()).get("environment") or {}
+    for folder in run_folders(RESULTS / sweep, print):
+        environment: dict[str, Any] = next(read_records(folder, print)).get("environment") or {}
         device = str(environment.get("device", "not recorded"))
         found.add(str(environment.get("cpu", device)) if device == "cpu" else device)
     return ", ".join(sorted(found))

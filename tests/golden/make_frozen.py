@@ -32,7 +32,7 @@ VARYING = (
 def helps() -> dict[str, str]:
     """The help of every command, by the words that call it."""
     os.environ["COLUMNS"] = "120"
-    from domainbed_sfp import cli
+    from domainbed_sfp.cli import main as cli
 
     found = {}
 
@@ -60,7 +60,7 @@ def jobs() -> dict[str, dict[str, Any]]:
 
 def draws(algorithm: str) -> dict[str, list[Any]]:
     """Two random draws of the hparams that a search draws for the algorithm and a data set of ours does not fix."""
-    from domainbed_sfp import hparams
+    from domainbed_sfp.training import hparams
 
     found = {}
     for dataset in (DATASET, "PACS"):
@@ -73,7 +73,7 @@ def draws(algorithm: str) -> dict[str, list[Any]]:
 def run(algorithm: str) -> dict[str, Any]:
     """The last record of a run of STEPS steps, and size and tensors of its exported file (a message where it has none)."""
     import domainbed_sfp as dsfp
-    from domainbed_sfp.export import export
+    from domainbed_sfp.deploy.export import export
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         made = dsfp.RunSettings(
@@ -96,13 +96,13 @@ def place() -> dict[str, str | int]:
     """Where the same arithmetic gives the same digits."""
     import torch
 
-    from domainbed_sfp import environment
+    from domainbed_sfp.core import provenance
 
-    return environment.fingerprint(torch.device("cpu"))
+    return provenance.fingerprint(torch.device("cpu"))
 
 
 def write(folder: Path) -> None:
-    from domainbed_sfp import registry
+    from domainbed_sfp.algorithms import registry
 
     folder.mkdir(exist_ok=True, parents=True)
     names = registry.names()

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
 from domainbed_sfp.algorithms.sfp.flags import Flags
 from domainbed_sfp.algorithms.sfp.hparams import HPARAMS, REFRESH, RETIRED, STATISTICS_EVERY, choices
 from domainbed_sfp.algorithms.sfp.removal import Removal, cleared_layers
 from domainbed_sfp.algorithms.sfp.statistics import ChannelScores, LayerInputs, channel_means
-from domainbed_sfp.hparams import POSITIVE, Hparam
+from domainbed_sfp.core.hparam import POSITIVE, Hparam
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.registry import register
 
 
 @register(

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.sfp.algorithm import SFP
 from domainbed_sfp.algorithms.sfp.hparams import HPARAMS, REMOVAL_ENERGY, RETIRED
-from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, Hparam, one_of
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, Hparam, one_of
 from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION
 from domainbed_sfp.pruning.spurious import ConditionalMoments, spurious_directions
-from domainbed_sfp.registry import register
 
 ALIGNMENT_DIRECTIONS = ("flags", "random", "none")
 # Of the logits' distance, as in Hinton et al. 2015 (arXiv 1503.02531), section 2.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 
 # A flagged share outside this range gives no contrast between flagged and unflagged samples.
 CONTRAST = (0.05, 0.98)

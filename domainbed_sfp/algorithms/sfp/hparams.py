@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS
-from domainbed_sfp.hparams import NOT_NEGATIVE, POSITIVE, Hparam, Range, one_of
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, Hparam, Range, one_of
 from domainbed_sfp.networks import SMALL_IMAGE_SIDE
 
 # A layer's input keeps this share of its energy: one whose channels are collinear would be wiped out otherwise.

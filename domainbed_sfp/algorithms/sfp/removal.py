@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.sfp.hparams import REMOVAL_ENERGY
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.introspection import uses_weight_as_is
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.networks.introspection import uses_weight_as_is
 from domainbed_sfp.pruning.named_tensors import NamedTensors, attribute_name
 from domainbed_sfp.pruning.spurious import ConditionalMoments, remove_directions, spurious_directions
 from domainbed_sfp.pruning.structure import ChannelGroup

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...records import Run
-from ..comparison import measured_rows
-from ..display import daggered, magnitude
-from ..looks import short_label
-from ..plot_data import FP32_BITOPS
-from ..tables import Row, Table, average_of, tested_environments
-from .svg import Line, Look, Point, chart, scatter
+from domainbed_sfp.analysis.comparison import measured_rows
+from domainbed_sfp.analysis.display import daggered, magnitude
+from domainbed_sfp.analysis.looks import short_label
+from domainbed_sfp.analysis.plot_data import FP32_BITOPS
+from domainbed_sfp.analysis.report.svg import Line, Look, Point, chart, scatter
+from domainbed_sfp.analysis.tables import Row, Table, average_of, tested_environments
+from domainbed_sfp.runs.records import Run
 
 # Cost of a point's place -> (its axis, whether the axis is in percent).
 _COSTS = {

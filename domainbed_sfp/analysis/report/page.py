@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ... import __version__
-from ...errors import UserError
-from ...files import write_atomically
-from ...records import RESULTS, Run, load_records, read_records
-from .. import chosen
-from ..comparison import compare, measured_rows
-from ..comparison_formats import comparison_grids
-from ..display import Grid, grids_of
-from ..jobs import Account, Job, explain_missing, label_methods, row_labels, take_account
-from ..looks import short_label
-from ..selection import RULES, TRAINING_DOMAIN
-from ..self_contained import content_policy, packaged_text
-from ..tables import Report, build_report, environment_names
-from . import figures, svg
+from domainbed_sfp.analysis import chosen
+from domainbed_sfp.analysis.comparison import compare, measured_rows
+from domainbed_sfp.analysis.comparison_formats import comparison_grids
+from domainbed_sfp.analysis.display import Grid, grids_of
+from domainbed_sfp.analysis.jobs import Account, Job, explain_missing, label_methods, row_labels, take_account
+from domainbed_sfp.analysis.looks import short_label
+from domainbed_sfp.analysis.report import figures, svg
+from domainbed_sfp.analysis.selection import RULES, TRAINING_DOMAIN
+from domainbed_sfp.analysis.self_contained import content_policy, packaged_text
+from domainbed_sfp.analysis.tables import Report, build_report, environment_names
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.files import write_atomically
+from domainbed_sfp.core.version import __version__
+from domainbed_sfp.runs.records import Run, load_records, read_records
 
 # Lines of a failed run's errors that the page shows, and runs that it shows them of.
 _LAST_LINES = 12
@@ -107,7 +107,7 @@ def _figures(report: Report, runs: Sequence[Run], root: Path) -> list[dict[str, 
 def _losses(directory: Path) -> dict[int, float]:
     """The training loss by step, from the run's own records."""
     try:
-        found = list(read_records(directory / RESULTS, lambda message: None))
+        found = list(read_records(directory, lambda message: None))
     except OSError:
         return {}
     return {one["step"]: one["loss"] for one in found if isinstance(one.get("loss"), float)}

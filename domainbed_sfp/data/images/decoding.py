@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 
 # The range of formats that store 16-bit grey levels; PIL brings those of fewer bits (maxval, JPEG 2000) to it, too.
 _RANGE_16 = {"PNG": 65535, "PPM": 65535, "JPEG2000": 65535}

@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from domainbed_sfp.core.errors import UserError, did_you_mean, look_alike, spelled
 from domainbed_sfp.data.images.contents import IMAGE_EXTENSIONS, Contents, subfolders
-from domainbed_sfp.errors import UserError, did_you_mean, look_alike, spelled
 
 LAYOUT = "<environment>/<class>/<image>"
 

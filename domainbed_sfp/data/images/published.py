@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from domainbed_sfp.core.errors import look_alike, spelled
 from domainbed_sfp.data.images.contents import subfolders
 from domainbed_sfp.data.images.layout import LAYOUT, listed, split_folders, wrapped_in
-from domainbed_sfp.errors import look_alike, spelled
 
 _T = TypeVar("_T")
 

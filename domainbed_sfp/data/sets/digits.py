@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from domainbed_sfp.data import verify
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data.attributes import bernoulli, draw_attribute
 from domainbed_sfp.data.base import Dataset, Environment, dataset
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.data.download import verify
 
 # Ten colours far apart in hue and lightness; position is the digit a colour goes with.
 PALETTE = torch.tensor(

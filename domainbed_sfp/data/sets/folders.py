@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import AT_LEAST_ONE, Hparam
 from domainbed_sfp.data.base import Dataset, Environment, dataset
-from domainbed_sfp.data.cache import cached_images
+from domainbed_sfp.data.download.verify import image_tree
 from domainbed_sfp.data.images import layout
+from domainbed_sfp.data.images.cache import cached_images
 from domainbed_sfp.data.images.contents import Contents, scan, subfolders
 from domainbed_sfp.data.images.published import layout_hint, unlike_published
-from domainbed_sfp.data.verify import image_tree
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import AT_LEAST_ONE, Hparam
 
 # Pixels; 227 px PACS at 224 px input is cropped from its own size.
 CROP_SIDE_LIMIT = 288

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import Hparam, one_of
 from domainbed_sfp.data.attributes import draw_attribute
 from domainbed_sfp.data.base import Dataset, Environment, StoredImages, dataset
 from domainbed_sfp.data.sets.folders import PACS, ImageFolders
-from domainbed_sfp.errors import UserError
-from domainbed_sfp.hparams import Hparam, one_of
 
 BLACK, WHITE, GREY, ORANGE = (0, 0, 0), (255, 255, 255), (128, 128, 128), (255, 140, 0)
 RED, YELLOW, GREEN, CYAN, BLUE, MAGENTA = (

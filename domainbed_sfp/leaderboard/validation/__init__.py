@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard.bundle import SUBMISSION, SUMS, Tree, read_tree
 from domainbed_sfp.leaderboard.schema import MOST_PROBLEMS
 from domainbed_sfp.leaderboard.validation.compression import check_same_final_step
@@ -31,7 +31,7 @@ from domainbed_sfp.leaderboard.validation.report import Validation, json_of, ref
 from domainbed_sfp.leaderboard.validation.runs import check_runs
 from domainbed_sfp.leaderboard.validation.signature import check_signature
 from domainbed_sfp.leaderboard.validation.submission import check_submission
-from domainbed_sfp.records import RESULTS
+from domainbed_sfp.runs.records import RESULTS
 
 __all__ = ["CHECKS", "Bundle", "Validation", "json_of", "refusal_json", "text_of", "validate"]
 

@@ -11,7 +11,7 @@ from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.accuracies import ROUNDING
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.networks import Expected
-from domainbed_sfp.records import COSTS_OF_IMAGES
+from domainbed_sfp.runs.records import COSTS_OF_IMAGES
 
 OF_BITS = ("bitops", "bitops_8bit", "mean_bits")
 # The same for the images of an environment, which tables show before that of all.

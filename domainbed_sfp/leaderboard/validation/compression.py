@@ -9,7 +9,7 @@ from domainbed_sfp.leaderboard.schema import Problem, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.networks import key_of
-from domainbed_sfp.records import SPARSITY_ASKED
+from domainbed_sfp.runs.records import SPARSITY_ASKED
 
 # The claimed sparsity is a ratio of counts that hparams and masks give as well.
 SPARSITY_ROUNDING = 1e-6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard import costs, summary
 from domainbed_sfp.leaderboard.bundle import MASKS
 from domainbed_sfp.leaderboard.facts import facts_of
@@ -15,7 +15,7 @@ from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.masks import Masks, check_units, masks_of, read_masks
 from domainbed_sfp.leaderboard.validation.networks import Network
 from domainbed_sfp.pruning import accounting
-from domainbed_sfp.records import COST_FIELDS
+from domainbed_sfp.runs.records import COST_FIELDS
 
 
 def check_costs(bundle: Bundle) -> Iterator[Problem]:

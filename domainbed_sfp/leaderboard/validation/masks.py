@@ -10,16 +10,16 @@ import torch
 
 from domainbed_sfp.algorithms.base import ObjectiveAlgorithm
 from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard import mask_headers
 from domainbed_sfp.leaderboard.bundle import MASKS
 from domainbed_sfp.leaderboard.schema import Problem
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.networks import Network
-from domainbed_sfp.pruning import mask_files
 from domainbed_sfp.pruning.masks import lower_channels
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
+from domainbed_sfp.runs import mask_files
 
 Masks = Mapping[str, torch.Tensor]
 

@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domainbed_sfp import environment, hparams, networks, registry
+from domainbed_sfp import networks
+from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.base import Algorithm, final_step_of
 from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
 from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
+from domainbed_sfp.core import provenance
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import bundle as layout
 from domainbed_sfp.leaderboard.costs import Limits, limits, settle
 from domainbed_sfp.leaderboard.facts import facts_of
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.pruning import accounting
+from domainbed_sfp.training import hparams
 
 # Of a data set whose number of classes is not known here: what hparams and schedule decide does not depend on it.
 SOME_CLASSES = 4
@@ -95,7 +98,7 @@ class Network:
     @cached_property
     def code(self) -> str | None:
         """The hash of the algorithm's package, None for this project's own."""
-        return environment.code_of(self.info.cls)
+        return provenance.code_of(self.info.cls)
 
     @cached_property
     def positions(self) -> dict[str, int]:

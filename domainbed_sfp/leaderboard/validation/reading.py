@@ -12,8 +12,8 @@ from domainbed_sfp.leaderboard.bundle import RECORDS, SUBMISSION
 from domainbed_sfp.leaderboard.schema import MOST_PROBLEMS, Problem, parse, problems_of, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle
-from domainbed_sfp.records import run_of
-from domainbed_sfp.training import SURROUNDINGS
+from domainbed_sfp.runs.records import run_of
+from domainbed_sfp.training.train import SURROUNDINGS
 
 # A bundle of more than this many times the runs of its own grid is not read.
 GRID_EXCESS = 2

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard import tracks
 from domainbed_sfp.leaderboard.bundle import Tree
 from domainbed_sfp.leaderboard.outcomes import FirstSteps, Models, Rerun

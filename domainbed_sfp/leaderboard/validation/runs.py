@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.errors import UserError
 from domainbed_sfp.leaderboard import bundle as layout
 from domainbed_sfp.leaderboard.schema import Problem, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
-from domainbed_sfp import hparams, registry, training
-from domainbed_sfp.errors import UserError
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.seeds import seed_hash
 from domainbed_sfp.leaderboard import bundle as layout
 from domainbed_sfp.leaderboard.schema import Problem, parse, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.networks import Expected, Refused, TooLarge, key_of
-from domainbed_sfp.seeds import seed_hash
+from domainbed_sfp.training import hparams
+from domainbed_sfp.training import train as training
 
 
 def check_arguments(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:

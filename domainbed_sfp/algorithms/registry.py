@@ -1,0 +1,169 @@
+"""What an algorithm is called, where it comes from and what can be tuned about it.
+
+`register` is the only thing a new algorithm needs: its data drives the command line, the hparams, the tables
+and the contract tests. Other packages register through the entry-point group `domainbed_sfp.algorithms`: an
+entry point names a module (or an object in it) whose import registers the algorithm.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from domainbed_sfp.core import entry_points
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.hparam import Hparam, checked_value
+
+STANDINGS = ("reference", "published", "reconstruction")
+
+ClassT = TypeVar("ClassT", bound=type)
+
+
+@dataclass(frozen=True)
+class AlgorithmInfo:
+    """An algorithm's entry in the registry.
+
+    standing: `reference` (an uncompressed objective or a floor such as random pruning), `published` (built from
+    the paper or its code) or `reconstruction` (the source does not determine it; no table may claim otherwise).
+    retired: hparams that earlier versions had, and the one value that is built in now.
+    """
+
+    name: str
+    cls: type
+    family: str
+    reference: str
+    standing: str
+    hparams: Mapping[str, Hparam] = field(default_factory=dict)
+    retired: Mapping[str, Any] = field(default_factory=dict)
+
+    def current(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Hparams of a run of any version as this one has them: without those that are retired.
+
+        Raises UserError where one of these has another value than is built in now.
+        """
+        for name in values.keys() & self.retired.keys():
+            built_in, value = self.retired[name], values[name]
+            if value != built_in or isinstance(value, bool) is not isinstance(built_in, bool):
+                raise UserError(
+                    f"hparam {name!r} of {self.name} is {value!r:.80}: it is built in as {built_in!r} now; only "
+                    "the version that the run's records name as `commit` can build it with another value"
+                )
+        return {name: value for name, value in values.items() if name not in self.retired}
+
+    def make(self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]) -> Any:
+        """A new instance of the algorithm (see `algorithms.base.Algorithm` for the arguments). Raises UserError as
+        `checked` does."""
+        return self.cls(input_shape, num_classes, num_domains, self.checked(hparams))
+
+    def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`current` values, checked to be of their hparams' kinds and in range; a UserError says which is not. What
+        `resolve_hparams` gives is so; a record or DomainBed's registry can say anything."""
+        values = self.current(values)
+        table = dict(self.hparams)
+        if "objective" in table:
+            table.update(get_objective(values["objective"]).hparams)
+        own = {name: checked_value(self.name, name, values[name], table[name]) for name in values.keys() & table}
+        return {**values, **own}
+
+
+@dataclass(frozen=True)
+class ObjectiveInfo:
+    """A training objective that algorithms with an `objective` hparam can use."""
+
+    name: str
+    cls: type
+    hparams: Mapping[str, Hparam] = field(default_factory=dict)
+
+
+_algorithms: dict[str, AlgorithmInfo] = {}
+_objectives: dict[str, ObjectiveInfo] = {}
+_loaded = False
+
+
+def register(
+    name: str,
+    *,
+    family: str,
+    reference: str,
+    standing: str = "published",
+    hparams: Mapping[str, Hparam] | None = None,
+    retired: Mapping[str, Any] | None = None,
+) -> Callable[[ClassT], ClassT]:
+    """Class decorator: makes the class known as algorithm `name`.
+
+    retired: hparams that earlier versions had, and the one value that is built in now.
+
+    Raises UserError for a name that is taken, and for an unknown standing.
+    """
+    if standing not in STANDINGS:
+        raise unknown_name(f"standing of algorithm {name}", standing, STANDINGS)
+
+    def decorate(cls: ClassT) -> ClassT:
+        _refuse_duplicate("algorithm", name, cls, _algorithms)
+        _algorithms[name] = AlgorithmInfo(
+            name, cls, family, reference, standing, dict(hparams or {}), dict(retired or {})
+        )
+        return cls
+
+    return decorate
+
+
+def register_objective(name: str, hparams: Mapping[str, Hparam] | None = None) -> Callable[[ClassT], ClassT]:
+    """Class decorator: makes the class known as objective `name` (see `algorithms.base.Objective`)."""
+
+    def decorate(cls: ClassT) -> ClassT:
+        _refuse_duplicate("objective", name, cls, _objectives)
+        _objectives[name] = ObjectiveInfo(name, cls, dict(hparams or {}))
+        return cls
+
+    return decorate
+
+
+def _refuse_duplicate(kind: str, name: str, cls: type, table: Mapping[str, AlgorithmInfo | ObjectiveInfo]) -> None:
+    if name in table:
+        taken = table[name].cls
+        raise UserError(
+            f"{kind} name {name!r} is registered twice: by {taken.__module__}.{taken.__qualname__} "
+            f"and by {cls.__module__}.{cls.__qualname__}; rename one of them"
+        )
+
+
+def get(name: str) -> AlgorithmInfo:
+    """The entry of algorithm `name`; a UserError with the nearest name if there is none."""
+    _load()
+    if name not in _algorithms:
+        raise unknown_name("algorithm", name, names())
+    return _algorithms[name]
+
+
+def get_objective(name: str) -> ObjectiveInfo:
+    """The entry of objective `name`; a UserError with the nearest name if there is none."""
+    _load()
+    if name not in _objectives:
+        raise unknown_name("objective", name, sorted(_objectives))
+    return _objectives[name]
+
+
+def names() -> list[str]:
+    """Names of all algorithms: references first, then the others, each in the order of their names."""
+    _load()
+    return sorted(_algorithms, key=lambda name: (_algorithms[name].family != "objective", name))
+
+
+def _load() -> None:
+    """Imports the built-in algorithms, then those of other packages, once."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    try:
+        package = importlib.import_module("domainbed_sfp.algorithms")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+        entry_points.load_all(entry_points.ALGORITHMS, "algorithms")
+    except BaseException:
+        _loaded = False
+        raise
