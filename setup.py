@@ -66,9 +66,9 @@ setup(
     package_dir={"domainbed_sfp.specs": "sweeps", "domainbed_sfp.published_rows": "results"},
     package_data={
         "domainbed_sfp": ["py.typed"],
-        "domainbed_sfp.analysis.report": ["report.html", "report.css", "report.js"],
+        "domainbed_sfp.analysis.render.html": ["report.html", "report.css", "report.js"],
         "domainbed_sfp.data.download": ["domain_net.txt"],
-        "domainbed_sfp.leaderboard": ["page.html", "page.css", "page.js"],
+        "domainbed_sfp.leaderboard.site": ["page.html", "page.css", "page.js"],
         "domainbed_sfp.published_rows": ["published.csv"],
         "domainbed_sfp.specs": ["*.yaml"],
     },

@@ -32,7 +32,7 @@ import torch
 
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms.uniform_quant import UniformQuant
-from domainbed_sfp.analysis.display import ABSENT
+from domainbed_sfp.analysis.render.grids import ABSENT
 from domainbed_sfp.analysis.significance import holm, paired_test
 from domainbed_sfp.core import provenance, runtime
 from domainbed_sfp.core.errors import UserError

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from domainbed_sfp.algorithms.base import Algorithm, ObjectiveAlgorithm
     from domainbed_sfp.algorithms.registry import register
     from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
-    from domainbed_sfp.analysis import plot
+    from domainbed_sfp.analysis.figures import notebook as plot
     from domainbed_sfp.analysis.frames import compare, read_records, select, table
     from domainbed_sfp.core.errors import UserError
     from domainbed_sfp.core.hparam import Hparam
@@ -50,7 +50,7 @@ _FACE: dict[str, tuple[str, str | None]] = {
     "compare": ("analysis.frames", "compare"),
     "load_exported": ("deploy.exported", "load"),
     "load_run": ("deploy.finished_runs", "load_algorithm"),
-    "plot": ("analysis.plot", None),
+    "plot": ("analysis.figures.notebook", None),
     "read_records": ("analysis.frames", "read_records"),
     "register": ("algorithms.registry", "register"),
     "select": ("analysis.frames", "select"),

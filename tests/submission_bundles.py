@@ -18,7 +18,8 @@ from domainbed_sfp.algorithms.erm import ERM
 from domainbed_sfp.algorithms.magnitude import Magnitude
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.deploy import shrink
-from domainbed_sfp.leaderboard import bundle, summary
+from domainbed_sfp.leaderboard import summary
+from domainbed_sfp.leaderboard.bundle import layout
 from domainbed_sfp.leaderboard.submit import submit
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.networks import Network
@@ -244,9 +245,9 @@ def _costs(network: Network, masks: Masks) -> dict[str, Any]:
 
 def resum(folder: Path) -> None:
     """Makes SHA256SUMS anew."""
-    found = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != bundle.SUMS]
+    found = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != layout.SUMS]
     sums = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in found}
-    (folder / bundle.SUMS).write_text(bundle.sums_text(sums))
+    (folder / layout.SUMS).write_text(layout.sums_text(sums))
 
 
 def tampered(folder: Path, target: Path, change: Change) -> Path:

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.leaderboard.drawing import draw
-from domainbed_sfp.leaderboard.entries import Entry, EntryCell, Result, Trial
+from domainbed_sfp.leaderboard.documents.entry import Entry, EntryCell, Result, Trial
 from domainbed_sfp.leaderboard.facts import facts_of, split_sizes
+from domainbed_sfp.leaderboard.rerun.drawing import draw
 from domainbed_sfp.leaderboard.tracks import reasons_for_open
 
 ENVIRONMENTS = {

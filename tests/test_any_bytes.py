@@ -22,12 +22,15 @@ from synthetic_entries import many
 
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.analysis import collect, degraded, rank_convergence
+from domainbed_sfp.analysis import degraded, rankings
+from domainbed_sfp.analysis.commands import collect
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import parse_overrides
 from domainbed_sfp.data.images.cache import cached_images
 from domainbed_sfp.deploy import exported, finished_runs
-from domainbed_sfp.leaderboard import entries, page, validation
+from domainbed_sfp.leaderboard import validation
+from domainbed_sfp.leaderboard.documents import entry as entries
+from domainbed_sfp.leaderboard.site import page
 from domainbed_sfp.runs import checkpoints, records
 from domainbed_sfp.sweep import slurm_batches, spec
 from domainbed_sfp.sweep.jobs import SweepDirectory
@@ -177,7 +180,7 @@ def test_records(tmp_path, data):
     answered(lambda: _collected(tmp_path))
     answered(lambda: (records.is_done(run), records.last_step(run), records.last_record(run)))
     answered(lambda: degraded.cases_of(tmp_path, print))
-    answered(lambda: rank_convergence.agreement_rows(tmp_path, print))
+    answered(lambda: rankings.agreement_rows(tmp_path, print))
 
 
 @EXAMPLES

@@ -10,7 +10,7 @@ import pytest
 from runs_on_disk import record, write_run
 
 from domainbed_sfp.analysis import degraded
-from domainbed_sfp.analysis.display import ABSENT
+from domainbed_sfp.analysis.render.grids import ABSENT
 
 NO_SCIPY = importlib.util.find_spec("scipy") is None
 NO_MATPLOTLIB = importlib.util.find_spec("matplotlib") is None

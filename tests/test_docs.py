@@ -56,7 +56,7 @@ def test_the_python_in_the_documents_runs(tmp_path, monkeypatch):
 
 def test_the_examples_in_docstrings_run(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for name in ("analysis.frames", "analysis.plot", "algorithms"):
+    for name in ("analysis.frames", "analysis.figures.notebook", "algorithms"):
         found = doctest.testmod(importlib.import_module(f"domainbed_sfp.{name}"))
         assert found.failed == 0
     # The package of algorithms is called: doctest does not look into its class by itself.

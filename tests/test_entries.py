@@ -10,8 +10,9 @@ import pytest
 from synthetic_entries import METHODS, as_added, entry
 
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.leaderboard import entries, store
-from domainbed_sfp.leaderboard.board import board_of
+from domainbed_sfp.leaderboard.documents import entry as entries
+from domainbed_sfp.leaderboard.entries import store
+from domainbed_sfp.leaderboard.site.board import board_of
 from domainbed_sfp.leaderboard.tiers import NOTES, TIERS
 
 

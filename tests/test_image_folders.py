@@ -20,8 +20,8 @@ from domainbed_sfp.data.download import verify
 from domainbed_sfp.data.images import layout
 from domainbed_sfp.data.images.contents import HIDDEN, is_hidden, scan
 from domainbed_sfp.data.images.published import tree_problems, unlike_published
-from domainbed_sfp.leaderboard.bundle import RECORD_SCHEMA
-from domainbed_sfp.leaderboard.schema import problems_of
+from domainbed_sfp.leaderboard.bundle.layout import RECORD_SCHEMA
+from domainbed_sfp.leaderboard.documents.problems import problems_of
 
 TINY = verify._counted("PACS", ("cat", "dog"), {"art": (2, 1), "map": (1, 3), "photo": (1, 1), "web": (2, 2)})
 

@@ -16,11 +16,13 @@ import pytest
 from browser import Browser, find_browser
 from synthetic_entries import ENVIRONMENTS, METHODS, entry, many
 
-from domainbed_sfp.analysis.display import ABSENT
+from domainbed_sfp.analysis.render.grids import ABSENT
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.leaderboard import board_formats, entries, page, store
-from domainbed_sfp.leaderboard.board import band_of, board_of, family_of
-from domainbed_sfp.leaderboard.entries import Entry
+from domainbed_sfp.leaderboard.documents import entry as entries
+from domainbed_sfp.leaderboard.documents.entry import Entry
+from domainbed_sfp.leaderboard.entries import store
+from domainbed_sfp.leaderboard.site import board_formats, page
+from domainbed_sfp.leaderboard.site.board import band_of, board_of, family_of
 from domainbed_sfp.leaderboard.tiers import TIERS
 
 RULES = ("training-domain", "oracle")

@@ -9,7 +9,7 @@ import sys
 import pytest
 from runs_on_disk import record, write_run
 
-from domainbed_sfp.analysis import rank_convergence
+from domainbed_sfp.analysis import rankings
 
 NO_MATPLOTLIB = importlib.util.find_spec("matplotlib") is None
 
@@ -57,8 +57,8 @@ def test_rows_name_the_training_environments(main, sweep):
 
 
 def test_trials_are_averaged_and_settings_kept_apart(sweep):
-    rows = rank_convergence.agreement_rows(sweep, pytest.fail)
-    means = rank_convergence.mean_over_trials(rows)
+    rows = rankings.agreement_rows(sweep, pytest.fail)
+    means = rankings.mean_over_trials(rows)
     settings = ("Tiny", "photo", "listmle", 0.1, "majority", 0.5)
     assert means[(*settings, "art")] == [(20, pytest.approx(0.3)), (40, 0.6)]
     assert means[("Tiny", "photo", "listmle", 0.0, "majority", 0.5, "sketch")] == [(20, 0.1)]
@@ -88,7 +88,7 @@ def test_a_foreign_record_is_named(main, sweep):
 
 def test_domainbeds_records_have_no_names(tmp_path):
     write_run(tmp_path, "a", [agreement(20, (0.2, 0.4))])
-    rows = rank_convergence.agreement_rows(tmp_path, pytest.fail)
+    rows = rankings.agreement_rows(tmp_path, pytest.fail)
     assert [row["environment"] for row in rows] == ["env0", "env2"] and rows[0]["test_envs"] == "env1"
 
 

@@ -8,8 +8,8 @@ import pytest
 from browser import Browser, find_browser
 from runs_on_disk import record, write_run
 
-from domainbed_sfp.analysis.looks import short_label
-from domainbed_sfp.analysis.report import page, svg
+from domainbed_sfp.analysis.figures.looks import short_label
+from domainbed_sfp.analysis.render.html import page, svg
 
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="no chromium on the PATH")
 

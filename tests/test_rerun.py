@@ -18,15 +18,17 @@ from safetensors.torch import load_file, save_file
 
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.leaderboard import bundle, comparing, models, rerun, validation
+from domainbed_sfp.leaderboard import validation
+from domainbed_sfp.leaderboard.bundle import layout
 from domainbed_sfp.leaderboard.commands import entries_of
-from domainbed_sfp.leaderboard.comparing import check_means, compare
-from domainbed_sfp.leaderboard.computing import Place, hours_of
-from domainbed_sfp.leaderboard.drawing import draw
-from domainbed_sfp.leaderboard.first_steps import check_first_steps
-from domainbed_sfp.leaderboard.models import check_models
-from domainbed_sfp.leaderboard.outcomes import Rerun
+from domainbed_sfp.leaderboard.rerun import comparing, models, whole_runs
+from domainbed_sfp.leaderboard.rerun.comparing import check_means, compare
+from domainbed_sfp.leaderboard.rerun.drawing import draw
+from domainbed_sfp.leaderboard.rerun.first_steps import check_first_steps
+from domainbed_sfp.leaderboard.rerun.models import check_models
+from domainbed_sfp.leaderboard.rerun.place import Place, hours_of
 from domainbed_sfp.leaderboard.submit import submit
+from domainbed_sfp.leaderboard.validation.outcomes import Rerun
 from domainbed_sfp.sweep.jobs import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
 from domainbed_sfp.training import train as training
@@ -68,9 +70,9 @@ def copy(made, tmp_path):
 
 
 def resum(folder: Path) -> None:
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != bundle.SUMS]
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != layout.SUMS]
     sums = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    (folder / bundle.SUMS).write_text(bundle.sums_text(sums))
+    (folder / layout.SUMS).write_text(layout.sums_text(sums))
 
 
 def elsewhere(records, **changes):
@@ -420,7 +422,7 @@ def test_a_row_without_its_masks_is_self_reported(sweep, tmp_path):
 def test_a_rerun_trains_a_cited_run_of_every_test_environment(made, capsys):
     outcome = validation.validate(made)
     again = outcome.rerun = Rerun(5, 1, 3.0)
-    rerun.train_again(outcome, again, HERE)
+    whole_runs.train_again(outcome, again, HERE)
     assert outcome.problems == [] and outcome.tier == "rerun-identical"
     (entry,) = entries_of(outcome)
     assert len(entry.rerun["cells"]) == 2 and entry.rerun["seed"] == 5 and entry.rerun["mean_difference"] == 0.0
@@ -439,7 +441,7 @@ def test_a_run_that_cannot_be_trained_fails_alone(made, monkeypatch, capsys):
         train(args)
 
     monkeypatch.setattr(training, "train", diverging)
-    rerun.train_again(outcome, again, HERE)
+    whole_runs.train_again(outcome, again, HERE)
     (problem,) = outcome.problems
     assert problem.expected == "a run that can be trained" and "diverged" in problem.found
     assert len(calls) == 2 and again.outcome == "disagreed" and again.document(DATASET) is None
@@ -452,7 +454,7 @@ def test_a_rerun_that_would_take_for_ever_is_refused_before_it_begins(made, monk
     assert hours_of(outcome.runs, None, None) > 1000
     monkeypatch.setattr(training, "train", lambda args: pytest.fail("it was begun"))
     with pytest.raises(UserError, match=r"--rerun: 2 runs would take about [\d,.]+ hours here, --hours allows 2"):
-        rerun.train_again(outcome, Rerun(5, 1, 3.0), HERE)
+        whole_runs.train_again(outcome, Rerun(5, 1, 3.0), HERE)
 
 
 def test_a_rerun_opens_no_file_that_the_bundle_names(made):
@@ -460,7 +462,7 @@ def test_a_rerun_opens_no_file_that_the_bundle_names(made):
     for run in outcome.runs:
         run.run.hparams["weights"] = "/etc/passwd"
     with pytest.raises(UserError, match=r"hparam weights \"/etc/passwd\".*no file that a bundle names is opened"):
-        rerun.train_again(outcome, Rerun(5, 1, 3.0), HERE)
+        whole_runs.train_again(outcome, Rerun(5, 1, 3.0), HERE)
 
 
 @pytest.mark.parametrize(
@@ -581,7 +583,7 @@ def test_a_signed_bundle_and_what_its_signature_says(sweep, tmp_path, main):
     # What was signed was changed; the signature is another's, or missing; the key is the signer's and not the author's.
     resum(tmp_path / "b")
     assert check_of(tmp_path / "b") == []
-    with open(tmp_path / "b" / bundle.SUMS, "a") as sums:
+    with open(tmp_path / "b" / layout.SUMS, "a") as sums:
         sums.write("\n")
     assert any("SIGNATURE: expected the signature of SHA256SUMS by key" in line for line in check_of(tmp_path / "b"))
     (tmp_path / "c" / "SIGNATURE").unlink()

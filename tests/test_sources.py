@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs_on_disk import record, write_run
 
-from domainbed_sfp.analysis.collect import main as collect_main
+from domainbed_sfp.analysis.commands.collect import main as collect_main
 
 # env0 in, out, env1 in, out, env2 in, out of runs on one source each, by what they hold out.
 SINGLE_SOURCE = {

@@ -23,12 +23,15 @@ from safetensors.torch import save_file
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.leaderboard import bundle, entries, mask_headers, store, summary, tracks, validation
+from domainbed_sfp.leaderboard import summary, tracks, validation
+from domainbed_sfp.leaderboard.bundle import layout, mask_headers
 from domainbed_sfp.leaderboard.commands import entries_of
-from domainbed_sfp.leaderboard.comparing import Comparison
+from domainbed_sfp.leaderboard.documents import entry as entries
+from domainbed_sfp.leaderboard.entries import store
 from domainbed_sfp.leaderboard.facts import facts_of
-from domainbed_sfp.leaderboard.outcomes import Rerun
+from domainbed_sfp.leaderboard.rerun.comparing import Comparison
 from domainbed_sfp.leaderboard.submit import submit
+from domainbed_sfp.leaderboard.validation.outcomes import Rerun
 from domainbed_sfp.pruning import accounting
 from domainbed_sfp.runs import mask_files, records
 from domainbed_sfp.sweep.jobs import SweepDirectory
@@ -73,9 +76,9 @@ def copy(made, tmp_path):
 
 def resum(folder: Path) -> None:
     """Makes SHA256SUMS anew, as a forger would."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != bundle.SUMS]
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != layout.SUMS]
     sums = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    (folder / bundle.SUMS).write_text(bundle.sums_text(sums))
+    (folder / layout.SUMS).write_text(layout.sums_text(sums))
 
 
 def runs(folder: Path) -> list[Path]:
@@ -255,8 +258,8 @@ def load_records_of(folder: Path, target: Path):
     ],
 )
 def test_paths_of_a_machine_are_told_from_names(name, value, kept):
-    assert bundle.without_places({name: value}) == {name: kept}
-    assert bundle.without_places({name: kept}) == {name: kept}
+    assert layout.without_places({name: value}) == {name: kept}
+    assert layout.without_places({name: kept}) == {name: kept}
 
 
 def test_the_numbers_are_those_of_the_table(main, made, sweep):
@@ -793,7 +796,7 @@ def test_links_folders_unknown_and_executable_files(copy, tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read(copy):
-    tree = bundle.read_tree(copy)
+    tree = layout.read_tree(copy)
     edit_submission(copy, lambda document: document.update(name="Other"))
     with pytest.raises(OSError, match="has changed while"):
         tree.read("submission.json")
@@ -840,7 +843,7 @@ def test_a_bundle_that_is_too_large_is_not_read(tmp_path, monkeypatch, folder, c
         (root / folder / name).touch()
         os.truncate(root / folder / name, size)  # sparse: nothing is written
     (root / "submission.json").write_text("{}")
-    monkeypatch.setattr(bundle, "open_plain", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(layout, "open_plain", lambda path: pytest.fail(f"{path} was opened"))
     (line,) = problems(root)
     assert line.startswith(f"{root if where == 'bundle' else where}: expected {words}")
 
@@ -880,7 +883,7 @@ def test_records_repeat_in_memory_only_what_differs(copy):
 
 def test_values_without_end(copy, monkeypatch):
     """Numbers take far more memory than text; no run has so many."""
-    monkeypatch.setattr(bundle, "MOST_VALUES", 2000)
+    monkeypatch.setattr(layout, "MOST_VALUES", 2000)
     for file in runs(copy):
         edit(file, lambda record: record.update({f"x{n}": n for n in range(800)}))
     resum(copy)
@@ -907,7 +910,7 @@ def test_more_runs_than_the_grid_has_are_not_read(copy, monkeypatch):
     for number in range(5):
         (copy / "records" / f"more{number}.jsonl").write_bytes(whole)
     resum(copy)
-    monkeypatch.setattr(bundle.Tree, "lines", lambda tree, name: pytest.fail(f"{name} was read"))
+    monkeypatch.setattr(layout.Tree, "lines", lambda tree, name: pytest.fail(f"{name} was read"))
     assert problems(copy) == ["records: expected 4 files, one for each run of the protocol's grid, found 9"]
 
 
@@ -973,7 +976,7 @@ def test_masks_that_no_network_has_are_not_unpacked(copy, monkeypatch):
 
 
 def test_a_network_that_is_too_large_is_not_built(made, monkeypatch):
-    monkeypatch.setattr(bundle, "MOST_PARAMETERS", 300_000)
+    monkeypatch.setattr(layout, "MOST_PARAMETERS", 300_000)
     monkeypatch.setattr(accounting, "count_positions", lambda *args: pytest.fail("the network was built"))
     words = "line 1.hparams.backbone: expected a network of at most 300,000 parameters, found 371,712"
     assert any(line.startswith("records/") and line.endswith(words) for line in problems(made))
@@ -1113,8 +1116,8 @@ def test_flipped_bytes_never_validate(made, data):
 @given(data=st.data())
 def test_flipped_bytes_under_new_sums_never_crash(made, data):
     """The same by one who makes the sums anew: every parser sees the damage."""
-    files = sorted(file for file in made.rglob("*") if file.is_file() and file.name != bundle.SUMS)
-    file, sums = data.draw(st.sampled_from(files)), (made / bundle.SUMS).read_bytes()
+    files = sorted(file for file in made.rglob("*") if file.is_file() and file.name != layout.SUMS)
+    file, sums = data.draw(st.sampled_from(files)), (made / layout.SUMS).read_bytes()
     whole = file.read_bytes()
     flipped = bytearray(whole)
     # Digits and quotes are changed as often as anything else is: most damage shall get past the JSON parser.
@@ -1126,7 +1129,7 @@ def test_flipped_bytes_under_new_sums_never_crash(made, data):
         validation.text_of(validation.validate(made))
     finally:
         file.write_bytes(whole)
-        (made / bundle.SUMS).write_bytes(sums)
+        (made / layout.SUMS).write_bytes(sums)
 
 
 JSON_VALUES = st.recursive(
@@ -1141,7 +1144,7 @@ JSON_VALUES = st.recursive(
 def test_any_value_in_any_field_never_crashes(made, data):
     """Well-formed JSON with a field of any kind, in the submission or in all records of a run."""
     file = data.draw(st.sampled_from([made / "submission.json", *runs(made)]))
-    whole, sums, value = file.read_bytes(), (made / bundle.SUMS).read_bytes(), data.draw(JSON_VALUES)
+    whole, sums, value = file.read_bytes(), (made / layout.SUMS).read_bytes(), data.draw(JSON_VALUES)
 
     def place(record):
         inner = record
@@ -1161,7 +1164,7 @@ def test_any_value_in_any_field_never_crashes(made, data):
         validation.text_of(validation.validate(made))
     finally:
         file.write_bytes(whole)
-        (made / bundle.SUMS).write_bytes(sums)
+        (made / layout.SUMS).write_bytes(sums)
 
 
 # parts -----------------------------------------------------------------------------------------------------------------

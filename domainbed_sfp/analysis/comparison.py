@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from domainbed_sfp.analysis.display import DAGGER
-from domainbed_sfp.analysis.jobs import number_ranges
+from domainbed_sfp.analysis.account import number_ranges
+from domainbed_sfp.analysis.render.grids import DAGGER
 from domainbed_sfp.analysis.rows import Cell, Row, average_of
 from domainbed_sfp.analysis.selection import Rule
 from domainbed_sfp.analysis.significance import (

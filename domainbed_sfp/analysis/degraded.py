@@ -19,10 +19,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from domainbed_sfp.analysis.display import ABSENT, RECONSTRUCTION_NOTE, daggered
-from domainbed_sfp.analysis.looks import COLOURS
+from domainbed_sfp.analysis.figures.looks import COLOURS
+from domainbed_sfp.analysis.figures.plots import LINES, SUFFIXES, figure_style, image_bytes
 from domainbed_sfp.analysis.methods import Method, alike, label_methods, method_of
-from domainbed_sfp.analysis.plots import LINES, SUFFIXES, figure_style, image_bytes
+from domainbed_sfp.analysis.render.grids import ABSENT, RECONSTRUCTION_NOTE, daggered
 from domainbed_sfp.analysis.rows import RECONSTRUCTION
 from domainbed_sfp.analysis.significance import paired_test
 from domainbed_sfp.core.errors import UserError, unknown_name

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from domainbed_sfp.analysis.account import row_labels, take_account
 from domainbed_sfp.analysis.comparison import Comparison, Summary
 from domainbed_sfp.analysis.comparison import compare as compare_rows
-from domainbed_sfp.analysis.jobs import row_labels, take_account
 from domainbed_sfp.analysis.rows import Cell, Row
 from domainbed_sfp.analysis.selection import RULES, TRAINING_DOMAIN, Rule
 from domainbed_sfp.analysis.tables import Report, Table, build_report, one_a_dataset

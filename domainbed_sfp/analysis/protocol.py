@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from domainbed_sfp.analysis.jobs import Job, number_ranges, steps_of
+from domainbed_sfp.analysis.account import Job, number_ranges, steps_of
 from domainbed_sfp.analysis.selection import Rule
 from domainbed_sfp.core.domainbed_facts import SMALL_IMAGES
 from domainbed_sfp.core.version import __version__

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from domainbed_sfp.analysis.jobs import Job
+from domainbed_sfp.analysis.account import Job
 from domainbed_sfp.analysis.methods import Method
 from domainbed_sfp.analysis.published import PublishedRow
 from domainbed_sfp.analysis.selection import Choice, Rule, choose

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from domainbed_sfp.analysis.jobs import Account, Job, explain_missing
+from domainbed_sfp.analysis.account import Account, Job, explain_missing
 from domainbed_sfp.analysis.methods import Method, algorithm_order, label_methods
 from domainbed_sfp.analysis.protocol import Protocol, protocol_of
 from domainbed_sfp.analysis.published import PublishedRow, matching_rows

@@ -330,14 +330,14 @@ def _slurm_options(args: argparse.Namespace) -> SlurmOptions | None:
 
 
 def _add_collect(commands: argparse._SubParsersAction) -> None:
-    from domainbed_sfp.analysis import collect
+    from domainbed_sfp.analysis.commands import collect
 
     parser = _add(commands, "collect", "make tables of the records of a sweep, ours or DomainBed's", collect.run)
     collect.add_arguments(parser)
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
-    from domainbed_sfp.analysis.report import page
+    from domainbed_sfp.analysis.render.html import page
 
     parser = _add(commands, "report", "make one page of a sweep: tables, figures, comparisons, failures", page.run)
     page.add_arguments(parser)
@@ -383,10 +383,10 @@ def _latency(args: argparse.Namespace) -> int:
 
 
 def _add_rankings(commands: argparse._SubParsersAction) -> None:
-    from domainbed_sfp.analysis import rank_convergence
+    from domainbed_sfp.analysis import rankings
 
     text = "how far samples' channel rankings agree with the global one in GlobalPru's runs: CSV and a plot"
-    rank_convergence.add_arguments(_add(commands, "rankings", text, rank_convergence.run))
+    rankings.add_arguments(_add(commands, "rankings", text, rankings.run))
 
 
 def _add_degraded(commands: argparse._SubParsersAction) -> None:
@@ -529,7 +529,7 @@ def _leaderboard(args: argparse.Namespace) -> int:
 
 
 def _leaderboard_build(args: argparse.Namespace) -> int:
-    from domainbed_sfp.leaderboard import page
+    from domainbed_sfp.leaderboard.site import page
 
     return page.run(args)
 

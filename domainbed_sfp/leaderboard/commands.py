@@ -10,14 +10,17 @@ from pathlib import Path
 
 from domainbed_sfp.core.errors import UserError, check_range
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.leaderboard import archiving, comparing, rerun, store, validation
-from domainbed_sfp.leaderboard.computing import Place, place_of
-from domainbed_sfp.leaderboard.first_steps import check_first_steps
-from domainbed_sfp.leaderboard.making import entries_of
-from domainbed_sfp.leaderboard.models import check_models
-from domainbed_sfp.leaderboard.outcomes import Rerun
+from domainbed_sfp.leaderboard import validation
+from domainbed_sfp.leaderboard.bundle import archives
+from domainbed_sfp.leaderboard.entries import store
+from domainbed_sfp.leaderboard.entries.making import entries_of
+from domainbed_sfp.leaderboard.rerun import comparing, whole_runs
+from domainbed_sfp.leaderboard.rerun.first_steps import check_first_steps
+from domainbed_sfp.leaderboard.rerun.models import check_models
+from domainbed_sfp.leaderboard.rerun.place import Place, place_of
 from domainbed_sfp.leaderboard.tiers import RERUN_VERIFIED, TIERS
 from domainbed_sfp.leaderboard.validation import Validation
+from domainbed_sfp.leaderboard.validation.outcomes import Rerun
 
 # Where `add` writes unless a flag says otherwise: what need not be told.
 ENTRIES_DIR = "results/entries"
@@ -83,7 +86,7 @@ def _examine(args: argparse.Namespace) -> Validation:
         )
     check_range("--rerun_seed", args.rerun_seed, 0, 2**31 - 1)
     check_range("--rerun", args.rerun, 1, MOST_RERUN)
-    with archiving.opened(args.bundle) as folder:
+    with archives.opened(args.bundle) as folder:
         outcome = _compute(args, folder, place, tolerance)
     outcome.root = Path(args.bundle)
     return outcome
@@ -102,5 +105,5 @@ def _compute(args: argparse.Namespace, folder: Path, place: Place, tolerance: fl
     if outcome.tier is None:
         print("--rerun waits until the records are right", file=sys.stderr)
     else:
-        rerun.train_again(outcome, outcome.rerun, place)
+        whole_runs.train_again(outcome, outcome.rerun, place)
     return outcome

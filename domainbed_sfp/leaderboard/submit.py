@@ -13,14 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp.analysis.jobs import Account, explain_missing, take_account
+from domainbed_sfp.analysis.account import Account, explain_missing, take_account
 from domainbed_sfp.analysis.methods import Method, label_methods
 from domainbed_sfp.analysis.tables import environment_names
 from domainbed_sfp.core.errors import UserError, unknown_name
 from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.core.hparam import recorded_overrides
-from domainbed_sfp.leaderboard import bundle, models, signing, summary, validation
-from domainbed_sfp.leaderboard.schema import problems_of
+from domainbed_sfp.leaderboard import summary, validation
+from domainbed_sfp.leaderboard.bundle import layout, signing
+from domainbed_sfp.leaderboard.documents.problems import problems_of
+from domainbed_sfp.leaderboard.rerun import models
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.runs import mask_files, records
 from domainbed_sfp.training.hparams import checked_overrides
@@ -62,7 +64,7 @@ def submit(
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        (part / bundle.RECORDS).mkdir(parents=True)
+        (part / layout.RECORDS).mkdir(parents=True)
         runs = [_take_records(Path(input_dir) / directory, part) for directory in directories]
         for run, step in _selected(runs):
             if not without_masks:
@@ -76,7 +78,7 @@ def submit(
         if author_key is not None:
             document["author"] = signing.public_key(author_key)
         _check_name(document, runs)
-        write_atomically(part / bundle.SUBMISSION, json.dumps(document, indent=1, sort_keys=True) + "\n")
+        write_atomically(part / layout.SUBMISSION, json.dumps(document, indent=1, sort_keys=True) + "\n")
         _seal(part, author_key)
         outcome = validation.validate(part)
         if outcome.problems:
@@ -96,9 +98,9 @@ def _seal(part: Path, author_key: str | None) -> None:
     """Writes the sums of all files, and their signature where there is a key."""
     files = [file for file in sorted(part.rglob("*")) if file.is_file()]
     sums = {file.relative_to(part).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    write_atomically(part / bundle.SUMS, text := bundle.sums_text(sums))
+    write_atomically(part / layout.SUMS, text := layout.sums_text(sums))
     if author_key is not None:
-        write_atomically(part / bundle.SIGNATURE, signing.sign(author_key, text.encode()) + "\n")
+        write_atomically(part / layout.SIGNATURE, signing.sign(author_key, text.encode()) + "\n")
     for file in part.rglob("*"):
         if file.is_file():
             file.chmod(0o644)
@@ -153,13 +155,13 @@ def _take_records(folder: Path, part: Path) -> SubmittedRun:
         plain = _finite(record)
         _forget_places(plain)
         where = str(folder / records.RESULTS)
-        for problem in problems_of(where, plain, bundle.RECORD_SCHEMA, f"line {number}"):
+        for problem in problems_of(where, plain, layout.RECORD_SCHEMA, f"line {number}"):
             raise UserError(
                 f"{problem.line()}; a bundle needs runs of `domainbed-sfp train` or `sweep`, of this version"
             )
         parsed.append(plain)
     lines = [json.dumps(record, sort_keys=True, allow_nan=False) + "\n" for record in parsed]
-    write_atomically(part / bundle.RECORDS / f"{folder.name}.jsonl", "".join(lines))
+    write_atomically(part / layout.RECORDS / f"{folder.name}.jsonl", "".join(lines))
     return SubmittedRun(folder.name, parsed, records.run_of(folder.name, parsed))
 
 
@@ -169,10 +171,10 @@ def _forget_places(record: dict[str, Any]) -> None:
     for name in ("data_dir", "output_dir"):
         args[name] = None
     if "hparams" in record:
-        record["hparams"] = bundle.without_places(record["hparams"])
+        record["hparams"] = layout.without_places(record["hparams"])
     overrides = recorded_overrides(args.get("hparams"))
     # Runs of earlier versions may say 8.0 where others say 8; in a bundle all runs of a row say the same.
-    plain = bundle.without_places(checked_overrides(args["algorithm"], args["dataset"], overrides))
+    plain = layout.without_places(checked_overrides(args["algorithm"], args["dataset"], overrides))
     if json.dumps(plain) != json.dumps(overrides):
         args["hparams"] = json.dumps(plain, sort_keys=True)
 
@@ -200,7 +202,7 @@ def _take_masks(input_dir: Path, run: SubmittedRun, step: int, part: Path) -> No
             )
         return
     source = input_dir / run.name / mask_files.FOLDER / (record["masks"] + mask_files.SUFFIX)
-    target = part / bundle.MASKS / source.name
+    target = part / layout.MASKS / source.name
     target.parent.mkdir(exist_ok=True)
     try:
         shutil.copyfile(source, target)
@@ -212,7 +214,7 @@ def _take_masks(input_dir: Path, run: SubmittedRun, step: int, part: Path) -> No
 
 
 def _check_name(document: Mapping[str, Any], runs: Sequence[SubmittedRun]) -> None:
-    for problem in problems_of("submission", document, bundle.SUBMISSION_SCHEMA):
+    for problem in problems_of("submission", document, layout.SUBMISSION_SCHEMA):
         raise UserError(
             f"{problem.line()}; --name gives the leaderboard's name" if problem.field == "name" else problem.line()
         )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.analysis.jobs import Account, Job
+from domainbed_sfp.analysis.account import Account, Job
 from domainbed_sfp.analysis.methods import Method
 from domainbed_sfp.analysis.protocol import conditions_of
 from domainbed_sfp.analysis.rows import Row
@@ -21,8 +21,8 @@ from domainbed_sfp.analysis.tables import build_report
 from domainbed_sfp.core.hparam import recorded_overrides
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.leaderboard import names
-from domainbed_sfp.leaderboard.bundle import FORMAT, OPTIONAL
-from domainbed_sfp.leaderboard.entries import EntryCell, Result, Trial, result_as_json
+from domainbed_sfp.leaderboard.bundle.layout import FORMAT, OPTIONAL
+from domainbed_sfp.leaderboard.documents.entry import EntryCell, Result, Trial, result_as_json
 from domainbed_sfp.runs.records import Run
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from domainbed_sfp.analysis.account import take_account
 from domainbed_sfp.analysis.comparison import measured_rows
-from domainbed_sfp.analysis.jobs import take_account
-from domainbed_sfp.analysis.markdown import markdown_text
-from domainbed_sfp.analysis.report.page import report_page
+from domainbed_sfp.analysis.render.html.page import report_page
+from domainbed_sfp.analysis.render.markdown import markdown_text
 from domainbed_sfp.analysis.selection import TRAINING_DOMAIN
 from domainbed_sfp.analysis.tables import Table, build_report
 from domainbed_sfp.core.files import write_atomically

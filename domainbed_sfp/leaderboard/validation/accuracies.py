@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from domainbed_sfp.leaderboard.documents.problems import Problem, shown
 from domainbed_sfp.leaderboard.facts import Facts, facts_of, split_sizes
-from domainbed_sfp.leaderboard.schema import Problem, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 

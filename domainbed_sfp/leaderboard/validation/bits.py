@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from domainbed_sfp.leaderboard.schema import Problem, counted
+from domainbed_sfp.leaderboard.documents.problems import Problem, counted
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.accuracies import ROUNDING
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.leaderboard import costs, summary
-from domainbed_sfp.leaderboard.bundle import MASKS
+from domainbed_sfp.leaderboard import summary
+from domainbed_sfp.leaderboard.bundle.layout import MASKS
+from domainbed_sfp.leaderboard.documents.problems import Problem, counted, shown
 from domainbed_sfp.leaderboard.facts import facts_of
-from domainbed_sfp.leaderboard.schema import Problem, counted, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.validation import settled
 from domainbed_sfp.leaderboard.validation.compression import SPARSITY_ROUNDING
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.masks import Masks, check_units, masks_of, read_masks
@@ -93,7 +94,7 @@ def _known_costs(network: Network, masks: Masks) -> dict[str, float | int | None
     """The costs that follow from a network and its masks, by their names in a record."""
     cost = accounting.measure_cost(network.deployed, network.positions, masks)
     known = {name: getattr(cost, name) for name in ("parameters", "surviving_parameters", "dense_macs", "macs")}
-    return known | costs.settled(network.algorithm, network.costs, masks)
+    return known | settled.settled(network.algorithm, network.costs, masks)
 
 
 def _differing_costs(

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from domainbed_sfp.leaderboard import bundle as layout
 from domainbed_sfp.leaderboard import summary
-from domainbed_sfp.leaderboard.bundle import RECORDS, SUBMISSION
-from domainbed_sfp.leaderboard.schema import Problem, shown
+from domainbed_sfp.leaderboard.bundle import layout as layout
+from domainbed_sfp.leaderboard.bundle.layout import RECORDS, SUBMISSION
+from domainbed_sfp.leaderboard.documents.problems import Problem, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 

@@ -11,9 +11,9 @@ import torch
 from domainbed_sfp.algorithms.base import ObjectiveAlgorithm
 from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.leaderboard import mask_headers
-from domainbed_sfp.leaderboard.bundle import MASKS
-from domainbed_sfp.leaderboard.schema import Problem
+from domainbed_sfp.leaderboard.bundle import mask_headers
+from domainbed_sfp.leaderboard.bundle.layout import MASKS
+from domainbed_sfp.leaderboard.documents.problems import Problem
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.networks import Network

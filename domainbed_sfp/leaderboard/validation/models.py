@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from domainbed_sfp.leaderboard.bundle import MODELS, model_file
-from domainbed_sfp.leaderboard.schema import Problem
+from domainbed_sfp.leaderboard.bundle.layout import MODELS, model_file
+from domainbed_sfp.leaderboard.documents.problems import Problem
 from domainbed_sfp.leaderboard.validation.context import Bundle
 from domainbed_sfp.leaderboard.validation.costs import chosen_checkpoints
 

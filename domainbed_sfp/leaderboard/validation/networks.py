@@ -19,10 +19,10 @@ from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
 from domainbed_sfp.core import provenance
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.leaderboard import bundle as layout
-from domainbed_sfp.leaderboard.costs import Limits, limits, settle
+from domainbed_sfp.leaderboard.bundle import layout as layout
 from domainbed_sfp.leaderboard.facts import facts_of
 from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.validation.settled import Limits, limits, settle
 from domainbed_sfp.pruning import accounting
 from domainbed_sfp.training import hparams
 

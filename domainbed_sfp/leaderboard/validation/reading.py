@@ -7,9 +7,9 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from domainbed_sfp.leaderboard import bundle as layout
-from domainbed_sfp.leaderboard.bundle import RECORDS, SUBMISSION
-from domainbed_sfp.leaderboard.schema import MOST_PROBLEMS, Problem, parse, problems_of, shown
+from domainbed_sfp.leaderboard.bundle import layout as layout
+from domainbed_sfp.leaderboard.bundle.layout import RECORDS, SUBMISSION
+from domainbed_sfp.leaderboard.documents.problems import MOST_PROBLEMS, Problem, parse, problems_of, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle
 from domainbed_sfp.runs.records import run_of

@@ -10,9 +10,8 @@ from typing import Any
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard import tracks
-from domainbed_sfp.leaderboard.bundle import Tree
-from domainbed_sfp.leaderboard.outcomes import FirstSteps, Models, Rerun
-from domainbed_sfp.leaderboard.schema import Problem, printable
+from domainbed_sfp.leaderboard.bundle.layout import Tree
+from domainbed_sfp.leaderboard.documents.problems import Problem, printable
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.tiers import (
     MODEL_VERIFIED,
@@ -22,6 +21,7 @@ from domainbed_sfp.leaderboard.tiers import (
     SELF_REPORTED,
     TIERS,
 )
+from domainbed_sfp.leaderboard.validation.outcomes import FirstSteps, Models, Rerun
 
 
 @dataclass

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.leaderboard import bundle as layout
-from domainbed_sfp.leaderboard.schema import Problem, shown
+from domainbed_sfp.leaderboard.bundle import layout as layout
+from domainbed_sfp.leaderboard.documents.problems import Problem, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.accuracies import check_accuracies
 from domainbed_sfp.leaderboard.validation.bits import check_bits

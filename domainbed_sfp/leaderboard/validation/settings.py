@@ -8,8 +8,8 @@ from typing import Any
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.seeds import seed_hash
-from domainbed_sfp.leaderboard import bundle as layout
-from domainbed_sfp.leaderboard.schema import Problem, parse, shown
+from domainbed_sfp.leaderboard.bundle import layout as layout
+from domainbed_sfp.leaderboard.documents.problems import Problem, parse, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.networks import Expected, Refused, TooLarge, key_of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from domainbed_sfp.leaderboard import signing
-from domainbed_sfp.leaderboard.bundle import SIGNATURE, SUBMISSION, SUMS
-from domainbed_sfp.leaderboard.schema import Problem, shown
+from domainbed_sfp.leaderboard.bundle import signing
+from domainbed_sfp.leaderboard.bundle.layout import SIGNATURE, SUBMISSION, SUMS
+from domainbed_sfp.leaderboard.documents.problems import Problem, shown
 from domainbed_sfp.leaderboard.validation.context import Bundle
 
 

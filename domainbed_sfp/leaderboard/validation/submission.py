@@ -8,8 +8,8 @@ from typing import Any
 
 from domainbed_sfp.analysis.selection import ORACLE
 from domainbed_sfp.leaderboard import summary
-from domainbed_sfp.leaderboard.bundle import RECORDS, SUBMISSION
-from domainbed_sfp.leaderboard.schema import Problem, shown
+from domainbed_sfp.leaderboard.bundle.layout import RECORDS, SUBMISSION
+from domainbed_sfp.leaderboard.documents.problems import Problem, shown
 from domainbed_sfp.leaderboard.validation.accuracies import ROUNDING
 from domainbed_sfp.leaderboard.validation.context import Bundle
 
