@@ -40,10 +40,13 @@ class AlgorithmInfo:
     retired: Mapping[str, Any] = field(default_factory=dict)
 
     def current(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Hparams of a run of any version as this one has them: without those that are retired.
+        """Hparams of a run of any version as this one has them: without those that are retired, and with those that did
+        not exist yet. Raises UserError as `without_retired` does."""
+        added = {name: hparam.earlier for name, hparam in self.hparams.items() if hparam.earlier is not None}
+        return {**added, **self.without_retired(values)}
 
-        Raises UserError where one of these has another value than is built in now.
-        """
+    def without_retired(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`values` without retired hparams. Raises UserError where one of these has another value than is built in."""
         for name in values.keys() & self.retired.keys():
             built_in, value = self.retired[name], values[name]
             if value != built_in or isinstance(value, bool) is not isinstance(built_in, bool):

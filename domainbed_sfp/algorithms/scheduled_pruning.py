@@ -29,8 +29,10 @@ UNIT_HPARAMS = {
         doc="layer: the same fraction of every layer; global: one ranking of all",
         valid=one_of("layer", "global"),
     ),
-    "prune_residual_streams": Hparam(False, doc="channel: also those that additions carry from block to block"),
-    "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO, CORAL or Mixup"),
+    "prune_residual_streams": Hparam(
+        False, doc="channel: also those that additions carry from block to block", earlier=False
+    ),
+    "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO, CORAL or Mixup", earlier="ERM"),
 }
 
 PRUNING_HPARAMS = {**SCHEDULE_HPARAMS, **UNIT_HPARAMS, "reconstruction": RECONSTRUCTION}

@@ -27,7 +27,9 @@ from domainbed_sfp.quantization.quantizers import NARROWEST, WIDEST
             "bit-width of weights and inputs",
             valid=Range(f"a whole number of bits in {NARROWEST}..{WIDEST}", lambda value: NARROWEST <= value <= WIDEST),
         ),
-        "quantize_start": Hparam(0.0, doc="fraction of the run at 8 bits, before the width is taken", valid=FRACTION),
+        "quantize_start": Hparam(
+            0.0, doc="fraction of the run at 8 bits, before the width is taken", valid=FRACTION, earlier=0.0
+        ),
     },
 )
 class UniformQuant(QuantizedAlgorithm):

@@ -60,6 +60,7 @@ class Hparam:
 
     foreign: a field of DomainBed's records that has no effect here; it cannot be set.
     photographs: the default on sets of photographs, where it is another than on MNIST-like ones.
+    earlier: what runs did before there was this hparam, whose records do not name it; None: it was always there.
     """
 
     default: Any
@@ -68,6 +69,7 @@ class Hparam:
     foreign: bool = False
     valid: Range | None = None
     photographs: Any = None
+    earlier: Any = None
 
     def on(self, small_images: bool) -> Hparam:
         """The same hparam with its default on MNIST-like images, or on photographs."""

@@ -20,6 +20,7 @@ RECONSTRUCTION = Hparam(
     doc="channel: what becomes of removed channels: the remaining ones take over what can be said by them "
     "(least_squares), or nothing does (none)",
     valid=one_of("least_squares", "none"),
+    earlier="none",
 )
 
 # Averages of input moments forget with this factor at every update.

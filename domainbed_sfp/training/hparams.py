@@ -95,7 +95,7 @@ def checked_overrides(algorithm: str, dataset: str, overrides: Mapping[str, Any]
     unknown name or a value of another kind."""
     from domainbed_sfp.algorithms import registry
 
-    overrides = registry.get(algorithm).current(overrides or {})
+    overrides = registry.get(algorithm).without_retired(overrides or {})
     table = hparam_table(algorithm, dataset, overrides)
     for name in overrides:
         if name not in table:

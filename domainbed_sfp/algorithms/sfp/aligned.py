@@ -59,7 +59,7 @@ TEMPERATURE = 2.0
             "weight of an unflagged sample in the alignment; a flagged one has 1",
             valid=POSITIVE,
         ),
-        "reconstruction": replace(RECONSTRUCTION, default="least_squares"),
+        "reconstruction": replace(RECONSTRUCTION, default="least_squares", earlier=None),
     },
     retired=RETIRED,
 )
