@@ -236,7 +236,8 @@ def test_a_packed_sweep_goes_on(main, tmp_path):
     dropped = ("--drop", "out.txt", "err.txt", "masks", "model.pkl")
     main("sweep", "pack", "--output_dir", "out", *dropped)
     lines = domainbeds_lines(tmp_path / "out")
-    assert "1 jobs: 1 done" in main("sweep", "status", *sweep).stdout
+    status = main("sweep", "status", *sweep).stdout
+    assert "1 jobs: 1 done" in status and "packed in out/packed-" in status
     launched = main("sweep", "launch", *sweep, "--n_trials", 2).stdout
     assert "2 jobs: 1 done, 0 incomplete, 1 not launched." in launched and "2 jobs: 2 done" in launched
     assert "Deleted 0 jobs!" in main("sweep", "delete_incomplete", *sweep, "--skip_confirmation").stdout

@@ -56,14 +56,9 @@ def packed_runs(root: Path, names: Iterable[str] | None = None) -> dict[str, Lin
 
     Raises UserError as `runs_in` does.
     """
-    if names is None:
-        try:
-            names = os.listdir(root)
-        except OSError:
-            names = ()
     runs: dict[str, Lines] = {}
-    for name in sorted(filter(is_packed, names)):
-        runs = {**runs_in(root / name), **runs}
+    for folder in _folders(root, names):
+        runs = {**runs_in(folder), **runs}
     return runs
 
 
@@ -101,9 +96,21 @@ def run_folders(input_dir: str | os.PathLike[str], warn: Callable[[str], None]) 
 
 def lines_of(directory: Path) -> Lines:
     """Where the records of a run lie, whose folder is or was `directory`. Raises UserError as `runs_in` does."""
-    if not (directory / DONE).exists() and (packed := packed_runs(directory.parent).get(directory.name)):
-        return packed
+    if not (directory / DONE).exists():
+        for folder in _folders(directory.parent):
+            if where := runs_in(folder).get(directory.name):
+                return where
     return Lines(directory / RESULTS)
+
+
+def _folders(root: Path, names: Iterable[str] | None = None) -> list[Path]:
+    """The packed folders of a directory, in the order of their names."""
+    if names is None:
+        try:
+            names = os.listdir(root)
+        except OSError:
+            names = ()
+    return [root / name for name in sorted(filter(is_packed, names))]
 
 
 @lru_cache(maxsize=64)

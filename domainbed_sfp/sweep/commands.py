@@ -14,6 +14,7 @@ from domainbed_sfp.core.errors import UserError, check_range
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.runs.layout import named, runs_below
 from domainbed_sfp.runs.manifests import read_manifests, several_sweeps
+from domainbed_sfp.runs.packed import packed_runs
 from domainbed_sfp.sweep import slurm, slurm_batches
 from domainbed_sfp.sweep.capacity import choose_slots, usable_cores, usable_memory, visible_gpus
 from domainbed_sfp.sweep.job import Job, command_line
@@ -128,11 +129,13 @@ def status(spec: SweepSpec | None, data_dir: str | None, output_dir: str, *, wat
         print(f"warning: --output_dir {output_dir}: there is no such folder yet", file=sys.stderr)
     standings = _standings(directory)
     states = directory.states(jobs, standings)
-    folders = directory.job_dirs(jobs)
+    folders, packed = directory.job_dirs(jobs), packed_runs(directory.path)
     for job, state in states.items():
         reason = failure_reason(folders[job], standings) if state is State.FAILED else None
         if state is State.RUNNING and (found := locks.holder(folders[job] / LOCK)) and found.host:
             reason = f"by its lock {found.describe()}"
+        if folders[job].name in packed:
+            reason = f"packed in {packed[folders[job].name].path}"
         print(f"{state.value}: {folders[job]} {job.describe()}" + (f": {reason}" if reason else ""))
     if copied := several_sweeps(read_manifests(directory.path)):
         print(copied)
