@@ -71,11 +71,11 @@ def check_hparams(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
 def check_fields(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
     """The fields of records that follow from arguments, hparams and the algorithm's registration."""
     first, file, expected = run.records[0], records_of(run), bundle.expected.get(run.name)
-    granularity = run.run.hparams.get("granularity")
+    granularity, said_by = run.run.hparams.get("granularity"), "as in hparams"
     if granularity is None and run.run.algorithm in registry.names():
-        granularity = getattr(registry.get(run.run.algorithm).cls, "granularity", None)
+        granularity, said_by = getattr(registry.get(run.run.algorithm).cls, "granularity", None), "as of the method"
     if first.get("granularity") != granularity:
-        words = "no such field" if granularity is None else f"{shown(granularity)}, as its hparams or its method say"
+        words = "no such field" if granularity is None else f"{shown(granularity)}, {said_by}"
         yield Problem(file, "line 1.granularity", words, shown(first.get("granularity")))
     if (asked := run.run.args["precision"]) not in ("auto", first["precision"]):
         yield Problem(file, "line 1.precision", f"{shown(asked)}, as in args", shown(first["precision"]))
