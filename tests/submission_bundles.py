@@ -26,7 +26,7 @@ from domainbed_sfp.leaderboard.validation.networks import Network
 from domainbed_sfp.pruning import accounting
 from domainbed_sfp.runs import mask_files
 from domainbed_sfp.runs.records import run_of
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
 from domainbed_sfp.training import train as training
 
@@ -92,7 +92,7 @@ def make(root: Path, family: str) -> Path:
     directory.register(jobs)
     for job in jobs:
         with contextlib.redirect_stdout(io.StringIO()):
-            training.train(job.train_args(None, directory.job_dir(job), skip_model_save=True))
+            training.train(job.settings(None, directory.job_dir(job), skip_model_save=True))
     submit(str(root / "sweep"), algorithm, str(root / "bundle"))
     return root / "bundle"
 

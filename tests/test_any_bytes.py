@@ -33,7 +33,7 @@ from domainbed_sfp.leaderboard.documents import entry as entries
 from domainbed_sfp.leaderboard.site import page
 from domainbed_sfp.runs import checkpoints, records
 from domainbed_sfp.sweep import slurm_batches, spec
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.training import hparams
 
 # The same examples each time: what fails fails for everybody.

@@ -26,6 +26,7 @@ from domainbed_sfp.data.images import degradations
 from domainbed_sfp.data.images.augmentation import IMAGENET_MEAN, IMAGENET_STD, normalize
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.deploy import exported, packed
+from domainbed_sfp.networks.precision import choose_precision
 from domainbed_sfp.plugins import contract
 from domainbed_sfp.quantization.bitops import BitOps, fit_shifts, starting_mean
 from domainbed_sfp.quantization.layers import Control, QuantizedLayer, run_by_width
@@ -41,7 +42,6 @@ from domainbed_sfp.quantization.policy import (
 )
 from domainbed_sfp.quantization.quantizers import StepSizes, integer_range, lsq, to_integers
 from domainbed_sfp.training import hparams
-from domainbed_sfp.training import train as training
 
 
 def run_lsq(values, step, bits, signed, scale=1.0, coefficient=None):
@@ -276,7 +276,7 @@ def test_quantized_layers_compute_in_full_precision_under_autocast(name, overrid
         with torch.autocast("cpu", torch.bfloat16):
             found = layer(inputs)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
-    assert training.choose_precision("auto", torch.device("cuda"), algorithm) == "fp32"
+    assert choose_precision("auto", torch.device("cuda"), algorithm) == "fp32"
     assert algorithm.predict(x).shape == (8, algorithm.num_classes)
 
 

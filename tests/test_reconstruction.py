@@ -14,6 +14,7 @@ from domainbed_sfp.pruning.reconstruction import (
     InputMoments,
     ReaderInputs,
     Reconstruction,
+    Told,
     channel_rows,
     reconstruct,
 )
@@ -91,15 +92,27 @@ def test_without_a_place_for_it_the_constant_is_left_out():
     assert torch.allclose(after, x[:, :1] * (w[0, 0] + 2.4 * w[0, 1]), rtol=2e-3)
 
 
-def test_what_is_dead_already_tells_nothing_and_nothing_dying_changes_nothing():
-    weight = torch.randn(4, 3, 1, 1)
-    unchanged = weight.clone()
-    moments = torch.eye(4)
-    reconstruct(weight, moments, torch.tensor([False] * 3), torch.tensor([True, True, False]), True)
-    assert torch.equal(weight, unchanged)
-    # Channels that have nothing in common take nothing over.
-    shift = reconstruct(weight, moments, torch.tensor([False, True, False]), torch.tensor([True, False, False]), True)
-    assert torch.allclose(weight, unchanged, atol=1e-6) and not shift.any()
+def test_what_is_dead_already_has_no_say_and_strangers_take_nothing_over():
+    weight, shift = torch.randn(4, 3, 1, 1), torch.randn(4)
+    unchanged, moments = weight.clone(), torch.eye(4)
+    # Channel 2 was dead, channel 1 goes; channels that have nothing in common take nothing over.
+    weight[:, 2] = 0
+    after = reconstruct(weight, shift, moments, torch.tensor([True, False, False]))
+    assert torch.allclose(weight[:, :2], unchanged[:, :2], atol=1e-6) and torch.allclose(after, shift, atol=1e-6)
+
+
+def test_a_network_that_follows_another_makes_what_that_one_makes():
+    """What reached the layer has become half as much plus 1, and channel 1 is gone, which was twice channel 0."""
+    g = torch.randn(500, 1) @ torch.tensor([[4.0, 8.0]])
+    h = g / 2 + 1
+    moments, cross = InputMoments({"a": 2}), InputMoments({"a": 2})
+    moments.update("a", h)
+    cross.update("a", h, None, g)
+    other, weight, shift = torch.tensor([[3.0, 4.0]]), torch.tensor([[9.0, 9.0]]), torch.tensor([5.0])
+    told = Told(other, torch.tensor([10.0]), cross["a"])
+    shift = reconstruct(weight, shift, moments["a"], torch.tensor([True, False]), told)
+    # 3 g0 + 4 g1 + 10 = 11 g0 + 10 = 22 h0 - 22 + 10
+    assert weight[0, 0].item() == pytest.approx(22, rel=0.02) and shift.item() == pytest.approx(-12, rel=0.05)
 
 
 def test_moments_are_those_of_the_inputs_and_weights_count():

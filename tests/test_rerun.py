@@ -29,7 +29,7 @@ from domainbed_sfp.leaderboard.rerun.models import check_models
 from domainbed_sfp.leaderboard.rerun.place import Place, hours_of
 from domainbed_sfp.leaderboard.submit import submit
 from domainbed_sfp.leaderboard.validation.outcomes import Rerun
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
 from domainbed_sfp.training import train as training
 
@@ -49,7 +49,7 @@ def sweep(tmp_path_factory):
     directory = SweepDirectory(root)
     directory.register(jobs)
     for job in jobs:
-        args = job.train_args(None, directory.job_dir(job), skip_model_save=False)
+        args = job.settings(None, directory.job_dir(job), skip_model_save=False)
         args.save_model_every_checkpoint = True
         with contextlib.redirect_stdout(io.StringIO()):
             training.train(args)
@@ -143,7 +143,7 @@ def test_at_the_same_place_every_field_of_every_record_counts(records, name, val
         ({"precision": "bf16"}, True),
         ({"bitops": 1.0}, True),
         ({"dense_macs": 1}, True),
-        ({"hparams": {}}, True),
+        ({"hparams": {}}, False),  # versions differ in what they name; `check_hparams` holds them to the seeds' draw
         ({"standing": "reference"}, True),
         ({"final_compression": False}, True),
         ({"surprise": 1.0}, True),

@@ -20,6 +20,7 @@ from domainbed_sfp.data.loaders import Minibatch
 from domainbed_sfp.plugins import contract
 from domainbed_sfp.pruning import spurious
 from domainbed_sfp.pruning.spurious import DECAY, ConditionalMoments, remove_directions, spurious_directions
+from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import hparams
 from domainbed_sfp.training import train as training
 
@@ -511,7 +512,7 @@ def test_sfp_refuses_layers_whose_weights_are_transformed():
 def test_a_record_after_few_steps_has_diagnostics(tmp_path):
     """The last statistics before it were taken before the record before."""
     folder = tmp_path / "run"
-    training.train(training.TrainArgs(
+    training.train(RunSettings(
         dataset="FullColoredDigits", algorithm="SFP", test_envs=[2], steps=42, checkpoint_freq=20, skip_model_save=True,
         output_dir=str(folder), hparams=json.dumps({"batch_size": 16})))  # fmt: skip
     last = json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
@@ -643,7 +644,7 @@ def test_sfp_finds_the_colour(tmp_path):
 
     def final(name: str, **overrides) -> dict:
         folder = tmp_path / (name + str(len(overrides)))
-        training.train(training.TrainArgs(
+        training.train(RunSettings(
             dataset="FullColoredDigits", algorithm=name, test_envs=[2], steps=200, checkpoint_freq=199, skip_model_save=True, evaluate="final",
             output_dir=str(folder), hparams=json.dumps({"sparsity": 0.5, "batch_size": 32, **overrides})))  # fmt: skip
         return json.loads((folder / "results.jsonl").read_text().splitlines()[-1])

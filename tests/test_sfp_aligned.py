@@ -52,17 +52,31 @@ def test_directions_left_out_are_orthonormal_and_as_many_at_random():
         assert torch.allclose(kept @ kept.t(), torch.eye(len(kept)), atol=1e-4)
 
 
-def test_reconstruction_changes_the_weights_that_remain():
-    one, two = made(), made(reconstruction="none")
+@pytest.mark.parametrize("target", ["reference", "own"])
+def test_reconstruction_changes_the_weights_that_remain(target):
+    one, two = made(reconstruction_target=target), made(reconstruction="none")
     train(one, range(9))
     train(two, range(9))
     assert one.sparsity() == two.sparsity() > 0
     assert not torch.equal(one.featurizer.conv2.weight, two.featurizer.conv2.weight)
 
 
-@pytest.mark.parametrize("name", ["alignment_directions", "reconstruction"])
+def test_samples_count_in_the_reconstruction_as_asked():
+    """Unflagged ones as in the alignment, and environments by the reference's mean loss in them."""
+    unflagged, hard = made(reconstruction_samples="unflagged"), made(reconstruction_samples="hard_environments")
+    assert made().sample_weights(batches(0)) is None
+    for algorithm in (unflagged, hard):
+        train(algorithm, range(8))
+    flags = torch.cat(unflagged.flags)
+    weights = unflagged.sample_weights(batches(7))
+    assert flags.any() and (weights[flags] == 1).all() and (weights[~flags] == 2).all()
+    losses = hard.loss_sums.sum(1) / hard.loss_counts.sum(1)
+    assert torch.allclose(hard.sample_weights(batches(7)), losses.repeat_interleave(32))
+
+
+@pytest.mark.parametrize("name", ["alignment_directions", "reconstruction", "reconstruction_samples"])
 def test_choices_are_checked(name):
     from domainbed_sfp.core.errors import UserError
 
-    with pytest.raises(UserError, match=f"{name}.*none"):
+    with pytest.raises(UserError, match=f"{name}.*known"):
         made(**{name: "al"})

@@ -34,7 +34,7 @@ from domainbed_sfp.leaderboard.submit import submit
 from domainbed_sfp.leaderboard.validation.outcomes import Rerun
 from domainbed_sfp.pruning import accounting
 from domainbed_sfp.runs import mask_files, records
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
 from domainbed_sfp.training import hparams
 from domainbed_sfp.training import train as training
@@ -57,7 +57,7 @@ def sweep(tmp_path_factory):
     directory.register(jobs)
     for job in jobs:
         with contextlib.redirect_stdout(io.StringIO()):
-            training.train(job.train_args(None, directory.job_dir(job), skip_model_save=True))
+            training.train(job.settings(None, directory.job_dir(job), skip_model_save=True))
     return root
 
 
@@ -154,7 +154,7 @@ def one_run(root: Path, algorithm: str, **hparams) -> Path:
     directory = SweepDirectory(root / "sweep")
     directory.register([job])
     with contextlib.redirect_stdout(io.StringIO()):
-        training.train(job.train_args(None, directory.job_dir(job), skip_model_save=True))
+        training.train(job.settings(None, directory.job_dir(job), skip_model_save=True))
     assert submit(str(root / "sweep"), algorithm, str(root / "bundle")).tier == "records-verified"
     return root / "bundle"
 

@@ -1,21 +1,18 @@
 """What an algorithm is called, where it comes from and what can be tuned about it.
 
 `register` is the only thing a new algorithm needs: its data drives the command line, the hparams, the tables
-and the contract tests. Other packages register through the entry-point group `domainbed_sfp.algorithms`: an
-entry point names a module (or an object in it) whose import registers the algorithm.
+and the contract tests. Other packages register through the entry-point group `domainbed_sfp.algorithms`.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from domainbed_sfp.core import entry_points
 from domainbed_sfp.core.errors import UserError, unknown_name
 from domainbed_sfp.core.hparam import Hparam, checked_value
+from domainbed_sfp.core.registry import Registry, origin_of
 
 STANDINGS = ("reference", "published", "reconstruction")
 
@@ -81,9 +78,8 @@ class ObjectiveInfo:
     hparams: Mapping[str, Hparam] = field(default_factory=dict)
 
 
-_algorithms: dict[str, AlgorithmInfo] = {}
-_objectives: dict[str, ObjectiveInfo] = {}
-_loaded = False
+ALGORITHMS: Registry[AlgorithmInfo] = Registry("algorithm", "domainbed_sfp.algorithms", "algorithms")
+OBJECTIVES: Registry[ObjectiveInfo] = Registry("objective", "domainbed_sfp.algorithms", "objectives")
 
 
 def register(
@@ -105,10 +101,8 @@ def register(
         raise unknown_name(f"standing of algorithm {name}", standing, STANDINGS)
 
     def decorate(cls: ClassT) -> ClassT:
-        _refuse_duplicate("algorithm", name, cls, _algorithms)
-        _algorithms[name] = AlgorithmInfo(
-            name, cls, family, reference, standing, dict(hparams or {}), dict(retired or {})
-        )
+        info = AlgorithmInfo(name, cls, family, reference, standing, dict(hparams or {}), dict(retired or {}))
+        ALGORITHMS.add(name, info, origin_of(cls))
         return cls
 
     return decorate
@@ -118,55 +112,23 @@ def register_objective(name: str, hparams: Mapping[str, Hparam] | None = None) -
     """Class decorator: makes the class known as objective `name` (see `algorithms.base.Objective`)."""
 
     def decorate(cls: ClassT) -> ClassT:
-        _refuse_duplicate("objective", name, cls, _objectives)
-        _objectives[name] = ObjectiveInfo(name, cls, dict(hparams or {}))
+        OBJECTIVES.add(name, ObjectiveInfo(name, cls, dict(hparams or {})), origin_of(cls))
         return cls
 
     return decorate
 
 
-def _refuse_duplicate(kind: str, name: str, cls: type, table: Mapping[str, AlgorithmInfo | ObjectiveInfo]) -> None:
-    if name in table:
-        taken = table[name].cls
-        raise UserError(
-            f"{kind} name {name!r} is registered twice: by {taken.__module__}.{taken.__qualname__} "
-            f"and by {cls.__module__}.{cls.__qualname__}; rename one of them"
-        )
-
-
 def get(name: str) -> AlgorithmInfo:
     """The entry of algorithm `name`; a UserError with the nearest name if there is none."""
-    _load()
-    if name not in _algorithms:
-        raise unknown_name("algorithm", name, names())
-    return _algorithms[name]
+    return ALGORITHMS.get(name)
 
 
 def get_objective(name: str) -> ObjectiveInfo:
     """The entry of objective `name`; a UserError with the nearest name if there is none."""
-    _load()
-    if name not in _objectives:
-        raise unknown_name("objective", name, sorted(_objectives))
-    return _objectives[name]
+    names()  # a package that brings algorithms may bring their objectives
+    return OBJECTIVES.get(name)
 
 
 def names() -> list[str]:
     """Names of all algorithms: references first, then the others, each in the order of their names."""
-    _load()
-    return sorted(_algorithms, key=lambda name: (_algorithms[name].family != "objective", name))
-
-
-def _load() -> None:
-    """Imports the built-in algorithms, then those of other packages, once."""
-    global _loaded
-    if _loaded:
-        return
-    _loaded = True
-    try:
-        package = importlib.import_module("domainbed_sfp.algorithms")
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            importlib.import_module(module.name)
-        entry_points.load_all(entry_points.ALGORITHMS, "algorithms")
-    except BaseException:
-        _loaded = False
-        raise
+    return sorted(ALGORITHMS.names(), key=lambda name: (ALGORITHMS.entries[name].family != "objective", name))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches, ObjectiveAlgorithm
 from domainbed_sfp.core.errors import UserError
@@ -14,7 +14,7 @@ from domainbed_sfp.core.hparam import Hparam, one_of
 from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels, removed_units
-from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION, Reconstruction
+from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION, ReaderInputs, Reconstruction
 from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, CubicSchedule, Schedule
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
 
@@ -85,7 +85,8 @@ class ScheduledPruning(ObjectiveAlgorithm):
             self.unit_shapes = {f"featurizer.{name}": weight.shape for name, weight in prunable.items()}
             touched = set(self.unit_shapes)
         self.weight_masks = Masks({name: value.shape for name, value in parameters.items() if name in touched})
-        self.reconstruction = Reconstruction(self, self.groups if self.reconstructs else ())
+        follows = self.hparams.get("reconstruction_target", "own") == "reference"
+        self.reconstruction = Reconstruction(self, self.groups if self.reconstructs else (), follows)
         self._check_removes_something()
         # Which units live, in the method's own granularity; for weights that is what the masks say.
         self.unit_masks = Masks(self.unit_shapes) if self.granularity == "channel" else self.weight_masks
@@ -136,7 +137,7 @@ class ScheduledPruning(ObjectiveAlgorithm):
             self._apply_masks()
         with self.reconstruction.watch(self, self.step <= self.schedule.last_step(self.total_steps)) as seen:
             metrics = super().update(minibatches, unlabeled)
-        self.reconstruction.take(seen, self.sample_weights(minibatches))
+        self.take_inputs(seen, minibatches)
         self.before_masks()
         if not self.prunes_before_update and self._mask_is_due():
             self._renew_masks(minibatches)
@@ -147,8 +148,12 @@ class ScheduledPruning(ObjectiveAlgorithm):
     def before_masks(self) -> None:
         """Called after the optimizer's step and before masks are renewed and applied; may change weights."""
 
-    def sample_weights(self, minibatches: Minibatches) -> Tensor | None:
-        """[N]: how much each sample of the step counts where layers are reconstructed; None: alike."""
+    def take_inputs(self, seen: ReaderInputs, minibatches: Minibatches) -> None:
+        """Called with what the readers of channels have read in a step, where layers are reconstructed."""
+        self.reconstruction.take(seen)
+
+    def followed_network(self) -> nn.Module | None:
+        """The network whose layers' outputs are to be reconstructed; None: what the layers make themselves."""
         return None
 
     def prepare_evaluation(self, batches: Iterable[Tensor]) -> None:
@@ -223,7 +228,7 @@ class ScheduledPruning(ObjectiveAlgorithm):
         if sparsity == 0:
             return
         alive = self.choose_alive(minibatches, sparsity)
-        self.reconstruction.take_over(self, self.unit_masks, alive)
+        self.reconstruction.take_over(self, self.unit_masks, alive, self.followed_network())
         for name, keep in alive.items():
             self.unit_masks.set(name, keep)
         if self.granularity == "channel":

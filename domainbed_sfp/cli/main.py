@@ -15,7 +15,7 @@ from domainbed_sfp.core.errors import UserError, did_you_mean
 from domainbed_sfp.core.version import __version__
 
 if TYPE_CHECKING:
-    from domainbed_sfp.sweep.slurm import SlurmOptions
+    from domainbed_sfp.sweep.launchers.slurm import SlurmOptions
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -185,13 +185,15 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from domainbed_sfp.core import runtime
+    from domainbed_sfp.runs.settings import RunSettings
     from domainbed_sfp.training import train as training
+    from domainbed_sfp.training.interruption import Interrupted
 
     runtime.prepare_for_training()
-    values = {name: getattr(args, name) for name in training.TrainArgs.__dataclass_fields__}
+    values = {name: getattr(args, name) for name in RunSettings.__dataclass_fields__}
     try:
-        training.train(training.TrainArgs(**values), break_lock=args.break_lock)
-    except training.Interrupted as stopped:
+        training.train(RunSettings(**values), break_lock=args.break_lock)
+    except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal_number
     return 0
@@ -310,7 +312,7 @@ def _sweep(args: argparse.Namespace) -> int:
 
 def _slurm_options(args: argparse.Namespace) -> SlurmOptions | None:
     """The flags of the group slurm; None with another launcher, which has none of them."""
-    from domainbed_sfp.sweep.slurm import SlurmOptions
+    from domainbed_sfp.sweep.launchers.slurm import SlurmOptions
 
     flags = [name for name in vars(args) if name.startswith("slurm_")] + ["max_retries"]
     given = {name: value for name in flags if (value := getattr(args, name)) is not None}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,6 +104,11 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"--hparams must be a JSON object such as '{{\"lr\": 0.001}}', got {text!r:.200}")
     return value
+
+
+def overrides_text(overrides: Mapping[str, Any]) -> str | None:
+    """What `parse_overrides` reads; None where there are none."""
+    return json.dumps(dict(overrides), sort_keys=True) if overrides else None
 
 
 def recorded_overrides(text: str | None) -> dict[str, Any]:

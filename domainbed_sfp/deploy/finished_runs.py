@@ -16,9 +16,8 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.tensor_files import load_tensors
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.runs import records
+from domainbed_sfp.runs.layout import MODEL
 from domainbed_sfp.runs.packed import is_packed, packed_runs
-
-MODEL = "model.pkl"
 
 # Channels, pixels, classes or domains beyond this are no network's.
 MOST = 1_000_000

@@ -32,6 +32,7 @@ from domainbed_sfp.data.sets.digits import FullColoredDigits
 from domainbed_sfp.deploy import shrink
 from domainbed_sfp.pruning import accounting
 from domainbed_sfp.runs import checkpoints, records
+from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import hparams
 from domainbed_sfp.training import train as training
 
@@ -287,11 +288,11 @@ def check_never_touches_the_test_environment(name: str) -> None:
 
     def final_record(data: type[Dataset]) -> dict[str, Any]:
         with (
-            mock.patch.dict(base._datasets, {"FullColoredDigits": data}),
+            mock.patch.dict(base.DATASETS.entries, {"FullColoredDigits": data}),
             tempfile.TemporaryDirectory() as folder,
             contextlib.redirect_stdout(io.StringIO()),
         ):
-            arguments = training.TrainArgs(dataset="FullColoredDigits", algorithm=name, test_envs=[1], steps=12)
+            arguments = RunSettings(dataset="FullColoredDigits", algorithm=name, test_envs=[1], steps=12)
             batch = json.dumps({"batch_size": RUN_BATCH})
             training.train(
                 replace(arguments, hparams=batch, checkpoint_freq=3, output_dir=folder, skip_model_save=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,14 +50,18 @@ class InputMoments(nn.Module):
         return getattr(self, attribute_name(name))
 
     @torch.no_grad()
-    def update(self, name: str, x: Tensor, weights: Tensor | None = None) -> None:
+    def update(self, name: str, x: Tensor, weights: Tensor | None = None, other: Tensor | None = None) -> None:
         """Takes in rows [M, C] of what the layer of `name` reads, sample by sample; `weights` [N] say how much each
-        sample counts, alike by default."""
-        x = torch.cat([x.float(), x.new_ones(len(x), 1, dtype=torch.float32)], 1)
-        weighted = x
+        sample counts, alike by default. With rows of an `other` network moments are E[g h^T], g of the other."""
+        x = _with_constant(x)
+        left = x if other is None else _with_constant(other)
         if weights is not None:
-            weighted = x * (weights / weights.mean()).repeat_interleave(len(x) // len(weights))[:, None]
-        self[name].lerp_(weighted.t() @ x / len(x), 1 - MOMENTUM)
+            left = left * (weights / weights.mean()).repeat_interleave(len(x) // len(weights))[:, None]
+        self[name].lerp_(left.t() @ x / len(x), 1 - MOMENTUM)
+
+
+def _with_constant(x: Tensor) -> Tensor:
+    return torch.cat([x.float(), x.new_ones(len(x), 1, dtype=torch.float32)], 1)
 
 
 def channel_rows(x: Tensor, layer: nn.Module, channels: int) -> Tensor:
@@ -68,30 +73,49 @@ def channel_rows(x: Tensor, layer: nn.Module, channels: int) -> Tensor:
     return x.flatten(0, -2).unflatten(1, (channels, -1)).transpose(1, 2).flatten(0, 1)
 
 
-@torch.no_grad()
-def reconstruct(weight: Tensor, moments: Tensor, dying: Tensor, alive: Tensor, constant: bool) -> Tensor:
-    """Adds to the weights that read living channels what those of dying channels did, as far as that can be said by the
-    living ones; in place. Returns [out], what is to be added to the layer's output besides.
+@dataclass(frozen=True)
+class Told:
+    """A layer whose output is wanted: its weight, what is added to its output [out] (or None), and what it read.
 
-    With h what the layer reads, M minimises E||h_dying - M h_alive||^2, and W_alive <- W_alive + W_dying M: for a 1 x 1
-    convolution the least-squares reconstruction of its output (He, Zhang, Sun 2017, arXiv 1707.06168, section 3.1;
-    there by layers one after another, here from running moments while the network trains).
+    cross: E[g h^T] of what it read, g, and what the layer to be changed reads, h, each with a constant: [C + 1, C + 1].
+    """
+
+    weight: Tensor
+    shift: Tensor | None
+    cross: Tensor
+
+
+@torch.no_grad()
+def reconstruct(
+    weight: Tensor, shift: Tensor | None, moments: Tensor, alive: Tensor, told: Told | None = None
+) -> Tensor | None:
+    """Sets the weights that read living channels such that what the layer makes of them is, by least squares, what it
+    makes of all channels, or what `told` makes of what it read; in place. Returns the new shift of its output.
+
+    Minimises E||W g + b - W' h_alive - b'||^2, with a ridge that draws W' to the weights as they are. For a 1 x 1
+    convolution that is the reconstruction of He, Zhang, Sun 2017 (arXiv 1707.06168), section 3.1: with `told` their
+    equation (the outputs wanted are the unpruned network's, the inputs the pruned one's), there layer after layer, here
+    from running moments while the network trains.
 
     Args:
-        weight: [out, C, ...], or [out, C k] behind a flattened map.
+        weight: [out, C, ...], or [out, C k] behind a flattened map. What reads dead channels has no say.
+        shift: [out], what is added to the output; None where nothing can be.
         moments: E[h h^T] with a constant, [C + 1, C + 1], as `InputMoments` has them.
-        dying, alive: bool [C]. What is in neither is dead already and contributes nothing.
-        constant: whether the output may be shifted; otherwise the result is 0.
+        alive: bool [C].
     """
-    if not dying.any():
-        return weight.new_zeros(len(weight))
-    among, told = with_ridge(moments, alive, constant), moments.double()[:-1][dying]
-    told = told[:, torch.cat([alive, alive.new_full((1,), constant)])]
-    mixing = torch.linalg.solve(among, told.t()).t().to(weight.dtype)  # [dying, alive and constant]
-    parts = by_channel(weight, len(alive))
-    lost, kept = parts[:, dying], int(alive.sum())
-    parts[:, alive] += torch.einsum("odk,da->oak", lost, mixing[:, :kept])
-    return torch.einsum("odk,d->o", lost, mixing[:, kept]) if constant else weight.new_zeros(len(weight))
+    told = told or Told(weight, shift, moments)
+    constant, kept = shift is not None, int(alive.sum())
+    among, ridge = with_ridge(moments, alive, constant), ridge_of(moments, alive)
+    columns = torch.cat([alive, alive.new_full((1,), constant)])
+    parts, wanted = by_channel(weight, len(alive)), by_channel(told.weight, len(alive))
+    inverse = torch.linalg.inv(among)
+    mixing = (told.cross.double()[:-1, columns] @ inverse).to(weight.dtype)  # [C, alive and constant]
+    pull = (ridge * inverse[:kept]).to(weight.dtype)  # [alive, alive and constant]
+    fitted = torch.einsum("ock,ca->oak", wanted, mixing) + torch.einsum("odk,da->oak", parts[:, alive], pull)
+    parts[:, alive] = fitted[:, :kept]
+    if shift is None:
+        return None
+    return fitted[:, kept].sum(1) + (shift if told.shift is None else told.shift)
 
 
 def by_channel(weight: Tensor, channels: int) -> Tensor:
@@ -102,13 +126,17 @@ def by_channel(weight: Tensor, channels: int) -> Tensor:
 def with_ridge(moments: Tensor, kept: Tensor, constant: bool) -> Tensor:
     """The rows and columns of `moments` [C + 1, C + 1] of the channels `kept`, bool [C], and of the constant where it
     is asked for, with the ridge on the channels' diagonal; float64."""
-    chosen = moments.double()[:-1, :-1][kept][:, kept]
-    chosen.diagonal().add_(RIDGE * chosen.diagonal().mean().clamp_min(1e-12))
-    if not constant:
-        return chosen
-    means = moments.double()[-1, :-1][kept]
-    corner = moments.double()[-1:, -1:].clamp_min(1e-12)
-    return torch.cat([torch.cat([chosen, means[:, None]], 1), torch.cat([means[None], corner], 1)])
+    columns = torch.cat([kept, kept.new_full((1,), constant)])
+    chosen = moments.double()[columns][:, columns]
+    diagonal = chosen.diagonal()
+    diagonal[: int(kept.sum())] += ridge_of(moments, kept)
+    diagonal.clamp_(min=1e-12)
+    return chosen
+
+
+def ridge_of(moments: Tensor, kept: Tensor) -> Tensor:
+    """What is added to the diagonal of the moments of the channels `kept`."""
+    return RIDGE * moments.diagonal()[:-1][kept].double().mean().clamp_min(1e-9)
 
 
 class ReaderInputs(AbstractContextManager["ReaderInputs"]):
@@ -139,40 +167,66 @@ class Reconstruction(nn.Module):
     Args:
         network: holds the readers by the names that the groups have for them.
         groups: whose readers are followed; of none by default, at no cost.
+        follows: whether readers are to make what those of another network make, instead of what they made themselves.
     """
 
-    def __init__(self, network: nn.Module, groups: Sequence[ChannelGroup] = ()) -> None:
+    def __init__(self, network: nn.Module, groups: Sequence[ChannelGroup] = (), follows: bool = False) -> None:
         super().__init__()
         self.group_of = {reader: group for group in groups for reader in group.readers}
-        self.moments = InputMoments({name: group.channels for name, group in self.group_of.items()})
+        channels = {name: group.channels for name, group in self.group_of.items()}
+        self.moments = InputMoments(channels)
+        # E[g h^T], with what the other network's readers read, g.
+        self.cross = InputMoments(channels if follows else {})
         self.norms = _norms_behind(network, self.moments.names)
 
     def watch(self, network: nn.Module, due: bool) -> ReaderInputs:
         """Collects while it lasts what the readers of `network` read; nothing unless it is `due`."""
         return ReaderInputs({name: _layer(network, name) for name in self.moments.names} if due else {})
 
-    def take(self, seen: ReaderInputs, weights: Tensor | None = None) -> None:
-        """Takes in what was collected; `weights` [N] say how much each sample counts."""
-        for name, inputs in seen.inputs.items():
-            rows = channel_rows(torch.cat(inputs), seen.layers[name], self.group_of[name].channels)
+    def take(self, seen: ReaderInputs, weights: Tensor | None = None, told: ReaderInputs | None = None) -> None:
+        """Takes in what was collected, of the network and, of the same samples, of the one that is followed; `weights`
+        [N] say how much each sample counts."""
+        for name in seen.inputs:
+            rows = self._rows(seen, name)
             self.moments.update(name, rows, weights)
+            if told is not None:
+                self.cross.update(name, rows, weights, self._rows(told, name))
+
+    def forget(self) -> None:
+        """Begins anew: what is followed was another network before."""
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def shifts(self, network: nn.Module, name: str) -> Tensor | None:
-        """What shifts the output of the reader `name`, [out]: to be added to, or for a BatchNorm subtracted from."""
+        """What shifts the output of the reader `name`, [out]; None where nothing does."""
         norm = self.norms.get(name)
-        return network.get_buffer(f"{norm}.running_mean") if norm else _layer(network, name).bias
+        return -network.get_buffer(f"{norm}.running_mean") if norm else _layer(network, name).bias
 
     @torch.no_grad()
-    def take_over(self, network: nn.Module, before: Masks, alive: Mapping[str, Tensor]) -> None:
+    def take_over(
+        self, network: nn.Module, before: Masks, alive: Mapping[str, Tensor], followed: nn.Module | None = None
+    ) -> None:
         """Changes the readers' weights for the channels that go: masks `before` and `alive` by group name."""
         for name in self.moments.names:
             group = self.group_of[name].name
-            shifted = self.shifts(network, name)
-            dying = before[group] & ~alive[group]
+            told = None
+            if followed is not None:
+                told = Told(_layer(followed, name).weight, self.shifts(followed, name), self.cross[name])
+            elif not (before[group] & ~alive[group]).any():
+                continue
             weight = _layer(network, name).weight.data
-            shift = reconstruct(weight, self.moments[name], dying, alive[group], shifted is not None)
-            if shifted is not None:
-                shifted.data.add_(shift, alpha=-1 if name in self.norms else 1)
+            shift = reconstruct(weight, self.shifts(network, name), self.moments[name], alive[group], told)
+            if shift is not None:
+                self._set_shift(network, name, shift)
+
+    def _set_shift(self, network: nn.Module, name: str, shift: Tensor) -> None:
+        if norm := self.norms.get(name):
+            network.get_buffer(f"{norm}.running_mean").copy_(-shift)
+        else:
+            _layer(network, name).bias.data.copy_(shift)
+
+    def _rows(self, seen: ReaderInputs, name: str) -> Tensor:
+        return channel_rows(torch.cat(seen.inputs[name]), seen.layers[name], self.group_of[name].channels)
 
 
 def _layer(network: nn.Module, reader: str) -> Any:

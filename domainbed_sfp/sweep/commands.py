@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -12,19 +12,21 @@ from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core import locks
 from domainbed_sfp.core.errors import UserError, check_range
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.runs.layout import named, runs_below
+from domainbed_sfp.data.base import not_as_published
+from domainbed_sfp.runs.layout import LOCK, named, runs_below
 from domainbed_sfp.runs.manifests import read_manifests, several_sweeps
 from domainbed_sfp.runs.packed import packed_runs
-from domainbed_sfp.sweep import slurm, slurm_batches
-from domainbed_sfp.sweep.capacity import choose_slots, usable_cores, usable_memory, visible_gpus
-from domainbed_sfp.sweep.job import Job, command_line
-from domainbed_sfp.sweep.jobs import State, SweepDirectory, amount, failure_reason
-from domainbed_sfp.sweep.launchers import Task, get_launcher, job_environment, required_gpus
-from domainbed_sfp.sweep.slurm import SlurmOptions
+from domainbed_sfp.sweep import slurm_batches
+from domainbed_sfp.sweep.capacity import choose_slots, job_environment, usable_cores, usable_memory, visible_gpus
+from domainbed_sfp.sweep.directory import State, SweepDirectory, amount, failure_reason
+from domainbed_sfp.sweep.job import Job
+from domainbed_sfp.sweep.launchers import slurm
+from domainbed_sfp.sweep.launchers.base import LAUNCHERS, Outcome, Task
+from domainbed_sfp.sweep.launchers.local import required_gpus
+from domainbed_sfp.sweep.launchers.slurm import SlurmOptions
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
 from domainbed_sfp.sweep.spec import SweepSpec, check_rows, default_datasets, drawn_compression, make_jobs, read_spec
 from domainbed_sfp.sweep.watch import Watch, summary
-from domainbed_sfp.training.train import LOCK, not_as_published
 
 __all__ = ["check_rows", "default_spec", "delete_incomplete", "holds_a_sweep", "launch", "read_spec", "status"]
 
@@ -53,7 +55,7 @@ def launch(
     """
     if slots is not None:
         check_range("--jobs", slots, 1)
-    start = get_launcher(launcher)
+    start: Callable[..., Outcome] = LAUNCHERS.get(launcher)
     if launcher == "slurm":
         slurm_options = slurm_options or SlurmOptions()
         slurm.check(slurm_options)
@@ -91,8 +93,8 @@ def launch(
         return 0
     tasks = []
     for job in to_launch:
-        args = job.train_args(data_dir, folders[job], skip_model_save=spec.skip_model_save, cache_dir=cache_dir)
-        tasks.append(Task(job, command_line(args)))
+        places = {"skip_model_save": spec.skip_model_save, "cache_dir": cache_dir}
+        tasks.append(Task(job, job.settings(data_dir, folders[job], **places)))
     if slots is None:
         slots = _chosen_slots(jobs, is_told=bool(tasks) and launcher in ("local", "multi_gpu"))
     outcome = start(tasks, directory, slots)

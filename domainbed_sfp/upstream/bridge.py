@@ -31,8 +31,8 @@ from domainbed_sfp.core.hparam import Hparam, parse_overrides
 from domainbed_sfp.data import dataset_names
 from domainbed_sfp.runs.record_lines import end_last_line
 from domainbed_sfp.runs.records import RESULTS
-from domainbed_sfp.sweep.capacity import visible_gpus
-from domainbed_sfp.sweep.launchers import POLL_SECONDS, TAIL_LINES, job_environment
+from domainbed_sfp.sweep.capacity import job_environment, visible_gpus
+from domainbed_sfp.sweep.launchers.local import POLL_SECONDS, TAIL_LINES
 from domainbed_sfp.training import hparams
 
 Launcher = Callable[[list[str]], None]

@@ -29,7 +29,7 @@ from domainbed_sfp.leaderboard.bundle.plain_files import open_plain
 from domainbed_sfp.leaderboard.documents import entry_schema
 from domainbed_sfp.leaderboard.documents.entry_schema import list_of, object_of, or_null
 from domainbed_sfp.leaderboard.documents.problems import Problem
-from domainbed_sfp.training.train import EVALUATIONS, TrainArgs
+from domainbed_sfp.runs.settings import EVALUATIONS, settings_fields
 
 FORMAT = 1
 SUBMISSION = "submission.json"
@@ -135,7 +135,7 @@ _KNOWN_ARGS: dict[str, Any] = {
 }
 _NEWER_ARGS: dict[str, Any] = {
     name: {"type": ["number", "string", "boolean", "null"], "maxLength": 500}
-    for name in TrainArgs.__dataclass_fields__
+    for name in settings_fields()
     if name not in _KNOWN_ARGS and name != "cache_dir"
 }
 _NEWER_ARGS["evaluate"] = {"enum": list(EVALUATIONS)}

@@ -13,7 +13,7 @@ from domainbed_sfp.leaderboard.documents.problems import MOST_PROBLEMS, Problem,
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle
 from domainbed_sfp.runs.records import run_of
-from domainbed_sfp.training.train import SURROUNDINGS
+from domainbed_sfp.runs.settings import is_place
 
 # A bundle of more than this many times the runs of its own grid is not read.
 GRID_EXCESS = 2
@@ -177,7 +177,7 @@ def _wrong_environments(file: str, records: Records) -> Iterator[Problem]:
 def _shared(record: Mapping[str, Any], name: str) -> Any:
     """What a field of SHARED must be alike in."""
     if name == "args":
-        return {argument: value for argument, value in record["args"].items() if argument not in SURROUNDINGS}
+        return {argument: value for argument, value in record["args"].items() if not is_place(argument)}
     return record.get(name)
 
 

@@ -13,8 +13,8 @@ from domainbed_sfp.leaderboard.documents.problems import Problem, parse, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.networks import Expected, Refused, TooLarge, key_of
+from domainbed_sfp.runs.settings import RunSettings, check_settings, known_settings
 from domainbed_sfp.training import hparams
-from domainbed_sfp.training import train as training
 
 
 def check_arguments(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
@@ -25,12 +25,9 @@ def check_arguments(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         formula = "seed_hash(dataset, algorithm, test_envs, hparams_seed, trial_seed)"
         yield Problem(records_of(run), "line 1.args.seed", f"{seed}, which is {formula}", shown(args["seed"]))
     try:
-        training.check_settings(training.TrainArgs(**{n: v for n, v in args.items() if n in TAKEN}))
+        check_settings(RunSettings(**known_settings(args)))
     except UserError as error:
         yield Problem(records_of(run), "line 1.args", "settings that `train` takes", str(error))
-
-
-TAKEN = frozenset(training.TrainArgs.__dataclass_fields__)
 
 
 def check_hparams(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:

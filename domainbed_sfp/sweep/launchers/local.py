@@ -1,30 +1,30 @@
-"""How the jobs of a sweep are run. A launcher takes commands and says how each one ended."""
+"""Launchers for this machine: its cores, or all of its GPUs."""
 
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from domainbed_sfp.core import locks, surroundings
-from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core import locks
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.progress import LOG_INTERVAL, bar
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.runs import records
-from domainbed_sfp.sweep.capacity import usable_cores, visible_gpus
-from domainbed_sfp.sweep.job import PROGRAM, Job
-from domainbed_sfp.sweep.jobs import WAY_ON, State, SweepDirectory
-from domainbed_sfp.sweep.processes import JobProcess
-from domainbed_sfp.training.train import LOCK, AlreadyRunning
+from domainbed_sfp.runs.layout import LOCK
+from domainbed_sfp.sweep.capacity import job_environment, visible_gpus
+from domainbed_sfp.sweep.directory import WAY_ON, State, SweepDirectory
+from domainbed_sfp.sweep.job import Job
+from domainbed_sfp.sweep.launchers.base import Outcome, Task, launcher
+from domainbed_sfp.sweep.launchers.processes import JobProcess
+from domainbed_sfp.training.folder import AlreadyRunning
 
 POLL_SECONDS = 0.2
 # Asking for another launch's jobs takes their locks for a moment.
@@ -33,74 +33,17 @@ LOOK_ELSEWHERE_SECONDS = 2.0
 TAIL_LINES = 8
 
 
-@dataclass(frozen=True)
-class Task:
-    """A job and the arguments of `domainbed-sfp` that compute it."""
-
-    job: Job
-    arguments: list[str]
-
-    @property
-    def command(self) -> list[str]:
-        """The whole command."""
-        return [*PROGRAM, *self.arguments]
-
-
-@dataclass
-class Outcome:
-    """How a launch ended: jobs done, failures as (job, reason), and whether it was interrupted."""
-
-    done: int = 0
-    failures: list[tuple[Job, str]] = field(default_factory=list)
-    interrupted: bool = False
-
-
-def launch_dummy(tasks: Sequence[Task], directory: SweepDirectory, slots: int) -> Outcome:
-    """Runs nothing; prints each command."""
-    for task in tasks:
-        print(shlex.join(task.command))
-    return Outcome()
-
-
+@launcher("local")
 def launch_local(tasks: Sequence[Task], directory: SweepDirectory, slots: int) -> Outcome:
     """Runs the jobs on this machine, `slots` at a time, each with its share of threads and a GPU if there is one."""
     return _LocalLaunch(tasks, directory, slots, visible_gpus()).run()
 
 
+@launcher("multi_gpu")
 def launch_multi_gpu(tasks: Sequence[Task], directory: SweepDirectory, slots: int) -> Outcome:
     """Runs the jobs on all GPUs, at least one at a time on each."""
     gpus = required_gpus()
     return _LocalLaunch(tasks, directory, max(slots, len(gpus)), gpus).run()
-
-
-def launch_slurm(tasks: Sequence[Task], directory: SweepDirectory, slots: int, **options: Any) -> Outcome:
-    """Hands the jobs to SLURM and returns; `options` are those of `slurm.launch_slurm`."""
-    from domainbed_sfp.sweep import slurm
-
-    return slurm.launch_slurm(tasks, directory, slots, **options)
-
-
-LAUNCHERS: dict[str, Callable[..., Outcome]] = {
-    "local": launch_local,
-    "dummy": launch_dummy,
-    "multi_gpu": launch_multi_gpu,
-    "slurm": launch_slurm,
-}
-
-
-def get_launcher(name: str) -> Callable[..., Outcome]:
-    """The launcher called `name`; a UserError with the nearest name if there is none."""
-    if name not in LAUNCHERS:
-        raise unknown_name("command launcher", name, LAUNCHERS)
-    return LAUNCHERS[name]
-
-
-def job_environment(slot: int, slots: int, gpus: Sequence[str]) -> dict[str, str]:
-    """The environment of the job in `slot`: its share of the threads, unless the user has set a number, and its GPU."""
-    environment = surroundings.with_threads(os.environ, max(1, usable_cores() // slots))
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    return environment
 
 
 def required_gpus() -> list[str]:
@@ -186,7 +129,7 @@ class _LocalLaunch:
         descriptor, errors = tempfile.mkstemp(prefix="domainbed-sfp-", suffix=".err")
         os.close(descriptor)
         # Ctrl-C reaches this launcher, which then asks each job to save and stop.
-        process = JobProcess(task.arguments, job_environment(slot, self.slots, self.gpus), Path(errors))
+        process = JobProcess(task.settings, job_environment(slot, self.slots, self.gpus), Path(errors))
         return _Running(task, process, slot, Path(errors))
 
     def _collect_ended(self) -> None:
