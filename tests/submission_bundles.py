@@ -20,6 +20,7 @@ from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.deploy import shrink
 from domainbed_sfp.leaderboard import summary
 from domainbed_sfp.leaderboard.bundle import layout
+from domainbed_sfp.leaderboard.bundle.tree import sums_text
 from domainbed_sfp.leaderboard.submit import submit
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.networks import Network
@@ -247,7 +248,7 @@ def resum(folder: Path) -> None:
     """Makes SHA256SUMS anew."""
     found = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != layout.SUMS]
     sums = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in found}
-    (folder / layout.SUMS).write_text(layout.sums_text(sums))
+    (folder / layout.SUMS).write_text(sums_text(sums))
 
 
 def tampered(folder: Path, target: Path, change: Change) -> Path:

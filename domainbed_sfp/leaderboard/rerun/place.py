@@ -17,7 +17,7 @@ from domainbed_sfp.core import provenance
 from domainbed_sfp.core.device import choose_device
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.leaderboard.bundle.layout import WEIGHTS
+from domainbed_sfp.leaderboard.bundle.places import WEIGHTS
 from domainbed_sfp.leaderboard.documents.problems import shown
 from domainbed_sfp.leaderboard.facts import facts_of, split_sizes
 from domainbed_sfp.leaderboard.summary import SubmittedRun

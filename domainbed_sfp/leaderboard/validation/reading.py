@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from domainbed_sfp.leaderboard.bundle import layout as layout
+from domainbed_sfp.leaderboard.bundle import tree
 from domainbed_sfp.leaderboard.bundle.layout import RECORDS, SUBMISSION
 from domainbed_sfp.leaderboard.documents.problems import MOST_PROBLEMS, Problem, parse, problems_of, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
@@ -31,7 +32,7 @@ Records = list[dict[str, Any]]
 
 def check_sums(bundle: Bundle) -> Iterator[Problem]:
     """SHA256SUMS names every file, with its contents."""
-    yield from islice(layout.check_sums(bundle.tree), MOST_PROBLEMS)
+    yield from islice(tree.check_sums(bundle.tree), MOST_PROBLEMS)
 
 
 def read_submission(bundle: Bundle) -> Iterator[Problem]:

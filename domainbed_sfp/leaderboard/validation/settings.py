@@ -9,6 +9,7 @@ from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.seeds import seed_hash
 from domainbed_sfp.leaderboard.bundle import layout as layout
+from domainbed_sfp.leaderboard.bundle.places import WEIGHTS, without_places
 from domainbed_sfp.leaderboard.documents.problems import Problem, parse, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
@@ -81,7 +82,7 @@ def check_fields(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         yield Problem(file, "line 1.decisions", words, shown(first["decisions"]))
     yield from _devices(run)
     weights = run.run.hparams.get("weights")
-    if "weights_digest" in first and weights in layout.WEIGHTS:
+    if "weights_digest" in first and weights in WEIGHTS:
         words = f"no such field with weights {weights}"
         yield Problem(file, "line 1.weights_digest", words, shown(first["weights_digest"]))
     if run.run.algorithm in registry.names():
@@ -117,7 +118,7 @@ def _overrides(text: str | None) -> dict[str, Any]:
 def _places(file: str, overrides: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Problem]:
     """Paths of a machine among hparams."""
     for where, values in (("args.hparams", overrides), ("hparams", own)):
-        for name, plain in layout.without_places(values).items():
+        for name, plain in without_places(values).items():
             if plain != values[name]:
                 words = f"{shown(plain)}, no path of a machine"
                 yield Problem(file, f"line 1.{where}.{name}", words, shown(values[name]))
