@@ -37,7 +37,7 @@ from domainbed_sfp.analysis.significance import holm, paired_test
 from domainbed_sfp.core import provenance, runtime
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.files import write_output
-from domainbed_sfp.core.hparam import parse_overrides
+from domainbed_sfp.core.overrides import parse_overrides
 from domainbed_sfp.core.seeds import seed_everything, seed_hash
 from domainbed_sfp.data import Dataset, get_dataset_class
 from domainbed_sfp.data.loaders import MinibatchLoader
@@ -45,7 +45,7 @@ from domainbed_sfp.data.splits import split_environment
 from domainbed_sfp.quantization.bitops import EXHAUSTIVE_SEARCH, fit_shifts
 from domainbed_sfp.quantization.policy import WIDTHS
 from domainbed_sfp.training import hparams
-from domainbed_sfp.training import train as training
+from domainbed_sfp.training.evaluation import evaluate_degraded
 
 # How far below the budget an allocation of a few layers may be.
 TOLERANCE = 0.1
@@ -144,7 +144,7 @@ def evaluated(
         candidate.prepare_evaluation(
             torch.cat([x for x, _ in calibration.minibatches(step)]) for step in range(RECALIBRATION_BATCHES)
         )
-        cases = training.evaluate_degraded(candidate, dataset, args.test_env, torch.device("cpu"), args.samples)
+        cases = evaluate_degraded(candidate, dataset, args.test_env, torch.device("cpu"), args.samples)
         costs = candidate.costs()
         yield {
             "seed": seed,

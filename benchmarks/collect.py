@@ -47,7 +47,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         sweep = Path(directory) / "sweep"
         write_sweep(sweep, arguments.runs, arguments.records)
-        ours = [sys.executable, "-m", "domainbed_sfp.analysis.commands.collect", "--input_dir", str(sweep)]
+        ours = [sys.executable, "-m", "domainbed_sfp", "collect", "--input_dir", str(sweep)]
         print(f"{arguments.runs} runs x {arguments.records} records")
         compatible = measure("ours, --format domainbed", [*ours, "--format", "domainbed"], ROOT)
         tables = measure("ours, --format markdown", [*ours, "--format", "markdown"], ROOT)

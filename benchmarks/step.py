@@ -41,7 +41,10 @@ from domainbed_sfp.core import provenance, runtime
 from domainbed_sfp.core.device import choose_device
 from domainbed_sfp.data.splits import split_environment
 from domainbed_sfp.networks import ImageFeaturizer
-from domainbed_sfp.training import train as training
+from domainbed_sfp.runs.settings import PRECISIONS, RunSettings
+from domainbed_sfp.training.loop import update
+from domainbed_sfp.training.setup import Setup, prepare
+from domainbed_sfp.training.state import State
 from domainbed_sfp.upstream import bridge as upstream
 
 ENVIRONMENTS = ("art_painting", "cartoon", "photo", "sketch")
@@ -88,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", help="folder that holds PACS/; default: made images")
     parser.add_argument("--cache_dir", help="where decoded images of --data_dir are kept")
-    parser.add_argument("--precision", nargs="+", choices=training.PRECISIONS, default=["auto", "fp32", "bf16"])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["auto", "fp32", "bf16"])
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--image_size", type=int, default=UPSTREAM_SIDE)
     parser.add_argument("--batch_size", type=int, default=32, help="images per environment, of which there are 3")
@@ -151,9 +154,7 @@ def measure_ours_and_bare(
     return report
 
 
-def make_run(
-    args: argparse.Namespace, data_dir: str, cache_dir: str | None, precision: str, folder: Path
-) -> training._Run:
+def make_run(args: argparse.Namespace, data_dir: str, cache_dir: str | None, precision: str, folder: Path) -> Setup:
     """The training loop's own run, about to begin. Not a copy of what it does: what is timed is what trains."""
     chosen = {
         "backbone": args.backbone,
@@ -162,7 +163,7 @@ def make_run(
         "batch_size": args.batch_size,
         "freeze_bn": args.freeze_bn,
     }
-    train_args = training.TrainArgs(
+    settings = RunSettings(
         data_dir=data_dir,
         dataset="PACS",
         algorithm="ERM",
@@ -173,18 +174,20 @@ def make_run(
         cache_dir=cache_dir,
     )
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        return training._Run(train_args, folder, training._StopRequest())
+        return prepare(settings, folder)
 
 
-def our_step(run: training._Run) -> Step:
+def our_step(run: Setup) -> Step:
+    state = State(run)
+
     def step() -> None:
-        run._update()
-        run.step += 1
+        update(run, state)
+        state.step += 1
 
     return step
 
 
-def network_step(run: training._Run, args: argparse.Namespace, is_folded: bool = False) -> Step:
+def network_step(run: Setup, args: argparse.Namespace, is_folded: bool = False) -> Step:
     """A step of the same backbone and classifier with nothing around them: bare, in PyTorch's own layers, or folded, as
     training runs it."""
     # Imported here because an earlier version, which this file may be run on, need not have them.

@@ -23,7 +23,7 @@ from collect import ROOT, measure, write_run
 
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.sweep.jobs import Job, SweepDirectory
+from domainbed_sfp.sweep.directory import Job, SweepDirectory
 from domainbed_sfp.sweep.spec import make_jobs, read_spec
 
 # They need no files, and have 3, 3, 3 and 6 environments: 39 singles and pairs.
@@ -89,7 +89,7 @@ def write_runs(directory: Path, jobs: list[Job], records: int) -> None:
     started = time.perf_counter()
     for number, (job, folder) in enumerate(SweepDirectory(directory).job_dirs(jobs).items()):
         if number % 20 != 7:
-            args = asdict(job.train_args(None, folder))
+            args = asdict(job.settings(None, folder))
             environments = len(get_dataset_class(job.dataset).environment_names())
             write_run(folder, args, records, environments, done=number % 20 != 13)
     print(f"wrote the runs in {time.perf_counter() - started:.0f} s", file=sys.stderr)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from domainbed_sfp.deploy.exported import load as load_exported
     from domainbed_sfp.deploy.finished_runs import load_algorithm as load_run
     from domainbed_sfp.pruning.masks import Masks
-    from domainbed_sfp.training.train import TrainArgs as RunSettings
+    from domainbed_sfp.runs.settings import RunSettings
     from domainbed_sfp.training.train import train
 
 # Public name: (module, name in it; None for the module itself).
@@ -43,7 +43,7 @@ _FACE: dict[str, tuple[str, str | None]] = {
     "Hparam": ("core.hparam", "Hparam"),
     "Masks": ("pruning.masks", "Masks"),
     "ObjectiveAlgorithm": ("algorithms.base", "ObjectiveAlgorithm"),
-    "RunSettings": ("training.train", "TrainArgs"),
+    "RunSettings": ("runs.settings", "RunSettings"),
     "ScheduledPruning": ("algorithms.scheduled_pruning", "ScheduledPruning"),
     "UserError": ("core.errors", "UserError"),
     "algorithms": ("algorithms", None),

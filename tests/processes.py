@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from domainbed_sfp.sweep.processes import PRELOAD
+from domainbed_sfp.sweep.launchers.processes import PRELOAD
 
 
 class Command:

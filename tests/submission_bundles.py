@@ -20,13 +20,14 @@ from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.deploy import shrink
 from domainbed_sfp.leaderboard import summary
 from domainbed_sfp.leaderboard.bundle import layout
+from domainbed_sfp.leaderboard.bundle.tree import sums_text
 from domainbed_sfp.leaderboard.submit import submit
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.networks import Network
 from domainbed_sfp.pruning import accounting
 from domainbed_sfp.runs import mask_files
 from domainbed_sfp.runs.records import run_of
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
 from domainbed_sfp.training import train as training
 
@@ -92,7 +93,7 @@ def make(root: Path, family: str) -> Path:
     directory.register(jobs)
     for job in jobs:
         with contextlib.redirect_stdout(io.StringIO()):
-            training.train(job.train_args(None, directory.job_dir(job), skip_model_save=True))
+            training.train(job.settings(None, directory.job_dir(job), skip_model_save=True))
     submit(str(root / "sweep"), algorithm, str(root / "bundle"))
     return root / "bundle"
 
@@ -247,7 +248,7 @@ def resum(folder: Path) -> None:
     """Makes SHA256SUMS anew."""
     found = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != layout.SUMS]
     sums = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in found}
-    (folder / layout.SUMS).write_text(layout.sums_text(sums))
+    (folder / layout.SUMS).write_text(sums_text(sums))
 
 
 def tampered(folder: Path, target: Path, change: Change) -> Path:

@@ -25,7 +25,7 @@ from domainbed_sfp.algorithms import registry
 from domainbed_sfp.analysis import degraded, rankings
 from domainbed_sfp.analysis.commands import collect
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.core.hparam import parse_overrides
+from domainbed_sfp.core.overrides import parse_overrides
 from domainbed_sfp.data.images.cache import cached_images
 from domainbed_sfp.deploy import exported, finished_runs
 from domainbed_sfp.leaderboard import validation
@@ -33,7 +33,7 @@ from domainbed_sfp.leaderboard.documents import entry as entries
 from domainbed_sfp.leaderboard.site import page
 from domainbed_sfp.runs import checkpoints, records
 from domainbed_sfp.sweep import slurm_batches, spec
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.training import hparams
 
 # The same examples each time: what fails fails for everybody.

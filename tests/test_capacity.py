@@ -7,6 +7,7 @@ from test_training import assert_one_line_error
 
 from domainbed_sfp.sweep import capacity, commands
 from domainbed_sfp.sweep.capacity import Slots, choose_slots
+from domainbed_sfp.sweep.launchers.base import LAUNCHERS
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
 
 GIB = 2**30
@@ -73,13 +74,11 @@ def test_a_containers_memory_counts(monkeypatch, tmp_path, text, expected):
 
 def test_a_launch_says_what_it_chose(main, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(
-        commands, "get_launcher", lambda name: lambda tasks, directory, slots: started.append(slots) or _Done
-    )
+    monkeypatch.setitem(LAUNCHERS.entries, "local", lambda tasks, directory, slots: started.append(slots) or _Done)
     monkeypatch.setattr(commands, "usable_cores", lambda: 4)
     monkeypatch.setattr(commands, "usable_memory", lambda: None)
     monkeypatch.setattr(commands, "visible_gpus", lambda: [])
-    monkeypatch.setattr("domainbed_sfp.sweep.launchers.usable_cores", lambda: 4)
+    monkeypatch.setattr("domainbed_sfp.sweep.capacity.usable_cores", lambda: 4)
     sweep = (
         "sweep",
         "launch",

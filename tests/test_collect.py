@@ -18,8 +18,8 @@ from golden.make_synth_sweep import write_run as write_synthetic_run
 from runs_on_disk import record, write_run
 
 from domainbed_sfp.analysis import published
-from domainbed_sfp.analysis.commands.collect import main
 from domainbed_sfp.analysis.render.grids import magnitude
+from domainbed_sfp.cli.main import main
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent
@@ -30,9 +30,10 @@ def collect(capsys):
     """Runs the command; returns (exit status, standard output, standard error)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        status = main([str(argument) for argument in arguments])
+        with pytest.raises(SystemExit) as ended:
+            main(["collect", *map(str, arguments)])
         out, err = capsys.readouterr()
-        return status, out, err
+        return ended.value.code, out, err
 
     return run
 
@@ -498,7 +499,8 @@ def _stdout(directory: Path, *arguments: str) -> str:
     command = [
         sys.executable,
         "-m",
-        "domainbed_sfp.analysis.commands.collect",
+        "domainbed_sfp",
+        "collect",
         "--input_dir",
         str(directory),
         *arguments,
@@ -934,7 +936,7 @@ def test_as_a_program(tmp_path):
     run = write_synthetic_run(tmp_path, "ERM", "PACS", [0], 0, 0)
     whole = (run / "results.jsonl").read_text()
     (run / "results.jsonl").write_text(whole + whole[:50])
-    command = [sys.executable, "-X", "importtime", "-m", "domainbed_sfp.analysis.commands.collect", "--input_dir"]
+    command = [sys.executable, "-X", "importtime", "-m", "domainbed_sfp", "collect", "--input_dir"]
     done = subprocess.run([*command, str(tmp_path), "--include_incomplete"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("### PACS")
     assert f"warning: {run / 'results.jsonl'}: the last line (4) is torn and skipped\n" in done.stderr

@@ -31,11 +31,10 @@ VARIANTS = {
     "SparseIRM": [{"granularity": "channel"}, {"objective": "VREx", "pruning_scope": "layer"},
                   {"granularity": "channel", "vrex_penalty_anneal_iters": 4, "objective": "VREx", "mask_rule": "threshold"}],
     "DCWP": [{"granularity": "channel"}, {"pruning_scope": "global"}],
-    "GlobalPru": [{"rank_loss": "ranknet", "voting": "borda", "objective": "CORAL", "backbone": "mnist_cnn_bn"},
-                  {"rank_loss": "hinge", "voting": "mean", "vote_window": 0.2, "sparsity": 0.8}, {"rank_weight": 0.0, "objective": "Mixup"}],
+    "GlobalPru": [{"objective": "CORAL", "backbone": "mnist_cnn_bn", "sparsity": 0.8}, {"rank_weight": 0.0, "objective": "Mixup"}],
     "DQMQ": [{"reinforce": 0.5}, {"objective": "CORAL", "backbone": "mnist_cnn_bn"}],
     "UniformQuant": [{"quantize_start": 0.3, "bits": 3}],
-    "EVIL": [{"objective": "CORAL", "pruning_scope": "global", "sparsity": 0.7, "update_interval": 0.2}, {"growth_gradient": "accumulated"}],
+    "EVIL": [{"objective": "CORAL", "sparsity": 0.7, "update_interval": 0.2}],
 }  # fmt: skip
 
 
@@ -78,12 +77,15 @@ def test_a_run_knows_the_code_of_a_package(tmp_path):
     _install(site, "mypkg", "MyMethod")
     program = f"""
 import contextlib, os, signal
+from domainbed_sfp.training.console import Console
 from domainbed_sfp.cli import main as cli
 from domainbed_sfp.training import train as training
+from domainbed_sfp.runs.settings import RunSettings
+from domainbed_sfp.training.interruption import Interrupted
 from domainbed_sfp.core.errors import UserError
 
 def train():
-    training.train(training.TrainArgs(dataset="ColoredDigits", steps=3, checkpoint_freq=1, algorithm="MyMethod",
+    training.train(RunSettings(dataset="ColoredDigits", steps=3, checkpoint_freq=1, algorithm="MyMethod",
                                       skip_model_save=True, output_dir={str(tmp_path / "run")!r}))
 
 def sweep():
@@ -94,9 +96,9 @@ def sweep():
     before = (
         program
         + """
-plain = training._Run._print_row
-training._Run._print_row = lambda *a: (plain(*a), os.kill(os.getpid(), signal.SIGTERM))
-with contextlib.suppress(training.Interrupted):
+plain = Console.row
+Console.row = lambda *a: (plain(*a), os.kill(os.getpid(), signal.SIGTERM))
+with contextlib.suppress(Interrupted):
     train()
 sweep()
 """

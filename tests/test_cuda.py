@@ -50,12 +50,12 @@ def test_evaluation_does_not_depend_on_how_batches_are_filled_up(monkeypatch):
     from domainbed_sfp.data import get_dataset_class
     from domainbed_sfp.data.splits import split_environment
     from domainbed_sfp.training import hparams
-    from domainbed_sfp.training import train as training
+    from domainbed_sfp.training.evaluation import evaluate
 
     values = hparams.resolve_hparams("ERM", "FullColoredDigits", 0, 0, {"backbone": "mnist_cnn_bn"})
     dataset = get_dataset_class("FullColoredDigits").build(None, values, 0, None)
     algorithm = registry.get("ERM").cls(dataset.input_shape, dataset.num_classes, 2, values).cuda()
     splits = [split_environment(len(environment), i, 0, 0.2, 0.0) for i, environment in enumerate(dataset.environments)]
-    filled = training.evaluate(algorithm, dataset, splits, torch.device("cuda"))
-    monkeypatch.setattr(training, "EVALUATION_BATCH", 0)
-    assert training.evaluate(algorithm, dataset, splits, torch.device("cuda")) == filled
+    filled = evaluate(algorithm, dataset, splits, torch.device("cuda"))
+    monkeypatch.setattr("domainbed_sfp.training.evaluation.EVALUATION_BATCH", 0)
+    assert evaluate(algorithm, dataset, splits, torch.device("cuda")) == filled

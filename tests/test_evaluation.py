@@ -18,12 +18,15 @@ from domainbed_sfp.leaderboard.submit import submit
 from domainbed_sfp.networks import folding
 from domainbed_sfp.networks.efficientnet_lite0 import EfficientNetLite0
 from domainbed_sfp.runs import records
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.runs.settings import RunSettings, identity_of
+from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
-from domainbed_sfp.training import hparams
+from domainbed_sfp.training import evaluation, hparams, loop
 from domainbed_sfp.training import train as training
+from domainbed_sfp.training.evaluation import evaluate
+from domainbed_sfp.training.interruption import Interrupted
 
-ARGUMENTS = training.TrainArgs(
+ARGUMENTS = RunSettings(
     dataset="FullColoredDigits", algorithm="Magnitude", test_envs=[2], steps=9, checkpoint_freq=2,
     hparams='{"batch_size": 8, "prune_start": 0.2, "prune_end": 0.5}', skip_model_save=True,
 )  # fmt: skip
@@ -49,7 +52,7 @@ def final(tmp_path_factory):
     directory.register(jobs)
     for job in jobs:
         with contextlib.redirect_stdout(io.StringIO()):
-            training.train(job.train_args(None, directory.job_dir(job), skip_model_save=True))
+            training.train(job.settings(None, directory.job_dir(job), skip_model_save=True))
     return root
 
 
@@ -77,15 +80,15 @@ def test_a_dense_network_has_no_checkpoint_to_leave_out_and_the_last_step_is_alw
 def test_a_run_goes_on_as_it_was_begun(tmp_path, monkeypatch):
     """Between two checkpoints that are not evaluated, too; and not with another choice."""
     whole = train(tmp_path / "whole", evaluate="final")
-    update = training._Run._update
+    update = loop.update
 
-    def stop(run):
-        if run.step == 3:
-            raise training.Interrupted(15, "stopped")
-        update(run)
+    def stop(setup, state):
+        if state.step == 3:
+            raise Interrupted(15, "stopped")
+        update(setup, state)
 
-    monkeypatch.setattr(training._Run, "_update", stop)
-    with pytest.raises(training.Interrupted):
+    monkeypatch.setattr(loop, "update", stop)
+    with pytest.raises(Interrupted):
         train(tmp_path / "run", evaluate="final")
     assert records.saved_step(tmp_path / "run") == 3
     assert (tmp_path / "run" / "results.jsonl").read_text() == ""
@@ -97,7 +100,7 @@ def test_a_run_goes_on_as_it_was_begun(tmp_path, monkeypatch):
         for name in one.keys() - records.VOLATILE_FIELDS - {"args"}:
             assert one[name] == other[name], name
     # Records of DomainBed and of earlier versions do not have it: they are of all checkpoints.
-    assert training.identity_of({"hparams": None})["evaluate"] == "all"
+    assert identity_of({"hparams": None})["evaluate"] == "all"
 
 
 def test_tables_say_so_and_domainbeds_formats_refuse(main, final):
@@ -165,13 +168,13 @@ def test_the_fast_form_gives_the_accuracies_of_the_plain_one(photographs, monkey
     splits = [split_environment(30, env_i, 0, 0.2) for env_i in range(2)]
     seen, folded, plain = [], [], folding.folded_parameters
     monkeypatch.setattr(folding, "folded_parameters", lambda *pair: folded.append(pair) or plain(*pair))
-    monkeypatch.setattr(training, "_is_correct", lambda logits, y: seen.append(logits) or logits.argmax(1).eq(y))
+    monkeypatch.setattr(evaluation, "_is_correct", lambda logits, y: seen.append(logits) or logits.argmax(1).eq(y))
     for step in range(3):
         algorithm.update(batches)
-        fast = training.evaluate(algorithm, photographs, splits, torch.device("cpu"))
+        fast = evaluate(algorithm, photographs, splits, torch.device("cpu"))
         with monkeypatch.context() as patch:
             patch.setattr(folding, "_is_foldable", lambda *pair: False)
-            assert training.evaluate(algorithm, photographs, splits, torch.device("cpu")) == pytest.approx(fast), step
+            assert evaluate(algorithm, photographs, splits, torch.device("cpu")) == pytest.approx(fast), step
         one, other = seen[-4:-2], seen[-2:]
         assert torch.allclose(torch.cat(one), torch.cat(other), rtol=1e-4, atol=1e-5)
     # A quantizer's grid is that of the weight itself.

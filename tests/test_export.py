@@ -26,9 +26,11 @@ from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.deploy import export, exported, finished_runs, latency, shrink
+from domainbed_sfp.networks.backbones import BACKBONES
 from domainbed_sfp.pruning import accounting
 from domainbed_sfp.pruning.masks import lower_channels
 from domainbed_sfp.pruning.structure import channel_groups
+from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import hparams
 from domainbed_sfp.training import train as training
 
@@ -46,7 +48,7 @@ STREAMS = ("resnet18", "resnet50", "efficientnet_lite0", "mobilenetv3_small_100"
 
 def make(backbone: str, size: int, nonlinear: bool = False) -> nn.Sequential:
     """A network as `export()` gives it, with statistics and affine parameters as training leaves them: none is 0 or 1."""
-    if backbone not in networks.BUILT_IN_BACKBONES:
+    if backbone not in BACKBONES.entries:
         pytest.importorskip("timm", reason="the extra `timm` is not installed")
     torch.manual_seed(0)
     values = hparams.resolve_hparams("ERM", "PACS", overrides={"backbone": backbone, "weights": "none"})
@@ -241,7 +243,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(folder: Path, **arguments: str) -> None:
-    args = training.TrainArgs(dataset="FullColoredDigits", test_envs=[2], steps=9, checkpoint_freq=8)
+    args = RunSettings(dataset="FullColoredDigits", test_envs=[2], steps=9, checkpoint_freq=8)
     with contextlib.redirect_stdout(io.StringIO()):
         training.train(replace(args, output_dir=str(folder), **{"algorithm": "Magnitude", **arguments}))
 

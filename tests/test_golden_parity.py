@@ -104,7 +104,7 @@ def test_sweep_jobs(golden, case):
     folder = expected["output_dir"]
     assert job.domainbed_name(args["data_dir"]) == folder.rsplit("/", 1)[1]
     theirs = shlex.split(expected["command"])[3:]
-    ours = command_line(job.train_args(args["data_dir"], folder))[1:]
+    ours = command_line(job.settings(args["data_dir"], folder))[1:]
     defaults = {"--hparams_seed": "0", "--trial_seed": "0", "--task": "domain_generalization", "--holdout_fraction": "0.2",
                 "--algorithm": "ERM", "--dataset": "RotatedMNIST"}  # fmt: skip
     assert _flags(theirs) == {**{k: [v] for k, v in defaults.items()}, **_flags(ours)}

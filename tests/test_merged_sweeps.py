@@ -12,7 +12,7 @@ from runs_on_disk import record, write_run
 from test_training import assert_one_line_error
 
 from domainbed_sfp.runs.manifests import read_manifests
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
 
 ACCURACIES = (0.5, 0.5, 0.6, 0.6, 0.7, 0.7)

@@ -10,7 +10,9 @@ from torch import nn
 
 from domainbed_sfp.algorithms import scheduled_pruning
 from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
+from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import train as training
+from domainbed_sfp.training.setup import RECALIBRATION_BATCHES
 
 
 def test_statistics_are_the_averages_over_the_batches():
@@ -52,10 +54,10 @@ def test_batchnorm_is_recalibrated_on_what_it_has_seen_in_training(objective, im
     monkeypatch.setattr(scheduled_pruning, "recalibrate_batchnorm", note)
     overrides = {"backbone": "mnist_cnn_bn", "batch_size": 8, "objective": objective}
     training.train(
-        training.TrainArgs(
+        RunSettings(
             dataset="FullColoredDigits", algorithm="Magnitude", test_envs=[2], steps=3, checkpoint_freq=3,
             skip_model_save=True, output_dir=str(tmp_path / "run"), hparams=json.dumps(overrides),
         )
     )  # fmt: skip
     evaluations = 2  # after the first step and the last
-    assert set(seen) == {images} and sum(seen) == evaluations * training.RECALIBRATION_BATCHES * 16
+    assert set(seen) == {images} and sum(seen) == evaluations * RECALIBRATION_BATCHES * 16

@@ -8,8 +8,8 @@ import pytest
 from browser import Browser, find_browser
 from runs_on_disk import record, write_run
 
-from domainbed_sfp.analysis.figures.looks import short_label
 from domainbed_sfp.analysis.render.html import page, svg
+from domainbed_sfp.analysis.render.looks import short_label
 
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="no chromium on the PATH")
 
@@ -83,7 +83,7 @@ def sweep(tmp_path):
 
 
 def test_the_page_stands_alone_and_says_what_collect_says(sweep, main):
-    text = page.report_page(sweep)
+    text = page.report_page(sweep, print)
     read = _Page()
     read.feed(text)
     assert read.open == []
@@ -98,7 +98,7 @@ def test_the_page_stands_alone_and_says_what_collect_says(sweep, main):
 
 
 def test_failures_and_missing_jobs_are_told(sweep):
-    text = page.report_page(sweep)
+    text = page.report_page(sweep, print)
     assert "11 runs are finished and counted, 1 are missing, incomplete or failed." in text
     assert "Tiny: My_&lt;b&gt;: 1 job missing" in text
     assert "UserError: the loss is &lt;nan&gt; at step 7" in text
@@ -106,11 +106,11 @@ def test_failures_and_missing_jobs_are_told(sweep):
 
 def test_a_sweep_without_a_finished_run_has_a_page(tmp_path):
     write_run(tmp_path, "one", [record((0.5,) * 4)], done=False)
-    assert "No table yet: no row has a finished run." in page.report_page(tmp_path)
+    assert "No table yet: no row has a finished run." in page.report_page(tmp_path, print)
 
 
 def test_curves_are_means_over_runs(sweep):
-    text = page.report_page(sweep)
+    text = page.report_page(sweep, print)
     # ERM's test accuracy after 300 steps: 60, 61 and 62 % in both environments.
     assert "ERM: 61 at step 300" in text and "ERM: 0.5 at step 300" in text
 
@@ -144,7 +144,7 @@ def test_the_command_writes_the_page(sweep, tmp_path, main):
 @needs_browser
 def test_in_a_browser(sweep, tmp_path):
     target = tmp_path / "report.html"
-    target.write_text(page.report_page(sweep))
+    target.write_text(page.report_page(sweep, print))
     browser = Browser(find_browser(), tmp_path / "profile")
     try:
         browser.open(target.as_uri())

@@ -23,8 +23,9 @@ from test_training import assert_one_line_error
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.runs import records
-from domainbed_sfp.sweep import slurm, slurm_batches, slurm_task
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep import slurm_batches
+from domainbed_sfp.sweep.directory import SweepDirectory
+from domainbed_sfp.sweep.launchers import slurm, slurm_task
 from domainbed_sfp.sweep.slurm_batches import Note
 from domainbed_sfp.sweep.spec import make_jobs, read_spec
 from domainbed_sfp.sweep.watch import Watch
@@ -396,7 +397,7 @@ def task(fake, tmp_path, monkeypatch):
                 tmp_path / "out", "batch", [(tmp_path / "other", ["false"]), (run_folder, command)]
             )
         process = subprocess.Popen(
-            [sys.executable, "-m", "domainbed_sfp.sweep.slurm_task", str(batch)], start_new_session=True,
+            [sys.executable, "-m", "domainbed_sfp.sweep.launchers.slurm_task", str(batch)], start_new_session=True,
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         if signalled:

@@ -20,8 +20,9 @@ import pytest
 import slurm_on_this_machine as slurm_here
 
 from domainbed_sfp.runs.records import VOLATILE_FIELDS
-from domainbed_sfp.sweep import slurm, slurm_batches
-from domainbed_sfp.sweep.slurm import SlurmOptions
+from domainbed_sfp.sweep import slurm_batches
+from domainbed_sfp.sweep.launchers import slurm
+from domainbed_sfp.sweep.launchers.slurm import SlurmOptions
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'domainbed_sfp[slurm]'")
 pytestmark = pytest.mark.skipif(slurm_here.why_not() is not None, reason=str(slurm_here.why_not()))

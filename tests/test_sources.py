@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs_on_disk import record, write_run
 
-from domainbed_sfp.analysis.commands.collect import main as collect_main
+from domainbed_sfp.cli.main import main as command
 
 # env0 in, out, env1 in, out, env2 in, out of runs on one source each, by what they hold out.
 SINGLE_SOURCE = {
@@ -34,7 +34,9 @@ def _sweep(root: Path, grid: dict, *, trials: int = 2, algorithm: str = "ERM", l
 def collect(tmp_path, capsys):
     def run(*arguments: object, status: int = 0) -> str:
         capsys.readouterr()
-        assert collect_main(["--input_dir", str(tmp_path), *map(str, arguments)]) == status
+        with pytest.raises(SystemExit) as ended:
+            command(["collect", "--input_dir", str(tmp_path), *map(str, arguments)])
+        assert ended.value.code == status
         printed = capsys.readouterr()
         return printed.out if status == 0 else printed.err
 

@@ -669,8 +669,8 @@ def test_without_matplotlib_the_extra_is_named(main, sparsities, monkeypatch):
 
 
 def test_many_rows_look_different():
-    from domainbed_sfp.analysis.figures.plots import _Looks
+    from domainbed_sfp.analysis.figures.panels import Looks
 
-    looks = _Looks((f"row {number}", None) for number in range(60))
+    looks = Looks((f"row {number}", None) for number in range(60))
     seen = {(look["color"], look["marker"], look["markerfacecolor"]) for look in map(looks.of, looks.names)}
     assert len(seen) == 60

@@ -24,17 +24,18 @@ from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard import summary, tracks, validation
-from domainbed_sfp.leaderboard.bundle import layout, mask_headers
+from domainbed_sfp.leaderboard.bundle import layout, mask_headers, tree
+from domainbed_sfp.leaderboard.bundle.places import without_places
+from domainbed_sfp.leaderboard.bundle.tree import sums_text
 from domainbed_sfp.leaderboard.commands import entries_of
 from domainbed_sfp.leaderboard.documents import entry as entries
 from domainbed_sfp.leaderboard.entries import store
 from domainbed_sfp.leaderboard.facts import facts_of
-from domainbed_sfp.leaderboard.rerun.comparing import Comparison
 from domainbed_sfp.leaderboard.submit import submit
-from domainbed_sfp.leaderboard.validation.outcomes import Rerun
+from domainbed_sfp.leaderboard.validation.outcomes import Comparison, Rerun
 from domainbed_sfp.pruning import accounting
 from domainbed_sfp.runs import mask_files, records
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
 from domainbed_sfp.training import hparams
 from domainbed_sfp.training import train as training
@@ -57,7 +58,7 @@ def sweep(tmp_path_factory):
     directory.register(jobs)
     for job in jobs:
         with contextlib.redirect_stdout(io.StringIO()):
-            training.train(job.train_args(None, directory.job_dir(job), skip_model_save=True))
+            training.train(job.settings(None, directory.job_dir(job), skip_model_save=True))
     return root
 
 
@@ -78,7 +79,7 @@ def resum(folder: Path) -> None:
     """Makes SHA256SUMS anew, as a forger would."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != layout.SUMS]
     sums = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    (folder / layout.SUMS).write_text(layout.sums_text(sums))
+    (folder / layout.SUMS).write_text(sums_text(sums))
 
 
 def runs(folder: Path) -> list[Path]:
@@ -154,7 +155,7 @@ def one_run(root: Path, algorithm: str, **hparams) -> Path:
     directory = SweepDirectory(root / "sweep")
     directory.register([job])
     with contextlib.redirect_stdout(io.StringIO()):
-        training.train(job.train_args(None, directory.job_dir(job), skip_model_save=True))
+        training.train(job.settings(None, directory.job_dir(job), skip_model_save=True))
     assert submit(str(root / "sweep"), algorithm, str(root / "bundle")).tier == "records-verified"
     return root / "bundle"
 
@@ -258,8 +259,8 @@ def load_records_of(folder: Path, target: Path):
     ],
 )
 def test_paths_of_a_machine_are_told_from_names(name, value, kept):
-    assert layout.without_places({name: value}) == {name: kept}
-    assert layout.without_places({name: kept}) == {name: kept}
+    assert without_places({name: value}) == {name: kept}
+    assert without_places({name: kept}) == {name: kept}
 
 
 def test_the_numbers_are_those_of_the_table(main, made, sweep):
@@ -796,10 +797,10 @@ def test_links_folders_unknown_and_executable_files(copy, tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read(copy):
-    tree = layout.read_tree(copy)
+    found = tree.read_tree(copy)
     edit_submission(copy, lambda document: document.update(name="Other"))
     with pytest.raises(OSError, match="has changed while"):
-        tree.read("submission.json")
+        found.read("submission.json")
 
 
 def test_a_folder_that_is_a_link(made, copy, tmp_path):
@@ -843,7 +844,7 @@ def test_a_bundle_that_is_too_large_is_not_read(tmp_path, monkeypatch, folder, c
         (root / folder / name).touch()
         os.truncate(root / folder / name, size)  # sparse: nothing is written
     (root / "submission.json").write_text("{}")
-    monkeypatch.setattr(layout, "open_plain", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(tree, "open_plain", lambda path: pytest.fail(f"{path} was opened"))
     (line,) = problems(root)
     assert line.startswith(f"{root if where == 'bundle' else where}: expected {words}")
 
@@ -910,7 +911,7 @@ def test_more_runs_than_the_grid_has_are_not_read(copy, monkeypatch):
     for number in range(5):
         (copy / "records" / f"more{number}.jsonl").write_bytes(whole)
     resum(copy)
-    monkeypatch.setattr(layout.Tree, "lines", lambda tree, name: pytest.fail(f"{name} was read"))
+    monkeypatch.setattr(tree.Tree, "lines", lambda tree, name: pytest.fail(f"{name} was read"))
     assert problems(copy) == ["records: expected 4 files, one for each run of the protocol's grid, found 9"]
 
 

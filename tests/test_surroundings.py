@@ -18,8 +18,8 @@ import pytest
 from domainbed_sfp.core import crashes, locks, surroundings
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data.images.cache import default_cache_dir
-from domainbed_sfp.sweep import slurm_task
-from domainbed_sfp.sweep.launchers import job_environment
+from domainbed_sfp.sweep.capacity import job_environment
+from domainbed_sfp.sweep.launchers import slurm_task
 
 # threads -------------------------------------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ def test_a_job_has_as_many_threads_as_are_asked_for_or_its_share(monkeypatch, gi
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-    monkeypatch.setattr("domainbed_sfp.sweep.launchers.usable_cores", lambda: 4)
+    monkeypatch.setattr("domainbed_sfp.sweep.capacity.usable_cores", lambda: 4)
     made = job_environment(0, 2, [])
     assert surroundings.threads(made) == expected == int(made["MKL_NUM_THREADS"])
     on_slurm = slurm_task.thread_environment({**os.environ, "SLURM_CPUS_PER_TASK": "", "SLURM_CPUS_ON_NODE": "2"})

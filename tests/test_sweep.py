@@ -20,8 +20,9 @@ from test_training import assert_one_line_error, make_tree
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.sweep import capacity, commands, launchers
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep import capacity, commands
+from domainbed_sfp.sweep.directory import SweepDirectory
+from domainbed_sfp.sweep.launchers import local
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs, read_spec, shipped_specs
 
 SPEC = """
@@ -360,15 +361,15 @@ def test_shipped_specs_are_valid():
 
 
 def test_jobs_share_threads_and_gpus(monkeypatch):
-    monkeypatch.setattr(launchers, "usable_cores", lambda: 16)
+    monkeypatch.setattr(capacity, "usable_cores", lambda: 16)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    seen = [launchers.job_environment(slot, 4, ["3", "7"]) for slot in range(4)]
+    seen = [capacity.job_environment(slot, 4, ["3", "7"]) for slot in range(4)]
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in seen] == ["3", "7", "3", "7"]
     assert {environment["OMP_NUM_THREADS"] for environment in seen} == {"4"}
-    assert "CUDA_VISIBLE_DEVICES" not in launchers.job_environment(0, 1, [])
+    assert "CUDA_VISIBLE_DEVICES" not in capacity.job_environment(0, 1, [])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert {launchers.job_environment(0, 4, [])[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {"1"}
+    assert {capacity.job_environment(0, 4, [])[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {"1"}
 
 
 @pytest.mark.parametrize(
@@ -396,7 +397,7 @@ def test_gpus_are_those_that_torch_sees(monkeypatch, listed, there, names):
     if not names:
         why = "" if listed is None else re.escape(f" (CUDA_VISIBLE_DEVICES is {listed!r})")
         with pytest.raises(UserError, match=f"multi_gpu: no GPU is visible{why}; use local"):
-            launchers.launch_multi_gpu([], SweepDirectory("nowhere"), 1)
+            local.launch_multi_gpu([], SweepDirectory("nowhere"), 1)
 
 
 def test_a_compression_that_is_drawn_is_told_at_the_launch(main, spec_file):

@@ -13,7 +13,7 @@ from test_training import assert_one_line_error
 
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.networks import MNIST_CNN
-from domainbed_sfp.sweep.jobs import SweepDirectory
+from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs, read_spec, shipped_specs
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -56,7 +56,7 @@ SPELLINGS = [{"weight_decay": w, "batch_size": b} for w in (0, 0.0, -0.0) for b 
 def test_a_job_is_named_by_values_not_by_how_they_are_written():
     jobs = [_job(hparams) for hparams in SPELLINGS]
     assert len({job.name for job in jobs}) == 1 and len(set(jobs)) == 1
-    assert jobs[0].hparams_text == '{"batch_size": 8, "weight_decay": 0.0}'
+    assert jobs[0].hparams == '{"batch_size": 8, "weight_decay": 0.0}'
     assert _job({"batch_size": 16}).name != _job({"batch_size": 8}).name
     assert _job({}, uda_holdout_fraction=0).name == _job({}, uda_holdout_fraction=0.0).name
 
@@ -167,7 +167,7 @@ def test_counts_may_be_whole_floats(tmp_path):
     text = "{datasets: [ColoredDigits], algorithms: [ERM], test_envs: [[0.0]], n_hparams: 1, n_trials: 1.0, steps: 2e0}"
     (tmp_path / "spec.yaml").write_text(text)
     (job,) = make_jobs(read_spec(str(tmp_path / "spec.yaml")), None)
-    assert (job.test_envs, job.steps) == ((0,), 2) and type(job.steps) is int
+    assert (job.test_envs, job.steps) == ([0], 2) and type(job.steps) is int
 
 
 def test_weights_replaced_under_the_same_path_are_noticed(main, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -136,21 +137,27 @@ def test_sigterm_during_preparation_stops_at_once(main, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "algorithm, moment",
     [
-        *(("Magnitude", moment) for moment in ("evaluate", "_print_row", "_update", "_save_checkpoint")),
+        *(
+            ("Magnitude", moment)
+            for moment in ("recorder.evaluate", "console.Console.row", "loop.update", "state.State.save")
+        ),
         # Its widths of evaluation are fitted before each one, and begin from those of the last.
-        ("DQMQ", "evaluate"),
+        ("DQMQ", "recorder.evaluate"),
     ],
 )
 def test_a_stop_at_any_moment_loses_and_repeats_nothing(tmp_path, monkeypatch, algorithm, moment):
     """SIGTERM while a step is computed, evaluated, recorded or saved: the records end as those of an undisturbed run."""
+    from domainbed_sfp.runs.settings import RunSettings
     from domainbed_sfp.training import train as training
+    from domainbed_sfp.training.interruption import Interrupted
 
     own = {"backbone": "mnist_cnn_bn", "policy_lr": 0.1, "batch_size": 16} if algorithm == "DQMQ" else {}
     arguments = {"dataset": "FullColoredDigits", "algorithm": algorithm, "test_envs": [2], "checkpoint_freq": 5,
                  "steps": 11, "skip_model_save": True, "hparams": json.dumps(own)}  # fmt: skip
-    training.train(training.TrainArgs(**arguments, output_dir=str(tmp_path / "whole")))
-    place = training if moment == "evaluate" else training._Run
-    plain, calls = getattr(place, moment), []
+    training.train(RunSettings(**arguments, output_dir=str(tmp_path / "whole")))
+    place, name = moment.rsplit(".", 1)
+    place = pkgutil.resolve_name(f"domainbed_sfp.training.{place}")
+    plain, calls = getattr(place, name), []
 
     def interrupted(*args):
         calls.append(1)
@@ -159,21 +166,22 @@ def test_a_stop_at_any_moment_loses_and_repeats_nothing(tmp_path, monkeypatch, a
         return plain(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, moment, interrupted)
-        with pytest.raises(training.Interrupted, match="of 11; the same command continues"):
-            training.train(training.TrainArgs(**arguments, output_dir=str(tmp_path / "broken")))
+        patch.setattr(place, name, interrupted)
+        with pytest.raises(Interrupted, match="of 11; the same command continues"):
+            training.train(RunSettings(**arguments, output_dir=str(tmp_path / "broken")))
     assert (tmp_path / "broken" / "checkpoint.safetensors").exists()
-    training.train(training.TrainArgs(**arguments, output_dir=str(tmp_path / "broken")))
+    training.train(RunSettings(**arguments, output_dir=str(tmp_path / "broken")))
     assert stable(tmp_path / "broken") == stable(tmp_path / "whole")
 
 
 def test_an_unforeseen_error_is_in_err_txt(tmp_path, monkeypatch):
     from domainbed_sfp.algorithms.erm import ERM
+    from domainbed_sfp.runs.settings import RunSettings
     from domainbed_sfp.training import train as training
 
     monkeypatch.setattr(ERM, "predict", lambda self, x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        training.train(training.TrainArgs(dataset="ColoredDigits", steps=2, output_dir=str(tmp_path / "run")))
+        training.train(RunSettings(dataset="ColoredDigits", steps=2, output_dir=str(tmp_path / "run")))
     assert "ZeroDivisionError" in (tmp_path / "run" / "err.txt").read_text()
 
 
@@ -197,19 +205,22 @@ def test_done_is_not_done_again_and_other_arguments_are_refused(main, tmp_path):
 
 
 def _stopped_in_its_first_evaluation(monkeypatch, **arguments):
+    from domainbed_sfp.runs.settings import RunSettings
     from domainbed_sfp.training import train as training
+    from domainbed_sfp.training.interruption import Interrupted
 
     def stopped(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return {}
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", stopped)
-        with pytest.raises(training.Interrupted, match="stopped at step 0"):
-            training.train(training.TrainArgs(**arguments))
+        patch.setattr("domainbed_sfp.training.recorder.evaluate", stopped)
+        with pytest.raises(Interrupted, match="stopped at step 0"):
+            training.train(RunSettings(**arguments))
 
 
 def test_a_run_stopped_before_its_first_record_is_known_by_its_checkpoint(tmp_path, monkeypatch):
+    from domainbed_sfp.runs.settings import RunSettings
     from domainbed_sfp.training import train as training
 
     folder = str(tmp_path / "run")
@@ -224,15 +235,16 @@ def test_a_run_stopped_before_its_first_record_is_known_by_its_checkpoint(tmp_pa
         {"algorithm": "Mixup"},
     ):
         with pytest.raises(UserError, match=f"holds another run .{next(iter(other))}"):
-            training.train(training.TrainArgs(**{**arguments, **other}))
+            training.train(RunSettings(**{**arguments, **other}))
     # Where a run is computed and which files it leaves does not make it another one.
     elsewhere = {"device": "cpu", "skip_model_save": True, "save_model_every_checkpoint": True}
-    training.train(training.TrainArgs(**{**arguments, **elsewhere}))
+    training.train(RunSettings(**{**arguments, **elsewhere}))
     assert [record["step"] for record in read(tmp_path / "run")] == [0, 2] and (tmp_path / "run" / "done").exists()
 
 
 def test_a_run_begun_on_an_incomplete_copy_does_not_go_on_with_the_whole(tmp_path, monkeypatch):
     from domainbed_sfp.data import get_dataset_class
+    from domainbed_sfp.runs.settings import RunSettings
     from domainbed_sfp.training import train as training
 
     make_tree(tmp_path / "PACS", environments=("art_painting", "cartoon", "photo", "sketch"))
@@ -241,11 +253,12 @@ def test_a_run_begun_on_an_incomplete_copy_does_not_go_on_with_the_whole(tmp_pat
     _stopped_in_its_first_evaluation(monkeypatch, **arguments)
     monkeypatch.setattr(get_dataset_class("PACS"), "differences", lambda data_dir: [])
     with pytest.raises(UserError, match="a run on other images than those in"):
-        training.train(training.TrainArgs(**arguments))
+        training.train(RunSettings(**arguments))
 
 
 def test_every_checkpoints_model_is_there_after_a_kill(tmp_path, monkeypatch):
     from domainbed_sfp.runs import checkpoints
+    from domainbed_sfp.runs.settings import RunSettings
     from domainbed_sfp.training import train as training
 
     arguments = {"dataset": "ColoredDigits", "steps": 5, "checkpoint_freq": 2, "save_model_every_checkpoint": True,
@@ -261,8 +274,8 @@ def test_every_checkpoints_model_is_there_after_a_kill(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
-            training.train(training.TrainArgs(**arguments))
-    training.train(training.TrainArgs(**arguments))
+            training.train(RunSettings(**arguments))
+    training.train(RunSettings(**arguments))
     assert {path.name for path in (tmp_path / "run").glob("*.pkl")} == {
         "model_step0.pkl", "model_step2.pkl", "model_step4.pkl", "model.pkl",
     }  # fmt: skip
@@ -345,7 +358,7 @@ def test_precision(main, tmp_path, precision):
 
 @pytest.mark.parametrize("capability, expected", [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_auto_precision_is_bf16_where_a_gpu_computes_it(monkeypatch, capability, expected):
-    from domainbed_sfp.training.train import choose_precision
+    from domainbed_sfp.networks.precision import choose_precision
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -510,11 +523,12 @@ def test_a_file_name_need_not_be_unicode(main, tmp_path):
 
 def test_a_run_on_other_images_is_not_continued(main, tmp_path, monkeypatch):
     """`Folder` is whatever a user has: a checkpoint made on one folder must not go on with another."""
-    from domainbed_sfp.training import train as training
 
     make_tree(tmp_path / "tree")
     make_tree(tmp_path / "other", n=9)
-    monkeypatch.setattr(training._Run, "_save_model", lambda self, name: 1 / 0)  # dies with its last checkpoint saved
+    monkeypatch.setattr(
+        "domainbed_sfp.training.state.State.save_model", lambda self: 1 / 0
+    )  # dies with its last checkpoint saved
     monkeypatch.chdir(tmp_path)
     died = main(*[part for part in FOLDER_RUN if part != "--skip_model_save"], check=False)
     assert died.returncode == 1 and "ZeroDivisionError" in died.stderr

@@ -1,21 +1,18 @@
 """What an algorithm is called, where it comes from and what can be tuned about it.
 
 `register` is the only thing a new algorithm needs: its data drives the command line, the hparams, the tables
-and the contract tests. Other packages register through the entry-point group `domainbed_sfp.algorithms`: an
-entry point names a module (or an object in it) whose import registers the algorithm.
+and the contract tests. Other packages register through the entry-point group `domainbed_sfp.algorithms`.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from domainbed_sfp.core import entry_points
 from domainbed_sfp.core.errors import UserError, unknown_name
-from domainbed_sfp.core.hparam import Hparam
+from domainbed_sfp.core.hparam import Hparam, checked_value
+from domainbed_sfp.core.registry import Registry, origin_of
 
 STANDINGS = ("reference", "published", "reconstruction")
 
@@ -28,6 +25,7 @@ class AlgorithmInfo:
 
     standing: `reference` (an uncompressed objective or a floor such as random pruning), `published` (built from
     the paper or its code) or `reconstruction` (the source does not determine it; no table may claim otherwise).
+    retired: hparams that earlier versions had, and the one value that is built in now.
     """
 
     name: str
@@ -36,6 +34,39 @@ class AlgorithmInfo:
     reference: str
     standing: str
     hparams: Mapping[str, Hparam] = field(default_factory=dict)
+    retired: Mapping[str, Any] = field(default_factory=dict)
+
+    def current(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Hparams of a run of any version as this one has them: without those that are retired, and with those that did
+        not exist yet. Raises UserError as `without_retired` does."""
+        added = {name: hparam.earlier for name, hparam in self.hparams.items() if hparam.earlier is not None}
+        return {**added, **self.without_retired(values)}
+
+    def without_retired(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`values` without retired hparams. Raises UserError where one of these has another value than is built in."""
+        for name in values.keys() & self.retired.keys():
+            built_in, value = self.retired[name], values[name]
+            if value != built_in or isinstance(value, bool) is not isinstance(built_in, bool):
+                raise UserError(
+                    f"hparam {name!r} of {self.name} is {value!r:.80}: it is built in as {built_in!r} now; only "
+                    "the version that the run's records name as `commit` can build it with another value"
+                )
+        return {name: value for name, value in values.items() if name not in self.retired}
+
+    def make(self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]) -> Any:
+        """A new instance of the algorithm (see `algorithms.base.Algorithm` for the arguments). Raises UserError as
+        `checked` does."""
+        return self.cls(input_shape, num_classes, num_domains, self.checked(hparams))
+
+    def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`current` values, checked to be of their hparams' kinds and in range; a UserError says which is not. What
+        `resolve_hparams` gives is so; a record or DomainBed's registry can say anything."""
+        values = self.current(values)
+        table = dict(self.hparams)
+        if "objective" in table:
+            table.update(get_objective(values["objective"]).hparams)
+        own = {name: checked_value(self.name, name, values[name], table[name]) for name in values.keys() & table}
+        return {**values, **own}
 
 
 @dataclass(frozen=True)
@@ -47,9 +78,8 @@ class ObjectiveInfo:
     hparams: Mapping[str, Hparam] = field(default_factory=dict)
 
 
-_algorithms: dict[str, AlgorithmInfo] = {}
-_objectives: dict[str, ObjectiveInfo] = {}
-_loaded = False
+ALGORITHMS: Registry[AlgorithmInfo] = Registry("algorithm", "domainbed_sfp.algorithms", "algorithms")
+OBJECTIVES: Registry[ObjectiveInfo] = Registry("objective", "domainbed_sfp.algorithms", "objectives")
 
 
 def register(
@@ -59,8 +89,11 @@ def register(
     reference: str,
     standing: str = "published",
     hparams: Mapping[str, Hparam] | None = None,
+    retired: Mapping[str, Any] | None = None,
 ) -> Callable[[ClassT], ClassT]:
     """Class decorator: makes the class known as algorithm `name`.
+
+    retired: hparams that earlier versions had, and the one value that is built in now.
 
     Raises UserError for a name that is taken, and for an unknown standing.
     """
@@ -68,8 +101,8 @@ def register(
         raise unknown_name(f"standing of algorithm {name}", standing, STANDINGS)
 
     def decorate(cls: ClassT) -> ClassT:
-        _refuse_duplicate("algorithm", name, cls, _algorithms)
-        _algorithms[name] = AlgorithmInfo(name, cls, family, reference, standing, dict(hparams or {}))
+        info = AlgorithmInfo(name, cls, family, reference, standing, dict(hparams or {}), dict(retired or {}))
+        ALGORITHMS.add(name, info, origin_of(cls))
         return cls
 
     return decorate
@@ -79,55 +112,23 @@ def register_objective(name: str, hparams: Mapping[str, Hparam] | None = None) -
     """Class decorator: makes the class known as objective `name` (see `algorithms.base.Objective`)."""
 
     def decorate(cls: ClassT) -> ClassT:
-        _refuse_duplicate("objective", name, cls, _objectives)
-        _objectives[name] = ObjectiveInfo(name, cls, dict(hparams or {}))
+        OBJECTIVES.add(name, ObjectiveInfo(name, cls, dict(hparams or {})), origin_of(cls))
         return cls
 
     return decorate
 
 
-def _refuse_duplicate(kind: str, name: str, cls: type, table: Mapping[str, AlgorithmInfo | ObjectiveInfo]) -> None:
-    if name in table:
-        taken = table[name].cls
-        raise UserError(
-            f"{kind} name {name!r} is registered twice: by {taken.__module__}.{taken.__qualname__} "
-            f"and by {cls.__module__}.{cls.__qualname__}; rename one of them"
-        )
-
-
 def get(name: str) -> AlgorithmInfo:
     """The entry of algorithm `name`; a UserError with the nearest name if there is none."""
-    _load()
-    if name not in _algorithms:
-        raise unknown_name("algorithm", name, names())
-    return _algorithms[name]
+    return ALGORITHMS.get(name)
 
 
 def get_objective(name: str) -> ObjectiveInfo:
     """The entry of objective `name`; a UserError with the nearest name if there is none."""
-    _load()
-    if name not in _objectives:
-        raise unknown_name("objective", name, sorted(_objectives))
-    return _objectives[name]
+    names()  # a package that brings algorithms may bring their objectives
+    return OBJECTIVES.get(name)
 
 
 def names() -> list[str]:
     """Names of all algorithms: references first, then the others, each in the order of their names."""
-    _load()
-    return sorted(_algorithms, key=lambda name: (_algorithms[name].family != "objective", name))
-
-
-def _load() -> None:
-    """Imports the built-in algorithms, then those of other packages, once."""
-    global _loaded
-    if _loaded:
-        return
-    _loaded = True
-    try:
-        package = importlib.import_module("domainbed_sfp.algorithms")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"domainbed_sfp.algorithms.{module.name}")
-        entry_points.load_all(entry_points.ALGORITHMS, "algorithms")
-    except BaseException:
-        _loaded = False
-        raise
+    return sorted(ALGORITHMS.names(), key=lambda name: (ALGORITHMS.entries[name].family != "objective", name))

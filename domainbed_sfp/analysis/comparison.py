@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from domainbed_sfp.analysis.account import number_ranges
-from domainbed_sfp.analysis.render.grids import DAGGER
-from domainbed_sfp.analysis.rows import Cell, Row, average_of
+from domainbed_sfp.analysis.equal_compression import BEST, best_of_equal_compression
+from domainbed_sfp.analysis.ranks import rank_rows, ranking_notes
+from domainbed_sfp.analysis.rows import DAGGER, Cell, Row, average_of
 from domainbed_sfp.analysis.selection import Rule
 from domainbed_sfp.analysis.significance import (
     ALPHA,
     Interval,
     PairedTest,
     Ranking,
-    blocks_needed,
     bootstrap_interval,
     friedman_nemenyi,
     holm,
@@ -30,7 +28,6 @@ from domainbed_sfp.analysis.significance import (
     smallest_wilcoxon_p,
 )
 from domainbed_sfp.analysis.tables import (
-    SPARSITY_TOLERANCE,
     Report,
     Table,
     one_a_dataset,
@@ -38,16 +35,6 @@ from domainbed_sfp.analysis.tables import (
     unlike_settings,
 )
 from domainbed_sfp.core.errors import UserError, unknown_name
-
-BEST = "best"
-
-# BitOPs that differ by no more of the larger are equal: few assignments of widths lie near a budget.
-BITOPS_TOLERANCE = 0.05
-# What BEST stands for, for readers.
-BEST_RULE = (
-    f"the best other row that is compressed as far: a pruning row of equal sparsity (within "
-    f"{100 * SPARSITY_TOLERANCE:g} points), a quantizing row of equal BitOPs (within {100 * BITOPS_TOLERANCE:g} %)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,53 +135,13 @@ def compare(report: Report, names: Sequence[str], exclude: Sequence[str] = ()) -
     return ComparisonReport(tuple(tables), tuple(across), tuple(dict.fromkeys([*notes, *report.notes])))
 
 
-def measured_rows(table: Table) -> list[Row]:
-    """The rows with trials of their own: published ones have none."""
-    return [row for row in table.rows if row.published is None]
-
-
-def rank_rows(
-    tables: Sequence[Table], labels: Sequence[str] | None = None
-) -> tuple[tuple[str, ...], np.ndarray, tuple[str, ...]]:
-    """The rows (of `labels`, else all) with an average over the tested environments of every data set, their averages
-    of shape (data sets, rows), and the labels left out for lacking one."""
-    averages: dict[str, list[float]] = {}
-    for table in tables:
-        tested = tested_environments(table)
-        for row in measured_rows(table):
-            known = averages.setdefault(row.label, [])
-            average = average_of([row.cells[env] for env in tested])
-            if average is not None:
-                known.append(average.accuracy)
-    wanted = list(averages) if labels is None else [label for label in averages if label in labels]
-    ranked = tuple(label for label in wanted if len(averages[label]) == len(tables))
-    left_out = tuple(label for label in wanted if label not in ranked)
-    return ranked, np.array([averages[label] for label in ranked]).reshape(len(ranked), len(tables)).T, left_out
-
-
-def ranking_notes(ranking: Ranking) -> list[str]:
-    """What a reader must know of a critical difference that so few data sets give."""
-    methods = len(ranking.mean_ranks)
-    notes = [
-        f"Ranks over {ranking.blocks} data sets: Friedman chi-square {ranking.chi_square:.2f}, p = {ranking.p:.3g} by "
-        f"its approximation, {ranking.p_permutation:.3g} by permutation (to be preferred for few data sets); "
-        f"Nemenyi critical difference {ranking.critical_difference:.2f} at {ALPHA} (Demsar, JMLR 2006)."
-    ]
-    if ranking.critical_difference > methods - 1:
-        notes.append(
-            f"With {ranking.blocks} data sets no two of {methods} rows can differ by the critical difference; "
-            f"that takes {blocks_needed(methods)}."
-        )
-    return notes
-
-
 def _plain(name: str) -> str:
     """A row's name without the mark that tables add to reconstructions."""
     return name.removesuffix(DAGGER).rstrip()
 
 
 def _check_names(report: Report, names: Sequence[str], exclude: Sequence[str]) -> None:
-    rows = [row for table in report.tables for row in measured_rows(table)]
+    rows = [row for table in report.tables for row in table.measured]
     labels = list(dict.fromkeys(row.label for row in rows))
     for position, name in enumerate(names):
         if name not in labels and not (name == BEST and position):
@@ -217,7 +164,7 @@ def _compare_in(
 ) -> TableComparison | None:
     """The comparisons of one table; None, and a note why, where it has none."""
     where = f"{table.dataset}, {table.rule.title}"
-    rows = {row.label: row for row in measured_rows(table)}
+    rows = {row.label: row for row in table.measured}
     if subject not in rows:
         notes.append(f"{where}: not compared, it has no row {subject}.")
         return None
@@ -231,7 +178,7 @@ def _compare_in(
     picked: dict[str, list[str]] = {}
     for name in others or [one.label for one in candidates]:
         if name == BEST and name not in rows:
-            best, said = _best_of_equal_compression(table, row, candidates)
+            best, said = best_of_equal_compression(table, row, candidates)
             if best is None:
                 notes.append(f"{where}: {said}")
             else:
@@ -257,71 +204,6 @@ def _compare_in(
     own += _unpaired_notes(subject, comparisons) + _remark_notes(comparisons)
     environments = tuple(table.environments[env] for env in tested)
     return TableComparison(table, environments, _summary(row, tested), comparisons, tuple(own))
-
-
-def _best_of_equal_compression(table: Table, row: Row, candidates: Sequence[Row]) -> tuple[Row | None, str]:
-    """The best other row that is compressed as far, and what has to be said about the choice; None and why there is
-    none."""
-    sparsity, bitops = _sparsity(row), _bitops_share(row)
-    if sparsity > 0:
-        kind, tolerance = "pruning", f"{100 * SPARSITY_TOLERANCE:g} points"
-        of_what = f"sparsity {100 * sparsity:.1f}%" + "".join(f" ({units})" for units in sorted(_units(row)))
-        equal = [
-            one
-            for one in candidates
-            if _sparsity(one) > 0
-            and abs(_sparsity(one) - sparsity) <= SPARSITY_TOLERANCE
-            and _units(one) == _units(row)
-        ]
-    elif bitops is not None:
-        kind, tolerance = "quantizing", f"{100 * BITOPS_TOLERANCE:g} %"
-        of_what = f"{100 * bitops:.1f}% of the 8-bit network's BitOPs"
-        equal = [
-            one
-            for one in candidates
-            if (share := _bitops_share(one)) is not None
-            and _sparsity(one) <= 0
-            and abs(share - bitops) <= BITOPS_TOLERANCE * max(share, bitops)
-        ]
-    else:
-        return None, f"no {BEST} row of equal compression, {row.label} neither prunes nor quantizes."
-    tested = tested_environments(table)
-    averages = [(average_of([one.cells[env] for env in tested]), one) for one in equal]
-    whole = [(average.accuracy, one) for average, one in averages if average is not None]
-    if not whole:
-        return None, f"no other {kind} row of {of_what} has a result in every tested environment."
-    average, best = max(whole, key=lambda entry: entry[0])
-    said = (
-        f"{BEST}: {best.label}, the highest test accuracy ({average:.1f}) of {len(whole)} other {kind} "
-        f"row{'' if len(whole) == 1 else 's'} of {of_what}, within {tolerance}. "
-        "Choosing it by test accuracy favours it: its average is optimistic, and the difference conservative for "
-        f"{row.label}. The p-values take no account of the choice."
-    )
-    lacking = [one.label for average, one in averages if average is None]
-    if lacking:
-        said += f" Not considered, for want of a result in an environment: {', '.join(lacking)}."
-    return best, said
-
-
-def _sparsity(row: Row) -> float:
-    return row.costs.get("sparsity", 0.0)
-
-
-def _bitops_share(row: Row) -> float | None:
-    """BitOPs as a fraction of the 8-bit network's; None where nothing is quantized."""
-    most = row.costs.get("bitops_8bit")
-    return row.costs["bitops"] / most if most and "bitops" in row.costs else None
-
-
-def _units(row: Row) -> set[str]:
-    """What its chosen runs prune, "weights" or "channels", where they say so. A residual stream's channels cost more
-    than others: half of all of them is not half of those inside blocks."""
-    runs = [choice.run for cell in row.cells if cell for _, choice in cell.choices]
-    return {
-        f"{run.facts['granularity']}s" + (", residual streams too" if run.hparams.get("prune_residual_streams") else "")
-        for run in runs
-        if run.facts.get("granularity")
-    }
 
 
 def _accuracies(cell: Cell | None) -> dict[int, float]:

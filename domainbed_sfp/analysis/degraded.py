@@ -7,32 +7,22 @@ every degradation and severity (1 to 5).
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from domainbed_sfp.analysis.figures.looks import COLOURS
-from domainbed_sfp.analysis.figures.plots import LINES, SUFFIXES, figure_style, image_bytes
 from domainbed_sfp.analysis.methods import Method, alike, label_methods, method_of
-from domainbed_sfp.analysis.render.grids import ABSENT, RECONSTRUCTION_NOTE, daggered
-from domainbed_sfp.analysis.rows import RECONSTRUCTION
-from domainbed_sfp.analysis.significance import paired_test
-from domainbed_sfp.core.errors import UserError, unknown_name
-from domainbed_sfp.core.files import write_output
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.runs.layout import RESULTS
 from domainbed_sfp.runs.packed import run_folders
 from domainbed_sfp.runs.records import Warn, is_done, last_record
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 _FIELD = re.compile(r"env(\d+)_degraded")
 NONE = "none"
@@ -82,19 +72,6 @@ class Summary:
     bits: dict[int, float]
     correlations: tuple[float, ...]
     by_degradation: dict[str, float]
-
-    def correlation(self) -> str:
-        """Mean, standard error and p of a two-sided t-test against 0, in words."""
-        if not self.bits:
-            return ABSENT
-        if not self.correlations:
-            return "the bits never move"
-        told = f"{fmean(self.correlations):+.2f}"
-        if len(self.correlations) == 1:
-            return f"{told} (one run)"
-        error = stdev(self.correlations) / len(self.correlations) ** 0.5
-        p = paired_test(self.correlations).p_t
-        return f"{told} ± {error:.2f}" + ("" if p is None else f" (p = {p:.2g})")
 
 
 def cases_of(input_dir: str | Path, warn: Warn) -> list[Case]:
@@ -207,14 +184,14 @@ def _summary(dataset: str, row: str, runs: Mapping[tuple[str, str], Sequence[Cas
         row,
         next((case.standing for found in runs.values() for case in found), None),
         len(runs),
-        _by_severity(runs.values(), "accuracy"),
-        _by_severity(runs.values(), "mean_bits"),
+        by_severity(runs.values(), "accuracy"),
+        by_severity(runs.values(), "mean_bits"),
         tuple(fmean(rhos) for rhos in by_run.values()),
         {degradation: fmean(rhos) for degradation, rhos in by_degradation.items()},
     )
 
 
-def _by_severity(runs: Iterable[Sequence[Case]], name: str) -> dict[int, float]:
+def by_severity(runs: Iterable[Sequence[Case]], name: str) -> dict[int, float]:
     values: dict[int, list[float]] = defaultdict(list)
     for run in runs:
         for case in run:
@@ -237,115 +214,3 @@ def correlations(cases: Sequence[Case]) -> dict[str, float]:
         if len(set(severities)) > 1:
             found[degradation] = float(stats.spearmanr(severities, bits).statistic) if len(set(bits)) > 1 else 0.0
     return found
-
-
-def markdown_text(summaries: Sequence[Summary]) -> str:
-    """A table a data set: accuracy as they are, and at severities 1, 3 and 5; bits as they are and at 5; rho."""
-    blocks = []
-    for dataset in dict.fromkeys(summary.dataset for summary in summaries):
-        here = [summary for summary in summaries if summary.dataset == dataset]
-        severities = sorted({severity for summary in here for severity in summary.accuracy})
-        shown = [severity for severity in (0, 1, 3, 5) if severity in severities] or severities
-        head = ["Row", *(f"Accuracy, severity {s}" for s in shown), "Bits, severity 0", f"Bits, severity {shown[-1]}"]
-        lines = [
-            [*head, "Rho of severity and bits", "By degradation", "Runs"],
-            ["---", *["--:"] * len(head), "---", "--:"],
-        ]
-        for summary in here:
-            accuracies = [f"{summary.accuracy[s]:.1f}" if s in summary.accuracy else ABSENT for s in shown]
-            bits = [f"{summary.bits[s]:.2f}" if s in summary.bits else ABSENT for s in (shown[0], shown[-1])]
-            kinds = ", ".join(f"{kind} {rho:+.2f}" for kind, rho in summary.by_degradation.items()) or ABSENT
-            lines.append(
-                [
-                    daggered(summary.row, summary.standing),
-                    *accuracies,
-                    *bits,
-                    summary.correlation(),
-                    kinds,
-                    str(summary.n),
-                ]
-            )
-        blocks.append(f"### {dataset}, degraded copies of the test environment\n\n" + _table(lines))
-    blocks.append(
-        "- Accuracy in percent and bits are means over runs and the five degradations (blur, noise, contrast, resize, "
-        "JPEG); severity 0: the images as they are. They are those of the finished model on some of the test "
-        "environment's images (`samples` of --csv), not of the selected model on all, as in other tables.\n"
-        "- Rho: Spearman's rank correlation of severity and mean bits within a degradation, the images as they are "
-        "among the cases (0 where bits do not move), mean over degradations; mean ± standard error over runs; p of a "
-        "two-sided t-test against 0.\n"
-        + (f"- {RECONSTRUCTION_NOTE}\n" if any(s.standing == RECONSTRUCTION for s in summaries) else "")
-    )
-    return "\n".join(blocks)
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
-def csv_text(cases: Sequence[Case]) -> str:
-    """The cases as CSV, unrounded; what an algorithm does not have is empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(Case)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(case) for case in cases)
-    return out.getvalue()
-
-
-def plot(cases: Sequence[Case], suffix: str) -> bytes:
-    """Mean bits against severity for the rows that choose them by the sample, or accuracy where no row does: a panel
-    for each row, a line for each degradation, means over runs. UserError without matplotlib."""
-    with figure_style():
-        return image_bytes(_draw(cases), suffix)
-
-
-def _draw(cases: Sequence[Case]) -> Figure:
-    from matplotlib.figure import Figure
-
-    summaries = summarise(cases)
-    names = {(s.dataset, s.row): daggered(s.row, s.standing) for s in summaries}
-    moving = {(s.dataset, s.row) for s in summaries if s.correlations}
-    name, title = ("mean_bits", "mean bits") if moving else ("accuracy", "accuracy (%)")
-    panels = list(dict.fromkeys((case.dataset, case.row) for case in cases))
-    panels = [panel for panel in panels if panel in moving or not moving]
-    kinds = sorted({case.degradation for case in cases} - {NONE})
-    styles: Sequence[Any] = LINES
-    figure = Figure(figsize=(3.5 * len(panels), 3.0), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for (dataset, row), axis in zip(panels, axes):
-        for index, kind in enumerate(kinds):
-            here = [c for c in cases if (c.dataset, c.row) == (dataset, row) and c.degradation in (NONE, kind)]
-            points = _by_severity([here], name)
-            style = styles[index % len(styles)]
-            axis.plot(
-                *zip(*points.items()), color=COLOURS[index % len(COLOURS)], linestyle=style, marker=".", label=kind
-            )
-        axis.ticklabel_format(axis="y", useOffset=False)
-        axis.set(title=f"{dataset}\n{names[dataset, row]}", xlabel="severity", ylabel=title)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")  # inside it would hide points
-    return figure
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input_dir", required=True, metavar="DIR", help="the sweep: a directory of runs")
-    parser.add_argument("--output", metavar="FILE", help="write the table to FILE instead of the standard output")
-    parser.add_argument("--csv", metavar="FILE", help="also write every case: run, degradation, severity")
-    parser.add_argument("--plot", metavar="FILE", help=f"also draw bits against severity; {', '.join(SUFFIXES)}")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Writes the table and what else was asked for; returns the exit status. Raises UserError for bad input."""
-    suffix = Path(args.plot).suffix.lower() if args.plot else ""
-    if args.plot and suffix not in SUFFIXES:
-        raise unknown_name("suffix of --plot", suffix or args.plot, SUFFIXES)
-    cases = cases_of(args.input_dir, lambda message: print(f"warning: {message}", file=sys.stderr))
-    text = markdown_text(summarise(cases))
-    image = plot(cases, suffix) if args.plot else None
-    if args.output is None:
-        sys.stdout.write(text)
-    else:
-        write_output("--output", args.output, text)
-    if args.csv:
-        write_output("--csv", args.csv, csv_text(cases))
-    if image is not None:
-        write_output("--plot", args.plot, image)
-    return 0

@@ -7,26 +7,19 @@ near to the two moments they are is a matter of --checkpoint_freq.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from domainbed_sfp.analysis.figures.looks import COLOURS
-from domainbed_sfp.analysis.figures.plots import LINES, SUFFIXES, figure_style, image_bytes
 from domainbed_sfp.analysis.methods import method_of, plain_number
-from domainbed_sfp.core.errors import UserError, unknown_name
-from domainbed_sfp.core.files import write_output
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.runs.layout import RESULTS
 from domainbed_sfp.runs.packed import run_folders
 from domainbed_sfp.runs.records import Warn, read_records
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 TAU, OVERLAP = "rank_tau_env", "rank_overlap_env"
 
@@ -106,15 +99,6 @@ def _rows(run: str, record: Mapping[str, Any]) -> Iterator[Row]:
             }
 
 
-def csv_text(rows: Iterable[Row]) -> str:
-    """The rows as CSV with a head."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def mean_over_trials(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[tuple[int, float]]]:
     """[(step, mean tau)] by (dataset, test environments, *SETTINGS, environment)."""
     collected: dict[tuple[Any, ...], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -132,61 +116,3 @@ def _told(settings: Iterable[tuple[str, str]]) -> str:
 def _line(row: Row) -> tuple[Any, ...]:
     """(dataset, test environments, *SETTINGS, environment): what is one line of the plot."""
     return (row["dataset"], row["test_envs"], *(row[name] for name in SETTINGS), row["environment"])
-
-
-def plot(rows: Sequence[Row], suffix: str) -> bytes:
-    """A picture: a panel for each data set and choice of test environments, tau against steps; a colour for each
-    training environment, a line style for each setting, means over trials. UserError without matplotlib."""
-    with figure_style():
-        return image_bytes(_draw(rows), suffix)
-
-
-def _draw(rows: Sequence[Row]) -> Figure:
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    lines = mean_over_trials(rows)
-    panels = list(dict.fromkeys(key[:2] for key in lines))
-    settings = list(dict.fromkeys(key[2:-1] for key in lines))
-    # Only what differs between the runs tells them apart.
-    shown = [i for i in range(len(SETTINGS)) if len({setting[i] for setting in settings}) > 1]
-    styles: Sequence[Any] = LINES
-    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for panel, axis in zip(panels, axes):
-        environments = list(dict.fromkeys(key[-1] for key in lines if key[:2] == panel))
-        for key, points in lines.items():
-            if key[:2] == panel:
-                style = styles[settings.index(key[2:-1]) % len(styles)]
-                colour = COLOURS[environments.index(key[-1]) % len(COLOURS)]
-                axis.plot(*zip(*points), linestyle=style, color=colour, marker=".")
-        handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(environments)]
-        if len(settings) > 1:
-            for index, setting in enumerate(settings):
-                label = ", ".join(f"{SETTINGS[i]} {setting[i]}" for i in shown)
-                handles.append(Line2D([], [], color="grey", linestyle=styles[index % len(styles)], label=label))
-        axis.set(title=f"{panel[0]}, test {panel[1]}", xlabel="step", ylabel="Kendall's tau")
-        axis.legend(handles=handles)
-    return figure
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input_dir", required=True, metavar="DIR", help="the sweep: a directory of runs")
-    parser.add_argument("--output", metavar="FILE", help="write the CSV to FILE instead of the standard output")
-    parser.add_argument("--plot", metavar="FILE", help=f"also draw tau against steps; {', '.join(SUFFIXES)}")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Writes the CSV and, if asked, the plot; returns the exit status. Raises UserError for bad input."""
-    suffix = Path(args.plot).suffix.lower() if args.plot else ""
-    if args.plot and suffix not in SUFFIXES:
-        raise unknown_name("suffix of --plot", suffix or args.plot, SUFFIXES)
-    rows = agreement_rows(args.input_dir, lambda message: print(f"warning: {message}", file=sys.stderr))
-    image = plot(rows, suffix) if args.plot else None
-    if args.output is None:
-        sys.stdout.write(csv_text(rows))
-    else:
-        write_output("--output", args.output, csv_text(rows))
-    if image is not None:
-        write_output("--plot", args.plot, image)
-    return 0

@@ -19,6 +19,10 @@ from domainbed_sfp.analysis.selection import Choice, Rule, choose
 from domainbed_sfp.runs.records import COST_FIELDS, Run
 
 RECONSTRUCTION = "reconstruction"
+# What marks a reconstruction's name.
+DAGGER = "†"
+# BitOPs of a multiply-accumulate in single precision.
+FP32_BITOPS = 32 * 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,11 @@ class Table:
     sources: tuple[Source, ...] = ()
     names: tuple[str, ...] = ()
 
+    @property
+    def measured(self) -> list[Row]:
+        """The rows with trials of their own: published ones have none."""
+        return [row for row in self.rows if row.published is None]
+
 
 @dataclass(frozen=True, slots=True)
 class AverageRow:
@@ -148,8 +153,7 @@ def one_a_dataset(tables: Sequence[Table]) -> list[Table]:
 
 def tested_environments(table: Table) -> tuple[int, ...]:
     """The environments in which some measured row has a result."""
-    measured = [row for row in table.rows if row.published is None]
-    return tuple(env for env in range(len(table.environments)) if any(row.cells[env] for row in measured))
+    return tuple(env for env in range(len(table.environments)) if any(row.cells[env] for row in table.measured))
 
 
 def environment_names(dataset: str, runs: Sequence[Run]) -> tuple[str, ...]:
@@ -309,13 +313,13 @@ def _published_row(row: PublishedRow) -> Row:
 
 def _averages(rule: Rule, tables: Sequence[Table]) -> Averages:
     rows: dict[str, list[Row]] = {}
-    for row in (row for table in tables for row in table.rows if row.published is None):
+    for row in (row for table in tables for row in table.measured):
         rows.setdefault(row.label, []).append(row)
     by_dataset = {
         (row.label, table.dataset): average_of([row.cells[env] for env in sorted(table.planned)])
         for table in tables
-        for row in table.rows
-        if row.published is None and table.planned
+        for row in table.measured
+        if table.planned
     }
     notes = [
         f"{table.dataset}: over {', '.join(table.environments[env] for env in sorted(table.planned))} alone, which is "
@@ -342,7 +346,7 @@ def _averages(rule: Rule, tables: Sequence[Table]) -> Averages:
 def unlike_settings(tables: Sequence[Table]) -> list[str]:
     """A sentence on the rows that stand for other settings on one data set than on another."""
     said: dict[str, list[str]] = {}
-    rows = [(table.dataset, row) for table in tables for row in table.rows if row.published is None]
+    rows = [(table.dataset, row) for table in tables for row in table.measured]
     for label in dict.fromkeys(row.label for _, row in rows):
         settings = {dataset: row.settings for dataset, row in rows if row.label == label}
         names = {name for values in settings.values() for name in values}

@@ -6,15 +6,14 @@ one never shifts another.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from domainbed_sfp.core import strict_json
-from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.errors import LARGEST, UserError, unknown_name
 from domainbed_sfp.core.seeds import seed_hash
 
 Sampler = Callable[[np.random.RandomState], Any]
@@ -59,6 +58,7 @@ class Hparam:
 
     foreign: a field of DomainBed's records that has no effect here; it cannot be set.
     photographs: the default on sets of photographs, where it is another than on MNIST-like ones.
+    earlier: what runs did before there was this hparam, whose records do not name it; None: it was always there.
     """
 
     default: Any
@@ -67,6 +67,7 @@ class Hparam:
     foreign: bool = False
     valid: Range | None = None
     photographs: Any = None
+    earlier: Any = None
 
     def on(self, small_images: bool) -> Hparam:
         """The same hparam with its default on MNIST-like images, or on photographs."""
@@ -85,30 +86,35 @@ class Hparam:
 FOREIGN = "no effect here"
 
 
-def parse_overrides(text: str | None) -> dict[str, Any]:
-    """The `--hparams` JSON object; a UserError says where it is malformed, or what it says twice."""
-    if not text:
-        return {}
-    try:
-        value = strict_json.parse(text, object_pairs_hook=strict_json.unique_names)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"--hparams is not valid JSON: {error.msg} at character {error.pos} of {text!r:.200}; "
-            "expected an object such as '{\"lr\": 0.001}'"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--hparams: {error}; expected an object that names each hparam once") from None
-    if not isinstance(value, dict):
-        raise UserError(f"--hparams must be a JSON object such as '{{\"lr\": 0.001}}', got {text!r:.200}")
+def checked_value(algorithm: str, name: str, value: Any, hparam: Hparam) -> Any:
+    """`value` if it is in range, of the default's kind: whole floats become integers, integers floats."""
+    default = hparam.default
+    if isinstance(default, bool):
+        matches, expected = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        whole = isinstance(value, float) and value.is_integer()
+        matches, expected = (isinstance(value, int) or whole) and not isinstance(value, bool), "a whole number"
+        value = int(value) if matches else value
+        if matches and abs(value) > LARGEST:
+            matches, expected = False, f"a whole number of at most {LARGEST}"
+    elif isinstance(default, float):
+        matches, expected = _is_finite_number(value), "a number"
+        value = float(value) + 0.0 if matches else value  # which turns -0.0 into 0.0
+    else:
+        matches, expected = isinstance(value, type(default)), f"a {type(default).__name__}"
+    if not matches:
+        raise UserError(f"hparam {name!r} of {algorithm}: expected {expected}, got {value!r:.80}")
+    if hparam.valid is not None and not hparam.valid.holds(value):
+        if hparam.valid.choices:
+            raise unknown_name(f"{name} of {algorithm}", value, hparam.valid.choices)
+        raise UserError(f"hparam {name!r} of {algorithm}: expected {hparam.valid.words}, got {value!r}")
     return value
 
 
-def recorded_overrides(text: str | None) -> dict[str, Any]:
-    """The `hparams` of a record's `args`. Whatever wrote them has taken the last of a name that is there twice."""
+def _is_finite_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
     try:
-        value = strict_json.parse(text) if text else {}
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"a record has args.hparams {text!r:.200}; expected a JSON object")
-    return value
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float reaches
+        return False

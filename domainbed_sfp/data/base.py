@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domainbed_sfp.core import entry_points
-from domainbed_sfp.core.errors import UserError, unknown_name
 from domainbed_sfp.core.hparam import Hparam
+from domainbed_sfp.core.registry import Registry, origin_of
 from domainbed_sfp.data.images import augmentation
 
 # Images a batch of an evaluation.
@@ -164,16 +160,14 @@ class Dataset:
 
 ClassT = TypeVar("ClassT", bound=type[Dataset])
 
-_datasets: dict[str, type[Dataset]] = {}
+DATASETS: Registry[type[Dataset]] = Registry("data set", "domainbed_sfp.data.sets", "datasets")
 
 
 def dataset(name: str) -> Callable[[ClassT], ClassT]:
     """Class decorator: makes the class known as data set `name`."""
 
     def decorate(cls: ClassT) -> ClassT:
-        if name in _datasets:
-            raise UserError(f"data set name {name!r} is registered twice: by {_datasets[name]} and by {cls}")
-        _datasets[name] = cls
+        DATASETS.add(name, cls, origin_of(cls))
         return cls
 
     return decorate
@@ -181,21 +175,17 @@ def dataset(name: str) -> Callable[[ClassT], ClassT]:
 
 def get_dataset_class(name: str) -> type[Dataset]:
     """The class of data set `name`; a UserError with the nearest name if there is none."""
-    _load()
-    if name not in _datasets:
-        raise unknown_name("data set", name, _datasets)
-    return _datasets[name]
+    return DATASETS.get(name)
 
 
 def dataset_names() -> list[str]:
     """All data sets: embedded ones first."""
-    _load()
-    return sorted(_datasets, key=lambda name: (not _datasets[name].EMBEDDED, name))
+    return sorted(DATASETS.names(), key=lambda name: (not DATASETS.entries[name].EMBEDDED, name))
 
 
-@functools.cache
-def _load() -> None:
-    package = importlib.import_module("domainbed_sfp.data.sets")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"domainbed_sfp.data.sets.{module.name}")
-    entry_points.load_all(entry_points.DATASETS, "data sets")
+def not_as_published(dataset: str, differences: list[str]) -> str:
+    """What a user should know of a data set's files that are not the published ones."""
+    return (
+        f"{dataset} is not the published data set: {', '.join(differences)}; records and tables say "
+        "so, and the leaderboard does not take it"
+    )

@@ -16,9 +16,8 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.tensor_files import load_tensors
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.runs import records
+from domainbed_sfp.runs.layout import MODEL
 from domainbed_sfp.runs.packed import is_packed, packed_runs
-
-MODEL = "model.pkl"
 
 # Channels, pixels, classes or domains beyond this are no network's.
 MOST = 1_000_000
@@ -62,7 +61,7 @@ def load_run(folder: str | os.PathLike[str]) -> TrainedRun:
     steps = args.get("steps") or get_dataset_class(args["dataset"]).N_STEPS
     try:
         with networks.without_weights():
-            algorithm: Algorithm = info.cls(shape, saved["model_num_classes"], saved["model_num_domains"], hparams)
+            algorithm: Algorithm = info.make(shape, saved["model_num_classes"], saved["model_num_domains"], hparams)
     except KeyError as error:
         raise UserError(
             f"{str(model)!r} was saved by another version of {args['algorithm']}: it has no hparam {error}; use the "

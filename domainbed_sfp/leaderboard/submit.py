@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_sfp.analysis.account import Account, explain_missing, take_account
+from domainbed_sfp.analysis.commands.console import warn
 from domainbed_sfp.analysis.methods import Method, label_methods
 from domainbed_sfp.analysis.tables import environment_names
 from domainbed_sfp.core.errors import UserError, unknown_name
 from domainbed_sfp.core.files import write_atomically
-from domainbed_sfp.core.hparam import recorded_overrides
+from domainbed_sfp.core.overrides import recorded_overrides
 from domainbed_sfp.leaderboard import summary, validation
-from domainbed_sfp.leaderboard.bundle import layout, signing
+from domainbed_sfp.leaderboard.bundle import layout, signing, weights
+from domainbed_sfp.leaderboard.bundle.places import without_places
+from domainbed_sfp.leaderboard.bundle.tree import sums_text
 from domainbed_sfp.leaderboard.documents.problems import problems_of
-from domainbed_sfp.leaderboard.rerun import models
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.runs import mask_files, records
 from domainbed_sfp.training.hparams import checked_overrides
@@ -59,7 +61,7 @@ def submit(
     target = Path(output)
     if target.exists() or target.is_symlink():
         raise UserError(f"--output {output!r} exists; choose another, or remove it")
-    account = take_account(records.load_records(input_dir, warn=_warn), input_dir, include_incomplete=False)
+    account = take_account(records.load_records(input_dir, warn=warn), input_dir, include_incomplete=False)
     label, directories = _row(account, row, input_dir)
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -71,7 +73,7 @@ def submit(
                 _take_masks(Path(input_dir), run, step, part)
             if with_models:
                 is_last = step == run.records[-1]["step"]
-                models.take(Path(input_dir) / run.name, run.name, step, is_last, part)
+                weights.take(Path(input_dir) / run.name, run.name, step, is_last, part)
         document = summary.document_of(name or label, runs)
         if without_masks:
             document["without_masks"] = True
@@ -98,7 +100,7 @@ def _seal(part: Path, author_key: str | None) -> None:
     """Writes the sums of all files, and their signature where there is a key."""
     files = [file for file in sorted(part.rglob("*")) if file.is_file()]
     sums = {file.relative_to(part).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    write_atomically(part / layout.SUMS, text := layout.sums_text(sums))
+    write_atomically(part / layout.SUMS, text := sums_text(sums))
     if author_key is not None:
         write_atomically(part / layout.SIGNATURE, signing.sign(author_key, text.encode()) + "\n")
     for file in part.rglob("*"):
@@ -151,7 +153,7 @@ def _row(account: Account, wanted: str, input_dir: str) -> tuple[str, list[str]]
 def _take_records(folder: Path, part: Path) -> SubmittedRun:
     """A run's records into the bundle, without the paths of this machine."""
     parsed = []
-    for number, record in enumerate(records.read_records(folder, _warn), start=1):
+    for number, record in enumerate(records.read_records(folder, warn), start=1):
         plain = _finite(record)
         _forget_places(plain)
         where = str(folder / records.RESULTS)
@@ -171,10 +173,10 @@ def _forget_places(record: dict[str, Any]) -> None:
     for name in ("data_dir", "output_dir"):
         args[name] = None
     if "hparams" in record:
-        record["hparams"] = layout.without_places(record["hparams"])
+        record["hparams"] = without_places(record["hparams"])
     overrides = recorded_overrides(args.get("hparams"))
     # Runs of earlier versions may say 8.0 where others say 8; in a bundle all runs of a row say the same.
-    plain = layout.without_places(checked_overrides(args["algorithm"], args["dataset"], overrides))
+    plain = without_places(checked_overrides(args["algorithm"], args["dataset"], overrides))
     if json.dumps(plain) != json.dumps(overrides):
         args["hparams"] = json.dumps(plain, sort_keys=True)
 
@@ -229,7 +231,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

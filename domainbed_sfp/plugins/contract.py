@@ -32,6 +32,7 @@ from domainbed_sfp.data.sets.digits import FullColoredDigits
 from domainbed_sfp.deploy import shrink
 from domainbed_sfp.pruning import accounting
 from domainbed_sfp.runs import checkpoints, records
+from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import hparams
 from domainbed_sfp.training import train as training
 
@@ -46,7 +47,7 @@ def make(name: str, total_steps: int = STEPS, overrides: Mapping[str, Any] | Non
     """A small instance of algorithm `name` for 8 x 8 images, freshly initialised from seed 0."""
     values = hparams.resolve_hparams(name, "FullColoredDigits", overrides=overrides)
     seed_everything(0)
-    algorithm: Algorithm = registry.get(name).cls(INPUT_SHAPE, CLASSES, DOMAINS, values)
+    algorithm: Algorithm = registry.get(name).make(INPUT_SHAPE, CLASSES, DOMAINS, values)
     algorithm.total_steps = total_steps
     return algorithm
 
@@ -287,11 +288,11 @@ def check_never_touches_the_test_environment(name: str) -> None:
 
     def final_record(data: type[Dataset]) -> dict[str, Any]:
         with (
-            mock.patch.dict(base._datasets, {"FullColoredDigits": data}),
+            mock.patch.dict(base.DATASETS.entries, {"FullColoredDigits": data}),
             tempfile.TemporaryDirectory() as folder,
             contextlib.redirect_stdout(io.StringIO()),
         ):
-            arguments = training.TrainArgs(dataset="FullColoredDigits", algorithm=name, test_envs=[1], steps=12)
+            arguments = RunSettings(dataset="FullColoredDigits", algorithm=name, test_envs=[1], steps=12)
             batch = json.dumps({"batch_size": RUN_BATCH})
             training.train(
                 replace(arguments, hparams=batch, checkpoint_freq=3, output_dir=folder, skip_model_save=True)
@@ -325,7 +326,7 @@ def _check_surgery(algorithm: Algorithm, x: Tensor, expected: Tensor) -> None:
     names = ("surviving_parameters", "macs")
     told = [(getattr(claimed, key), getattr(found, key)) for key in names]
     assert all(one == other for one, other in told), f"{names}: claimed and found without dead channels {told}"
-    if algorithm.hparams.get("granularity") == "channel" and algorithm.sparsity():
+    if algorithm.granularity == "channel" and algorithm.sparsity():
         zeros = sum(int((~mask).sum()) for mask in left.values())
         assert dead and not zeros, f"{zeros} masked weights of dead channels cannot be taken out"
 

@@ -20,7 +20,8 @@ from domainbed_sfp.core import strict_json
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.files import write_atomically
 
-MODEL, OPTIMIZER = "model/", "optimizer/"
+# What the names of tensors begin with.
+WEIGHTS, OPTIMIZER = "model/", "optimizer/"
 
 
 def save_checkpoint(path: Path, algorithm: nn.Module, state: Mapping[str, Any]) -> None:
@@ -29,7 +30,7 @@ def save_checkpoint(path: Path, algorithm: nn.Module, state: Mapping[str, Any]) 
     header: dict[str, Any] = {"state": state, "aliases": {}, "values": {}, "optimizers": {}}
     for key, value in algorithm.state_dict().items():
         if isinstance(value, Tensor):
-            tensors[MODEL + key] = value
+            tensors[WEIGHTS + key] = value
         else:
             header["values"][key] = value
     for name, optimizer in _optimizers(algorithm).items():
@@ -85,7 +86,7 @@ def _restore(path: Path, header: Mapping[str, Any], algorithm: nn.Module) -> Non
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     tensors.update({alias: tensors[key] for alias, key in header["aliases"].items()})
-    model = {key.removeprefix(MODEL): value for key, value in tensors.items() if key.startswith(MODEL)}
+    model = {key.removeprefix(WEIGHTS): value for key, value in tensors.items() if key.startswith(WEIGHTS)}
     try:
         algorithm.load_state_dict({**model, **header["values"]})
     except RuntimeError as error:

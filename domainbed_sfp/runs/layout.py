@@ -12,6 +12,9 @@ RESULTS = "results.jsonl"
 DONE = "done"
 FAILURE = "failure.json"
 CHECKPOINT = "checkpoint.safetensors"
+MODEL = "model.pkl"
+LOCK = "run.lock"
+OUT, ERR = "out.txt", "err.txt"
 # All that was launched from here, and what each launch knew of it by the hash of that: they survive `cp -r` of one
 # sweep's files over those of another.
 SWEEP = "sweep.json"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from domainbed_sfp.core import surroundings
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.sweep.job import Job
 from domainbed_sfp.training import hparams
@@ -45,7 +46,7 @@ def choose_slots(jobs: Sequence[Job], cores: int, memory: int | None, gpus: Sequ
     each = int(threads) if threads.isdigit() and int(threads) else 1
     limits = {f"{cores} cores": max(1, cores // each), f"{len(jobs)} jobs in all": max(1, len(jobs))}
     if memory is not None and jobs:
-        rows = {(job.dataset, job.algorithm, len(job.test_envs), job.hparams_text): job for job in jobs}
+        rows = {(job.dataset, job.algorithm, len(job.test_envs), job.hparams): job for job in jobs}
         need = max(bytes_of(job) for job in rows.values())
         words = f"{memory / 2**30:.0f} GiB of memory, of which each may take {need / 2**30:.1f}"
         limits[words] = max(1, int(MEMORY_SHARE * memory / need))
@@ -56,7 +57,7 @@ def choose_slots(jobs: Sequence[Job], cores: int, memory: int | None, gpus: Sequ
 def bytes_of(job: Job) -> int:
     """Memory that a job may take, with the default of what is drawn."""
     cls = get_dataset_class(job.dataset)
-    values = hparams.resolve_hparams(job.algorithm, job.dataset, overrides=job.hparams)
+    values = hparams.resolve_hparams(job.algorithm, job.dataset, overrides=job.overrides)
     environments = len(cls.ENVIRONMENTS or ()) or 4
     pixels = values["batch_size"] * max(1, environments - len(job.test_envs)) * values["image_size"] ** 2
     return JOB_BYTES + BYTES_A_PIXEL * pixels
@@ -105,3 +106,11 @@ def _number(file: Path) -> int:
         return max(0, int(file.read_text()))
     except (OSError, ValueError):
         return 0
+
+
+def job_environment(slot: int, slots: int, gpus: Sequence[str]) -> dict[str, str]:
+    """The environment of the job in `slot`: its share of the threads, unless the user has set a number, and its GPU."""
+    environment = surroundings.with_threads(os.environ, max(1, usable_cores() // slots))
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    return environment

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -12,19 +12,21 @@ from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core import locks
 from domainbed_sfp.core.errors import UserError, check_range
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.runs.layout import named, runs_below
+from domainbed_sfp.data.base import not_as_published
+from domainbed_sfp.runs.layout import LOCK, named, runs_below
 from domainbed_sfp.runs.manifests import read_manifests, several_sweeps
 from domainbed_sfp.runs.packed import packed_runs
-from domainbed_sfp.sweep import slurm, slurm_batches
-from domainbed_sfp.sweep.capacity import choose_slots, usable_cores, usable_memory, visible_gpus
-from domainbed_sfp.sweep.job import Job, command_line
-from domainbed_sfp.sweep.jobs import State, SweepDirectory, amount, failure_reason
-from domainbed_sfp.sweep.launchers import Task, get_launcher, job_environment, required_gpus
-from domainbed_sfp.sweep.slurm import SlurmOptions
+from domainbed_sfp.sweep import slurm_batches
+from domainbed_sfp.sweep.capacity import choose_slots, job_environment, usable_cores, usable_memory, visible_gpus
+from domainbed_sfp.sweep.directory import State, SweepDirectory, amount, failure_reason
+from domainbed_sfp.sweep.job import Job
+from domainbed_sfp.sweep.launchers import slurm
+from domainbed_sfp.sweep.launchers.base import LAUNCHERS, Outcome, Task
+from domainbed_sfp.sweep.launchers.local import required_gpus
+from domainbed_sfp.sweep.launchers.slurm import SlurmOptions
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
 from domainbed_sfp.sweep.spec import SweepSpec, check_rows, default_datasets, drawn_compression, make_jobs, read_spec
 from domainbed_sfp.sweep.watch import Watch, summary
-from domainbed_sfp.training.train import LOCK, not_as_published
 
 __all__ = ["check_rows", "default_spec", "delete_incomplete", "holds_a_sweep", "launch", "read_spec", "status"]
 
@@ -53,7 +55,7 @@ def launch(
     """
     if slots is not None:
         check_range("--jobs", slots, 1)
-    start = get_launcher(launcher)
+    start: Callable[..., Outcome] = LAUNCHERS.get(launcher)
     if launcher == "slurm":
         slurm_options = slurm_options or SlurmOptions()
         slurm.check(slurm_options)
@@ -61,19 +63,7 @@ def launch(
     elif launcher == "multi_gpu":
         required_gpus()  # before anything is written
     jobs = make_jobs(spec, data_dir)
-    for dataset in spec.datasets:
-        get_dataset_class(dataset).check_files(data_dir)
-        if differences := get_dataset_class(dataset).differences(data_dir):
-            print(f"warning: {not_as_published(dataset, differences)}", file=sys.stderr)
-        for line in get_dataset_class(dataset).inspect(data_dir)[1]:
-            print(line, file=sys.stderr)
-    for name, algorithms in drawn_compression(spec).items():
-        print(
-            f"warning: hparam {name!r} is drawn for {', '.join(dict.fromkeys(algorithms))}: such a row mixes networks "
-            f"that are not compressed alike; to compare at one {name} give it, as in {{name: {algorithms[0]}, "
-            f"hparams: {{{name}: ...}}}}",
-            file=sys.stderr,
-        )
+    _inspect(spec, data_dir)
     directory = SweepDirectory(output_dir, data_dir)
     if break_lock:
         _break_locks(directory, jobs)
@@ -91,12 +81,34 @@ def launch(
         return 0
     tasks = []
     for job in to_launch:
-        args = job.train_args(data_dir, folders[job], skip_model_save=spec.skip_model_save, cache_dir=cache_dir)
-        tasks.append(Task(job, command_line(args)))
+        places = {"skip_model_save": spec.skip_model_save, "cache_dir": cache_dir}
+        tasks.append(Task(job, job.settings(data_dir, folders[job], **places)))
     if slots is None:
         slots = _chosen_slots(jobs, is_told=bool(tasks) and launcher in ("local", "multi_gpu"))
     outcome = start(tasks, directory, slots)
     print(summary(directory.states(jobs, _standings(directory)).values()))
+    return _told(outcome)
+
+
+def _inspect(spec: SweepSpec, data_dir: str | None) -> None:
+    """Warns of what a user should know before hours are spent. Raises UserError where data sets have no files."""
+    for dataset in spec.datasets:
+        get_dataset_class(dataset).check_files(data_dir)
+        if differences := get_dataset_class(dataset).differences(data_dir):
+            print(f"warning: {not_as_published(dataset, differences)}", file=sys.stderr)
+        for line in get_dataset_class(dataset).inspect(data_dir)[1]:
+            print(line, file=sys.stderr)
+    for name, algorithms in drawn_compression(spec).items():
+        print(
+            f"warning: hparam {name!r} is drawn for {', '.join(dict.fromkeys(algorithms))}: such a row mixes networks "
+            f"that are not compressed alike; to compare at one {name} give it, as in {{name: {algorithms[0]}, "
+            f"hparams: {{{name}: ...}}}}",
+            file=sys.stderr,
+        )
+
+
+def _told(outcome: Outcome) -> int:
+    """Says how a launch has ended; its exit status."""
     if outcome.interrupted:
         print("Interrupted; the same command continues where it was.")
         return 130

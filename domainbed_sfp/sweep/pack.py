@@ -12,11 +12,10 @@ from pathlib import Path
 from domainbed_sfp.core import locks
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.files import write_atomically
-from domainbed_sfp.runs.layout import DONE, RESULTS
+from domainbed_sfp.runs.layout import DONE, LOCK, RESULTS
 from domainbed_sfp.runs.packed import folder_of, is_packed, name_of, packed_runs, runs_in
 from domainbed_sfp.runs.record_lines import Lines, last_of, numbered_records
-from domainbed_sfp.sweep.jobs import SWEEP_LOCK, WAY_ON, SweepDirectory
-from domainbed_sfp.training.train import LOCK
+from domainbed_sfp.sweep.directory import SWEEP_LOCK, WAY_ON, SweepDirectory
 
 # What a packed sweep needs no more, as its records say it or nothing does.
 _IMPLIED = (RESULTS, DONE, LOCK)

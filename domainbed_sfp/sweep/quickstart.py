@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from domainbed_sfp.analysis.account import take_account
-from domainbed_sfp.analysis.comparison import measured_rows
+from domainbed_sfp.analysis.commands.console import warn
 from domainbed_sfp.analysis.render.html.page import report_page
 from domainbed_sfp.analysis.render.markdown import markdown_text
 from domainbed_sfp.analysis.selection import TRAINING_DOMAIN
@@ -27,7 +27,7 @@ def run(output_dir: str, slots: int) -> int:
     print(markdown_text(report))
     print(sentence(report.tables[0]))
     page = Path(output_dir) / PAGE
-    write_atomically(page, report_page(output_dir))
+    write_atomically(page, report_page(output_dir, warn))
     print(f"\nFigures, curves and tests: {page}")
     return 0
 
@@ -35,7 +35,7 @@ def run(output_dir: str, slots: int) -> int:
 def sentence(table: Table) -> str:
     """What the table shows, in its own numbers: the best pruned row, the best other one, and the dense network."""
     found = []
-    for row in measured_rows(table):
+    for row in table.measured:
         accuracies = [cell.accuracy for cell in row.cells if cell is not None]
         if accuracies:
             found.append((sum(accuracies) / len(accuracies), row.costs.get("sparsity", 0.0) > 0, row.algorithm))

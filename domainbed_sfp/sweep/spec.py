@@ -14,12 +14,13 @@ import yaml
 
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import LARGEST, UserError, check_range, did_you_mean, unknown_name
+from domainbed_sfp.core.overrides import overrides_text
 from domainbed_sfp.core.seeds import seed_hash
 from domainbed_sfp.data import dataset_names, get_dataset_class
 from domainbed_sfp.data.sets.folders import Folder
+from domainbed_sfp.runs.settings import check_settings, check_test_envs, protocol
 from domainbed_sfp.sweep.job import Job
 from domainbed_sfp.training import hparams
-from domainbed_sfp.training.train import check_settings, check_test_envs
 
 
 class _GivenTwice(yaml.YAMLError):
@@ -217,6 +218,7 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
     seeds = (spec.n_trials - spec.n_trials_from) * (spec.n_hparams - spec.n_hparams_from)
     if (count := seeds * len(rows) * sum(len(grids[dataset]) for dataset in spec.datasets)) > MOST_JOBS:
         raise UserError(f"the sweep has {count:,} jobs, expected at most {MOST_JOBS:,}: lower n_hparams or n_trials")
+    shared: dict[str, Any] = {name: getattr(spec, name) for name in protocol()}
     jobs = []
     trials = range(spec.n_trials_from, spec.n_trials)
     for trial_seed, dataset, row in product(trials, spec.datasets, range(len(rows))):
@@ -227,18 +229,12 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
                     Job(
                         dataset=dataset,
                         algorithm=algorithm,
-                        test_envs=tuple(test_envs),
-                        holdout_fraction=float(spec.holdout_fraction),
-                        uda_holdout_fraction=float(spec.uda_holdout_fraction),
+                        hparams=overrides_text(overrides),
+                        test_envs=test_envs,
                         hparams_seed=hparams_seed,
-                        task=spec.task,
                         trial_seed=trial_seed,
                         seed=seed_hash(dataset, algorithm, test_envs, hparams_seed, trial_seed),
-                        steps=spec.steps,
-                        checkpoint_freq=spec.checkpoint_freq,
-                        hparams=overrides,
-                        precision=spec.precision,
-                        evaluate=spec.evaluate,
+                        **shared,
                     )
                 )
     return jobs

@@ -18,8 +18,8 @@ from domainbed_sfp.core.progress import LOG_INTERVAL
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.runs import records
 from domainbed_sfp.sweep import slurm_batches
+from domainbed_sfp.sweep.directory import State, SweepDirectory, failure_reason
 from domainbed_sfp.sweep.job import Job
-from domainbed_sfp.sweep.jobs import State, SweepDirectory, failure_reason
 from domainbed_sfp.sweep.slurm_batches import QueueUnreachable, Standing
 
 # Running and failed jobs that are shown one by one.
@@ -105,7 +105,7 @@ class Watch:
             table.add_column(state.value.lower(), justify="right")
         rows: dict[tuple[str, str], Counter[State]] = {}
         for job, state in view.states.items():
-            label = job.algorithm + (f" {job.hparams_text}" if job.hparams else "")
+            label = job.algorithm + (f" {job.hparams}" if job.hparams else "")
             rows.setdefault((job.dataset, label), Counter())[state] += 1
         for names, counts in rows.items():
             table.add_row(*map(Text, names), *(str(counts[state] or "") for state in State))

@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 import domainbed_sfp as dsfp
-from domainbed_sfp.analysis.figures.looks import short_label
+from domainbed_sfp.analysis.render.looks import short_label
 from domainbed_sfp.analysis.significance import paired_test
 from domainbed_sfp.runs.packed import run_folders
 from domainbed_sfp.runs.records import read_records

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from domainbed_sfp.analysis.account import rows_of_algorithms, take_account
-from domainbed_sfp.analysis.comparison import BEST, compare
-from domainbed_sfp.analysis.figures.plots import PLOTS, SUFFIXES, save_plot
+from domainbed_sfp.analysis.commands.console import print_or_write, warn
+from domainbed_sfp.analysis.comparison import ComparisonReport, compare
+from domainbed_sfp.analysis.equal_compression import BEST
+from domainbed_sfp.analysis.figures.plots import PLOTS, save_plot
+from domainbed_sfp.analysis.figures.style import SUFFIXES
 from domainbed_sfp.analysis.published import find_published, load_published
 from domainbed_sfp.analysis.render.chosen import CHOSEN_FORMATS
-from domainbed_sfp.analysis.render.comparison import COMPARISON_FORMATS
+from domainbed_sfp.analysis.render.comparison import latex_comparison, markdown_comparison
+from domainbed_sfp.analysis.render.comparison_data import csv_comparison, json_comparison
 from domainbed_sfp.analysis.render.data import csv_text, json_text
 from domainbed_sfp.analysis.render.domainbed import domainbed_text
 from domainbed_sfp.analysis.render.latex import latex_text
@@ -20,15 +23,21 @@ from domainbed_sfp.analysis.render.markdown import markdown_text
 from domainbed_sfp.analysis.render.top_hparams import top_hparams_text
 from domainbed_sfp.analysis.selection import RULES, TRAINING_DOMAIN, Rule
 from domainbed_sfp.analysis.tables import Report, build_report
-from domainbed_sfp.core import crashes
 from domainbed_sfp.core.errors import UserError, unknown_name
-from domainbed_sfp.runs.records import Run, load_records, write_atomically
+from domainbed_sfp.core.files import write_atomically
+from domainbed_sfp.runs.records import Run, load_records
 
 _FORMATS: dict[str, Callable[[Report], str]] = {
     "markdown": markdown_text,
     "latex": latex_text,
     "csv": csv_text,
     "json": json_text,
+}
+_COMPARISON_FORMATS: dict[str, Callable[[ComparisonReport], str]] = {
+    "markdown": markdown_comparison,
+    "latex": latex_comparison,
+    "csv": csv_comparison,
+    "json": json_comparison,
 }
 _DOMAINBED = "domainbed"
 
@@ -92,14 +101,7 @@ def run(args: argparse.Namespace) -> int:
     _check_modes(args)
     if args.plot is not None:
         return _plot(args)
-    text = _text(args)
-    if args.output is None:
-        sys.stdout.write(text)
-    else:
-        try:
-            write_atomically(args.output, text)
-        except OSError as error:
-            raise UserError(f"--output {args.output}: {error.strerror}") from error
+    print_or_write(_text(args), args.output)
     return 0
 
 
@@ -115,12 +117,12 @@ def _text(args: argparse.Namespace) -> str:
         return CHOSEN_FORMATS[chosen](report)
     if args.compare is None:
         return _FORMATS[chosen](report)
-    return COMPARISON_FORMATS[chosen](compare(report, args.compare, args.exclude or ()))
+    return _COMPARISON_FORMATS[chosen](compare(report, args.compare, args.exclude or ()))
 
 
 def _report(args: argparse.Namespace, rules: list[Rule]) -> Report:
     published = None if args.published is None else load_published(find_published(args.published))
-    runs = load_records(args.input_dir, warn=_warn)
+    runs = load_records(args.input_dir, warn=warn)
     account = take_account(runs, args.input_dir, include_incomplete=args.include_incomplete)
     report = build_report(account, rules, published)
     if not report.tables:
@@ -136,7 +138,7 @@ def _plot(args: argparse.Namespace) -> int:
     rules = [TRAINING_DOMAIN] if args.selection is None else _rules(args.selection)
     if len(rules) > 1:
         raise UserError("--plot draws one selection rule; give --selection one of them, not all")
-    for path in save_plot(args.plot, _report(args, rules), args.output, warn=_warn):
+    for path in save_plot(args.plot, _report(args, rules), args.output, warn=warn):
         print(f"wrote {path}")
     return 0
 
@@ -152,13 +154,13 @@ def _compatible_text(args: argparse.Namespace) -> str:
     try:
         write_atomically(beside, text)
     except OSError as error:
-        _warn(f"{beside} is not written: {error.strerror}")
+        warn(f"{beside} is not written: {error.strerror}")
     return text
 
 
 def _runs_for_domainbed(input_dir: str) -> list[Run]:
     """All runs, for the formats in which every checkpoint is a candidate: it must have been evaluated then."""
-    runs = load_records(input_dir, warn=_warn, directory_order=True)
+    runs = load_records(input_dir, warn=warn, directory_order=True)
     for run in runs:
         if run.evaluate != "all" and run.steps[0] != 0:
             raise UserError(
@@ -172,9 +174,9 @@ def _warn_of_conventions(runs: list[Run]) -> None:
     """What DomainBed's tables do with runs that it does not know: said beside them, since they stay as they are."""
     for (dataset, algorithm), rows in rows_of_algorithms(runs).items():
         if len(rows) > 1:
-            _warn(f"{dataset}: DomainBed goes by the algorithm's name, row {algorithm} chooses among {', '.join(rows)}")
+            warn(f"{dataset}: DomainBed goes by the algorithm's name, row {algorithm} chooses among {', '.join(rows)}")
     if early := sum(int((~run.final).sum()) for run in runs):
-        _warn(f"{early:,} checkpoints before their run's final compression are candidates here, as in DomainBed")
+        warn(f"{early:,} checkpoints before their run's final compression are candidates here, as in DomainBed")
 
 
 def _format(args: argparse.Namespace) -> str:
@@ -228,18 +230,3 @@ def _check_modes(args: argparse.Namespace) -> None:
         raise UserError("--exclude goes with --compare")
     if args.exclude is not None and len(args.compare) > 1 and BEST not in args.compare[1:]:
         raise UserError(f"--exclude narrows '{BEST}' or 'every row'; --compare names its rows, {BEST!r} not among them")
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m domainbed_sfp.analysis.commands.collect`: a UserError is one line on stderr and status 2."""
-    parser = argparse.ArgumentParser(prog="python -m domainbed_sfp.analysis.commands.collect", description=__doc__)
-    add_arguments(parser)
-    return crashes.guarded("domainbed-sfp collect", lambda: run(parser.parse_args(arguments)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

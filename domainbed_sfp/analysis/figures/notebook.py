@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from domainbed_sfp.analysis.figures.plots import PLOTS, figure_style
+from domainbed_sfp.analysis.figures.plots import PLOTS
+from domainbed_sfp.analysis.figures.style import figure_style
 from domainbed_sfp.analysis.frames import report_of
 from domainbed_sfp.analysis.selection import TRAINING_DOMAIN
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
-from domainbed_sfp.analysis.comparison import measured_rows, rank_rows, ranking_notes
 from domainbed_sfp.analysis.methods import Method, label_methods
-from domainbed_sfp.analysis.rows import Cell, average_of
+from domainbed_sfp.analysis.ranks import rank_rows, ranking_notes
+from domainbed_sfp.analysis.rows import FP32_BITOPS, Cell, average_of
 from domainbed_sfp.analysis.significance import Ranking, friedman_nemenyi
 from domainbed_sfp.analysis.tables import Report, Table, one_a_dataset, tested_environments
 from domainbed_sfp.core.errors import UserError
 
 AVERAGE = "average"
-
-# BitOPs of a multiply-accumulate in single precision.
-FP32_BITOPS = 32 * 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,29 +61,18 @@ class RankPoint:
     datasets: str
 
 
-def csv_of(points: Sequence[Any]) -> str:
-    """Unrounded, a line a point; a missing value is empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(points[0])], lineterminator="\n")
-    writer.writeheader()
-    for point in points:
-        values = asdict(point)
-        writer.writerow({name: int(value) if isinstance(value, bool) else value for name, value in values.items()})
-    return out.getvalue()
-
-
 def front_points(report: Report) -> tuple[list[FrontPoint], list[str]]:
     """Accuracy against surviving MACs, or BitOPs where a record has them; and what had to be left out.
 
     Raises UserError when no row has both.
     """
-    rows = [row for table in report.tables for row in measured_rows(table)]
+    rows = [row for table in report.tables for row in table.measured]
     name = "bitops" if any("bitops" in row.costs for row in rows) else "macs"
     points, said = [], []
     for table in report.tables:
         tested = tested_environments(table)
         found, without_cost, without_average = [], [], []
-        for row in measured_rows(table):
+        for row in table.measured:
             average = average_of([row.cells[env] for env in tested])
             cost = row.costs.get(name)
             single_precision = cost is None and name == "bitops" and "macs" in row.costs
@@ -133,7 +116,7 @@ def curve_points(report: Report) -> tuple[list[CurvePoint], list[str]]:
     points, said = [], []
     for table in report.tables:
         tested = tested_environments(table)
-        rows = [row for row in measured_rows(table) if "sparsity" in row.costs]
+        rows = [row for row in table.measured if "sparsity" in row.costs]
         methods = {
             row.label: Method(row.algorithm, tuple(item for item in row.settings.items() if item[0] != "sparsity"))
             for row in rows
@@ -152,7 +135,7 @@ def curve_points(report: Report) -> tuple[list[CurvePoint], list[str]]:
                 point.row for point in points if (point.dataset, point.environment) == (table.dataset, environment)
             }
             said += _left_out(table, f"no result for {environment}", sorted(missing))
-        unknown = [row.label for row in measured_rows(table) if "sparsity" not in row.costs]
+        unknown = [row.label for row in table.measured if "sparsity" not in row.costs]
         said += _left_out(table, "the records do not say their sparsity", unknown)
     if not points:
         raise UserError(f"--plot curves: nothing to draw. {' '.join(said)}")
@@ -179,7 +162,7 @@ def rank_points(report: Report) -> tuple[list[RankPoint], Ranking, list[str]]:
             + "".join(f"; {one}" for one in said)
         )
     ranking = friedman_nemenyi(scores)
-    standings = {row.label: row.standing for table in tables for row in measured_rows(table)}
+    standings = {row.label: row.standing for table in tables for row in table.measured}
     points = [
         RankPoint(
             report.tables[0].rule.key,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 from typing import Any
 
+from domainbed_sfp.analysis.render.csv_files import csv_of_lines
 from domainbed_sfp.analysis.render.data import choices_of, json_text, place_of
 from domainbed_sfp.analysis.render.grids import Grid, Shown, daggered
 from domainbed_sfp.analysis.render.latex import latex_of
@@ -73,16 +72,16 @@ def _notes(report: Report) -> list[str]:
 def _csv(report: Report) -> str:
     """A line for every trial of every cell; accuracies are percent, `hparam.NAME` columns hold what was searched."""
     searched = sorted({name for table in report.tables for row in table.rows for name in row.searched})
-    out = io.StringIO()
-    fields = [*_PLACE, *_CHOICE, *(f"hparam.{name}" for name in searched)]
-    writer = csv.DictWriter(out, fields, lineterminator="\n")
-    writer.writeheader()
-    for table in report.tables:
-        for row, environment, choice in _choices(table):
-            settings = {f"hparam.{name}": value for name, value in choice["hparams"].items()}
-            numbers = {name: choice[name] for name in _CHOICE}
-            writer.writerow({**place_of(table, row, environment), **numbers, **settings})
-    return out.getvalue()
+    lines = (
+        {
+            **place_of(table, row, environment),
+            **{name: choice[name] for name in _CHOICE},
+            **{f"hparam.{name}": value for name, value in choice["hparams"].items()},
+        }
+        for table in report.tables
+        for row, environment, choice in _choices(table)
+    )
+    return csv_of_lines([*_PLACE, *_CHOICE, *(f"hparam.{name}" for name in searched)], lines)
 
 
 CHOSEN_FORMATS = {

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
-from typing import Any
 
 from domainbed_sfp.analysis.comparison import (
-    BEST,
-    BEST_RULE,
     AcrossDatasets,
-    Comparison,
     ComparisonReport,
     Summary,
     TableComparison,
 )
+from domainbed_sfp.analysis.equal_compression import BEST, BEST_RULE
 from domainbed_sfp.analysis.protocol import MNIST_LIKE, is_dealt_by_seed
 from domainbed_sfp.analysis.render.grids import ABSENT, MISSING, RECONSTRUCTION_NOTE, Grid, Shown, daggered
 from domainbed_sfp.analysis.render.latex import latex_of
 from domainbed_sfp.analysis.render.markdown import markdown_of
 from domainbed_sfp.analysis.rows import RECONSTRUCTION
 from domainbed_sfp.analysis.significance import CONFIDENCE, RESAMPLES, Interval, PairedTest
-from domainbed_sfp.core.version import __version__
 
 _PERCENT = f"{100 * CONFIDENCE:g}%"
 
@@ -42,37 +35,6 @@ _DEALT_PAIRS = (
     "out no variance. Pairs are independent but for the {what} all are drawn from."
 )
 
-_COLUMNS = (
-    "dataset",
-    "selection",
-    "environments",
-    "row",
-    "average",
-    "std_err",
-    "bootstrap_low",
-    "bootstrap_high",
-    "other",
-    "best",
-    "other_average",
-    "other_std_err",
-    "other_bootstrap_low",
-    "other_bootstrap_high",
-    "difference",
-    "low",
-    "high",
-    "pairs",
-    "won",
-    "tied",
-    "lost",
-    "unpaired",
-    "t",
-    "p_t",
-    "p_t_holm",
-    "p_wilcoxon",
-    "p_wilcoxon_holm",
-    "remarks",
-)
-
 
 def markdown_comparison(report: ComparisonReport) -> str:
     return markdown_of(comparison_grids(report), report.notes)
@@ -80,72 +42,6 @@ def markdown_comparison(report: ComparisonReport) -> str:
 
 def latex_comparison(report: ComparisonReport) -> str:
     return latex_of(comparison_grids(report), report.notes)
-
-
-def csv_comparison(report: ComparisonReport) -> str:
-    """A line for every pair of rows on every data set, and with an empty dataset those over data sets, whose pairs are
-    the data sets. Accuracies are percent, differences percentage points; a missing value is empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for table in report.tables:
-        for one in table.comparisons:
-            writer.writerow(
-                {
-                    "dataset": table.table.dataset,
-                    "selection": table.table.rule.key,
-                    "environments": " ".join(table.environments),
-                    "row": table.row.label,
-                    **_summary_numbers(table.row),
-                    "other": one.other.label,
-                    "best": int(one.is_best),
-                    **{f"other_{name}": value for name, value in _summary_numbers(one.other).items()},
-                    **_test_numbers(one.test),
-                    "unpaired": sum(len(trials) for _, _, trials in one.unpaired),
-                    "p_t_holm": one.p_t_holm,
-                    "p_wilcoxon_holm": one.p_wilcoxon_holm,
-                    "remarks": "; ".join(one.test.remarks),
-                }
-            )
-    for across in report.across:
-        for name, test, p_holm in across.tests:
-            line: dict[str, Any] = {"dataset": "", "selection": across.rule.key, "row": across.label, "other": name}
-            line |= {"best": int(name == BEST), **_test_numbers(test), "p_wilcoxon_holm": p_holm}
-            writer.writerow({**line, "remarks": "; ".join(test.remarks)})
-    return out.getvalue()
-
-
-def json_comparison(report: ComparisonReport) -> str:
-    """Everything a comparison holds, ranks over data sets included."""
-    document = {
-        "format": 1,
-        "package": f"domainbed_sfp {__version__}",
-        "unit": "percent",
-        "confidence": CONFIDENCE,
-        "tables": [
-            {
-                "dataset": table.table.dataset,
-                "selection": table.table.rule.key,
-                "environments": list(table.environments),
-                "protocol": table.table.protocol.as_dict(),
-                "row": _summary(table.row),
-                "comparisons": [_comparison(one) for one in table.comparisons],
-                "notes": _table_notes(table),
-            }
-            for table in report.tables
-        ],
-        "across_datasets": [_across(across) for across in report.across],
-        "notes": list(report.notes),
-    }
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-
-
-COMPARISON_FORMATS = {
-    "markdown": markdown_comparison,
-    "latex": latex_comparison,
-    "csv": csv_comparison,
-    "json": json_comparison,
-}
 
 
 def comparison_grids(report: ComparisonReport) -> list[Grid]:
@@ -200,7 +96,7 @@ def _table_grid(table: TableComparison) -> Grid:
         header,
         tuple(tuple(Shown(text) for text in row) for row in rows),
         table.table.protocol.line(),
-        tuple(_table_notes(table)),
+        tuple(table_notes(table)),
     )
 
 
@@ -210,7 +106,7 @@ def _pairs_note(dataset: str) -> str:
     return _DEALT_PAIRS.format(what="digits" if dataset in MNIST_LIKE else "images")
 
 
-def _table_notes(table: TableComparison) -> list[str]:
+def table_notes(table: TableComparison) -> list[str]:
     tests = [one.test for one in table.comparisons]
     count = sum(test.p_t is not None for test in tests)
     shared = "training environments, test environment" if table.table.sources else "test environment"
@@ -306,69 +202,3 @@ def _p(value: float | None) -> str:
     if value is None:
         return ABSENT
     return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _summary(summary: Summary) -> dict[str, Any]:
-    return {"label": summary.label, "standing": summary.standing} | _summary_numbers(summary)
-
-
-def _summary_numbers(summary: Summary) -> dict[str, Any]:
-    return {
-        "average": summary.average.accuracy if summary.average else None,
-        "std_err": summary.average.std_err if summary.average else None,
-        "bootstrap_low": summary.interval.low if summary.interval else None,
-        "bootstrap_high": summary.interval.high if summary.interval else None,
-    }
-
-
-def _test_numbers(test: PairedTest) -> dict[str, Any]:
-    return {
-        "difference": test.difference,
-        "low": test.interval.low if test.interval else None,
-        "high": test.interval.high if test.interval else None,
-        "pairs": test.pairs,
-        "won": test.won,
-        "tied": test.tied,
-        "lost": test.lost,
-        "t": test.t,
-        "p_t": test.p_t,
-        "p_wilcoxon": test.p_wilcoxon,
-    }
-
-
-def _comparison(one: Comparison) -> dict[str, Any]:
-    return {
-        "other": _summary(one.other),
-        "best": one.is_best,
-        **_test_numbers(one.test),
-        "p_t_holm": one.p_t_holm,
-        "p_wilcoxon_holm": one.p_wilcoxon_holm,
-        "unpaired": [
-            {"lacking": lacking, "environment": environment, "trial_seeds": list(trials)}
-            for lacking, environment, trials in one.unpaired
-        ],
-        "remarks": list(one.test.remarks),
-    }
-
-
-def _across(across: AcrossDatasets) -> dict[str, Any]:
-    ranking = across.ranking
-    return {
-        "selection": across.rule.key,
-        "datasets": list(across.datasets),
-        "row": across.label,
-        "comparisons": [
-            {"other": name, **_test_numbers(test), "p_wilcoxon_holm": p_holm, "remarks": list(test.remarks)}
-            for name, test, p_holm in across.tests
-        ],
-        "ranking": None
-        if ranking is None
-        else {
-            "rows": [{"label": label, "mean_rank": rank} for label, rank in zip(across.ranked, ranking.mean_ranks)],
-            "friedman_chi_square": ranking.chi_square,
-            "p_chi_square": ranking.p,
-            "p_permutation": ranking.p_permutation,
-            "nemenyi_critical_difference": ranking.critical_difference,
-        },
-        "notes": list(across.notes),
-    }

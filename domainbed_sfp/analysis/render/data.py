@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
+from domainbed_sfp.analysis.render.csv_files import csv_of_lines
 from domainbed_sfp.analysis.rows import Cell, Row
 from domainbed_sfp.analysis.tables import Report, Table
 from domainbed_sfp.core.version import __version__
@@ -33,9 +33,10 @@ def csv_text(report: Report) -> str:
 
     Accuracies and standard errors are percent; a missing value is empty.
     """
-    out = io.StringIO()
-    writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    return csv_of_lines(_COLUMNS, _lines(report))
+
+
+def _lines(report: Report) -> Iterator[dict[str, Any]]:
     for table in report.tables:
         for row in table.rows:
             cells = [
@@ -45,16 +46,13 @@ def csv_text(report: Report) -> str:
                 ("in-domain", _in_domain(row)),
             ]
             for environment, cell in cells:
-                writer.writerow(
-                    {
-                        **place_of(table, row, environment),
-                        **_numbers(cell),
-                        **row.costs,
-                        "standing": row.standing,
-                        "source": row.published.source if row.published else "",
-                    }
-                )
-    return out.getvalue()
+                yield {
+                    **place_of(table, row, environment),
+                    **_numbers(cell),
+                    **row.costs,
+                    "standing": row.standing,
+                    "source": row.published.source if row.published else "",
+                }
 
 
 def json_text(report: Report) -> str:

@@ -6,14 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from domainbed_sfp.analysis.rows import RECONSTRUCTION, Cell, Row
+from domainbed_sfp.analysis.rows import DAGGER, RECONSTRUCTION, Cell, Row
 from domainbed_sfp.analysis.sources import by_source
 from domainbed_sfp.analysis.tables import Averages, Report, Table
 
 BEST, SECOND = "best", "second"
 MISSING = "X"
 ABSENT = "\N{EN DASH}"
-DAGGER = "†"
 
 RECONSTRUCTION_NOTE = (
     f"{DAGGER} reconstruction: built from the method's description, where paper and code leave gaps; "
@@ -254,10 +253,9 @@ def _part(row: Row, left: str, dense: str) -> str:
 
 
 def _legend(table: Table) -> list[str]:
-    measured = [row for row in table.rows if row.published is None]
-    cells = [row.cells[env] for row in measured for env in _shown_environments(table)]
+    cells = [row.cells[env] for row in table.measured for env in _shown_environments(table)]
     notes = ["Accuracy in percent ± standard error over trials (sample standard deviation / sqrt(n))."]
-    if any(row.in_domain is not None for row in measured):
+    if any(row.in_domain is not None for row in table.measured):
         notes.append("In-domain: the chosen networks on the held-out parts of the environments they were trained on.")
     if len(table.protocol.hparams_seeds) > 1:
         notes.append("`collect --chosen` lists the hparams behind each number.")
@@ -266,7 +264,7 @@ def _legend(table: Table) -> list[str]:
     if any(cell is None for cell in cells):
         why = "the jobs it needs are missing" if table.missing else "no job of this sweep gives one"
         notes.append(f"{MISSING}: no result, {why}. No average is taken over fewer environments.")
-    if any(row.standing == RECONSTRUCTION for row in measured):
+    if any(row.standing == RECONSTRUCTION for row in table.measured):
         notes.append(RECONSTRUCTION_NOTE)
     sources = dict.fromkeys(row.published.source for row in table.rows if row.published is not None)
     if sources:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from domainbed_sfp.leaderboard.bundle.layout import RECORD_SCHEMA, RECORDS
 from domainbed_sfp.leaderboard.documents.entry_schema import AGREEMENTS
 from domainbed_sfp.leaderboard.documents.problems import Problem, shown
+from domainbed_sfp.leaderboard.validation.outcomes import Comparison
 from domainbed_sfp.runs.records import VOLATILE_FIELDS
 
 Record = Mapping[str, Any]
@@ -33,8 +34,9 @@ MEAN_TOLERANCE = 1.0
 
 # What says where a record was made, and how long it took.
 PLACE = ("environment", "commit", "code")
-# Files beside the data are as many as a copy of it happens to have.
-_APART = {*VOLATILE_FIELDS, *PLACE, "args", "left_out"}
+# Files beside the data are as many as a copy of it happens to have. What was asked for is checked before anything is
+# computed (`validation.settings`), and versions differ in what they name of it.
+_APART = {*VOLATILE_FIELDS, *PLACE, "args", "hparams", "decisions", "left_out"}
 # What training decides: a channel more or less. The rest of a record's own fields is the same anywhere.
 _SIZES = re.compile(r"surviving_parameters|macs|exported_bytes|(env\d+_)?(bitops|mean_bits)")
 _SIZE_TOLERANCE = 0.05
@@ -48,20 +50,6 @@ _OF_IMAGES = re.compile(r"env\d+_(bitops|mean_bits)")
 _OF_IMAGES_TOLERANCE = 0.01
 # Losses and penalties: their size, not their value.
 _MEASURED_FACTOR, _MEASURED_FLOOR = 3.0, 0.1
-
-
-@dataclass
-class Comparison:
-    """What comes of it. difference: the largest of an accuracy, in points; selected_difference: over records that a
-    selection rule chose. signed: claimed minus computed accuracies of unseen environments, of the validation splits,
-    and of the selected records, in points."""
-
-    run: str
-    agreement: str = AGREEMENTS[0]
-    difference: float = 0.0
-    selected_difference: float = 0.0
-    signed: dict[str, list[float]] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
 
 
 def compare(

@@ -8,7 +8,6 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -18,11 +17,11 @@ from domainbed_sfp.core import provenance
 from domainbed_sfp.core.device import choose_device
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class
-from domainbed_sfp.leaderboard.bundle.layout import WEIGHTS
+from domainbed_sfp.leaderboard.bundle.places import WEIGHTS
 from domainbed_sfp.leaderboard.documents.problems import shown
 from domainbed_sfp.leaderboard.facts import facts_of, split_sizes
 from domainbed_sfp.leaderboard.summary import SubmittedRun
-from domainbed_sfp.training import train as training
+from domainbed_sfp.runs.settings import RunSettings, known_settings
 
 # Multiply-accumulate operations a second, as a core or a GPU does them with all that is around them, and seconds that a
 # step takes however small the network is: for estimates, which are right within a factor of three or so.
@@ -103,14 +102,12 @@ def sizes_of(run: SubmittedRun) -> dict[str, int]:
     }
 
 
-def args_of(run: SubmittedRun, place: Place, folder: str) -> training.TrainArgs:
+def args_of(run: SubmittedRun, place: Place, folder: str) -> RunSettings:
     """The arguments that compute a run again, into `folder`, in the arithmetic of its records."""
-    known: dict[str, Any] = {
-        name: value for name, value in run.run.args.items() if name in training.TrainArgs.__dataclass_fields__
-    }
+    known = known_settings(run.run.args)
     known |= {"data_dir": place.data_dir, "output_dir": folder, "cache_dir": place.cache_dir, "device": "auto"}
     known |= {"skip_model_save": True, "save_model_every_checkpoint": False}
-    return training.TrainArgs(**{**known, "precision": run.records[0]["precision"]})
+    return RunSettings(**{**known, "precision": run.records[0]["precision"]})
 
 
 @contextlib.contextmanager

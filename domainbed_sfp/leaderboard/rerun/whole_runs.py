@@ -11,13 +11,13 @@ from typing import Any
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard.documents.problems import Problem
-from domainbed_sfp.leaderboard.rerun.comparing import Comparison, check_means, compare
+from domainbed_sfp.leaderboard.rerun.comparing import check_means, compare
 from domainbed_sfp.leaderboard.rerun.drawing import draw
 from domainbed_sfp.leaderboard.rerun.place import Place, args_of, as_recorded, here, hours_of, reason_not_to, sizes_of
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation import Validation
 from domainbed_sfp.leaderboard.validation.context import records_of
-from domainbed_sfp.leaderboard.validation.outcomes import Rerun
+from domainbed_sfp.leaderboard.validation.outcomes import Comparison, Rerun
 from domainbed_sfp.runs import records
 from domainbed_sfp.training import train as training
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.analysis.figures.points import FP32_BITOPS
+from domainbed_sfp.analysis.rows import FP32_BITOPS
 from domainbed_sfp.analysis.selection import RULES, Rule
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard.documents.entry import Entry, EntryCell, Result

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from domainbed_sfp.analysis.render.csv_files import csv_of_lines
 from domainbed_sfp.analysis.render.grids import (
     ABSENT,
     BEST,
@@ -285,9 +284,10 @@ def csv_text(board: Board) -> str:
     character) gets an apostrophe before it; all texts are quoted, because a spreadsheet that divides by semicolons
     would otherwise begin a cell in their midst.
     """
-    out = io.StringIO()
-    writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writeheader()
+    return csv_of_lines(_COLUMNS, _csv_lines(board), quote_texts=True)
+
+
+def _csv_lines(board: Board) -> Iterator[dict[str, Any]]:
     for ranking in board.rankings:
         for line in ranking.lines:
             cells: list[tuple[str, tuple[Any, Any, Any]]] = []
@@ -306,8 +306,7 @@ def csv_text(board: Board) -> str:
                     "environment": environment,
                     **dict(zip(("accuracy", "std_err", "trials"), numbers)),
                 }
-                writer.writerow({name: _no_formula(value) for name, value in values.items()})
-    return out.getvalue()
+                yield {name: _no_formula(value) for name, value in values.items()}
 
 
 def json_text(board: Board) -> str:

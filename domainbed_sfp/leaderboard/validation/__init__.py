@@ -13,7 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.leaderboard.bundle.layout import SUBMISSION, SUMS, Tree, read_tree
+from domainbed_sfp.leaderboard.bundle.layout import SUBMISSION, SUMS
+from domainbed_sfp.leaderboard.bundle.tree import Tree, read_tree
 from domainbed_sfp.leaderboard.documents.problems import MOST_PROBLEMS
 from domainbed_sfp.leaderboard.validation.compression import check_same_final_step
 from domainbed_sfp.leaderboard.validation.context import Bundle, Check

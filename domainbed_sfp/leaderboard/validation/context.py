@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from domainbed_sfp.leaderboard.bundle.layout import RECORDS, Tree
+from domainbed_sfp.leaderboard.bundle.layout import RECORDS
+from domainbed_sfp.leaderboard.bundle.tree import Tree
 from domainbed_sfp.leaderboard.documents.problems import Problem
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.networks import Expected, Network, key_of

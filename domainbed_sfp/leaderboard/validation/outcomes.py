@@ -6,7 +6,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from domainbed_sfp.leaderboard.documents.entry_schema import AGREEMENTS
-from domainbed_sfp.leaderboard.rerun.comparing import Comparison
+from domainbed_sfp.leaderboard.documents.problems import Problem
+
+
+@dataclass
+class Comparison:
+    """A run, or a record of it, and what was computed of it again.
+
+    difference: the largest of an accuracy, in points; selected_difference: over records that a selection rule chose.
+    signed: claimed minus computed accuracies of unseen environments, of the validation splits, and of the selected
+    records, in points.
+    """
+
+    run: str
+    agreement: str = AGREEMENTS[0]
+    difference: float = 0.0
+    selected_difference: float = 0.0
+    signed: dict[str, list[float]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
 
 
 @dataclass

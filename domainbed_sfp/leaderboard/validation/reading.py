@@ -8,12 +8,13 @@ from itertools import islice
 from typing import Any
 
 from domainbed_sfp.leaderboard.bundle import layout as layout
+from domainbed_sfp.leaderboard.bundle import tree
 from domainbed_sfp.leaderboard.bundle.layout import RECORDS, SUBMISSION
 from domainbed_sfp.leaderboard.documents.problems import MOST_PROBLEMS, Problem, parse, problems_of, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle
 from domainbed_sfp.runs.records import run_of
-from domainbed_sfp.training.train import SURROUNDINGS
+from domainbed_sfp.runs.settings import is_place
 
 # A bundle of more than this many times the runs of its own grid is not read.
 GRID_EXCESS = 2
@@ -21,7 +22,7 @@ GRID_EXCESS = 2
 # Fields that all records of a run share; of the arguments, those that say what is computed.
 SHARED = (
     "args", "hparams", "environments", "input_shape", "data_digest", "code", "standing", "precision", "granularity",
-    "weights_digest",
+    "decisions", "weights_digest",
 )  # fmt: skip
 # And those that are alike in most records: kept once.
 REPEATED = frozenset((*SHARED, "environment"))
@@ -31,7 +32,7 @@ Records = list[dict[str, Any]]
 
 def check_sums(bundle: Bundle) -> Iterator[Problem]:
     """SHA256SUMS names every file, with its contents."""
-    yield from islice(layout.check_sums(bundle.tree), MOST_PROBLEMS)
+    yield from islice(tree.check_sums(bundle.tree), MOST_PROBLEMS)
 
 
 def read_submission(bundle: Bundle) -> Iterator[Problem]:
@@ -177,7 +178,7 @@ def _wrong_environments(file: str, records: Records) -> Iterator[Problem]:
 def _shared(record: Mapping[str, Any], name: str) -> Any:
     """What a field of SHARED must be alike in."""
     if name == "args":
-        return {argument: value for argument, value in record["args"].items() if argument not in SURROUNDINGS}
+        return {argument: value for argument, value in record["args"].items() if not is_place(argument)}
     return record.get(name)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard import tracks
-from domainbed_sfp.leaderboard.bundle.layout import Tree
+from domainbed_sfp.leaderboard.bundle.tree import Tree
 from domainbed_sfp.leaderboard.documents.problems import Problem, printable
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.tiers import (

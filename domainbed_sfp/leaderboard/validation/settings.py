@@ -9,12 +9,13 @@ from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.seeds import seed_hash
 from domainbed_sfp.leaderboard.bundle import layout as layout
+from domainbed_sfp.leaderboard.bundle.places import WEIGHTS, without_places
 from domainbed_sfp.leaderboard.documents.problems import Problem, parse, shown
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.networks import Expected, Refused, TooLarge, key_of
+from domainbed_sfp.runs.settings import RunSettings, check_settings, known_settings
 from domainbed_sfp.training import hparams
-from domainbed_sfp.training import train as training
 
 
 def check_arguments(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
@@ -25,12 +26,9 @@ def check_arguments(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         formula = "seed_hash(dataset, algorithm, test_envs, hparams_seed, trial_seed)"
         yield Problem(records_of(run), "line 1.args.seed", f"{seed}, which is {formula}", shown(args["seed"]))
     try:
-        training.check_settings(training.TrainArgs(**{n: v for n, v in args.items() if n in TAKEN}))
+        check_settings(RunSettings(**known_settings(args)))
     except UserError as error:
         yield Problem(records_of(run), "line 1.args", "settings that `train` takes", str(error))
-
-
-TAKEN = frozenset(training.TrainArgs.__dataclass_fields__)
 
 
 def check_hparams(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
@@ -45,9 +43,14 @@ def check_hparams(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         return
     yield from _places(file, overrides, run.run.hparams)
     try:
-        registry.get(args["algorithm"])
+        info = registry.get(args["algorithm"])
     except UserError as error:
         bundle.cannot(f"hparams, masks and costs of {args['algorithm']}: {error}; install the package that has it")
+        return
+    try:
+        own = info.current(run.run.hparams)
+    except UserError as error:
+        bundle.cannot(f"hparams, masks and costs of {args['algorithm']}: {error}")
         return
     try:
         drawn = hparams.resolve_hparams(
@@ -57,7 +60,7 @@ def check_hparams(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         bundle.unfit.add(run.name)
         yield Problem(file, "line 1.args.hparams", _in_ranges(run), str(error))
         return
-    differing = list(_differing(bundle, run, drawn, overrides))
+    differing = list(_differing(bundle, run, drawn, own, overrides))
     yield from differing
     if not differing:
         yield from _expect(bundle, run)
@@ -66,15 +69,20 @@ def check_hparams(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
 def check_fields(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
     """The fields of records that follow from arguments, hparams and the algorithm's registration."""
     first, file, expected = run.records[0], records_of(run), bundle.expected.get(run.name)
-    granularity = run.run.hparams.get("granularity")
+    granularity, said_by = run.run.hparams.get("granularity"), "as in hparams"
+    if granularity is None and run.run.algorithm in registry.names():
+        granularity, said_by = getattr(registry.get(run.run.algorithm).cls, "granularity", None), "as of the method"
     if first.get("granularity") != granularity:
-        words = "no such field" if granularity is None else f"{shown(granularity)}, as in hparams"
+        words = "no such field" if granularity is None else f"{shown(granularity)}, {said_by}"
         yield Problem(file, "line 1.granularity", words, shown(first.get("granularity")))
     if (asked := run.run.args["precision"]) not in ("auto", first["precision"]):
         yield Problem(file, "line 1.precision", f"{shown(asked)}, as in args", shown(first["precision"]))
+    if expected and first.get("decisions", expected.decisions) != expected.decisions:
+        words = f"{shown(expected.decisions)}, as {run.run.algorithm} decides it"
+        yield Problem(file, "line 1.decisions", words, shown(first["decisions"]))
     yield from _devices(run)
     weights = run.run.hparams.get("weights")
-    if "weights_digest" in first and weights in layout.WEIGHTS:
+    if "weights_digest" in first and weights in WEIGHTS:
         words = f"no such field with weights {weights}"
         yield Problem(file, "line 1.weights_digest", words, shown(first["weights_digest"]))
     if run.run.algorithm in registry.names():
@@ -110,7 +118,7 @@ def _overrides(text: str | None) -> dict[str, Any]:
 def _places(file: str, overrides: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Problem]:
     """Paths of a machine among hparams."""
     for where, values in (("args.hparams", overrides), ("hparams", own)):
-        for name, plain in layout.without_places(values).items():
+        for name, plain in without_places(values).items():
             if plain != values[name]:
                 words = f"{shown(plain)}, no path of a machine"
                 yield Problem(file, f"line 1.{where}.{name}", words, shown(values[name]))
@@ -121,9 +129,13 @@ def _in_ranges(run: SubmittedRun) -> str:
 
 
 def _differing(
-    bundle: Bundle, run: SubmittedRun, drawn: Mapping[str, Any], overrides: Mapping[str, Any]
+    bundle: Bundle,
+    run: SubmittedRun,
+    drawn: Mapping[str, Any],
+    own: Mapping[str, Any],
+    overrides: Mapping[str, Any],
 ) -> Iterator[Problem]:
-    args, own = run.run.args, run.run.hparams
+    args = run.run.args
     seeds = f"the draw of hparams_seed {args['hparams_seed']} and trial_seed {args['trial_seed']}"
     for name in sorted({*drawn, *own}):
         there, found = drawn.get(name), own.get(name)

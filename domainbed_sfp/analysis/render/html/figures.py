@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from domainbed_sfp.analysis.comparison import measured_rows
-from domainbed_sfp.analysis.figures.looks import short_label
-from domainbed_sfp.analysis.figures.points import FP32_BITOPS
 from domainbed_sfp.analysis.render.grids import daggered, magnitude
 from domainbed_sfp.analysis.render.html.svg import Line, Look, Point, chart, scatter
+from domainbed_sfp.analysis.render.looks import short_label
+from domainbed_sfp.analysis.rows import FP32_BITOPS
 from domainbed_sfp.analysis.tables import Row, Table, average_of, tested_environments
 from domainbed_sfp.runs.records import Run
 
@@ -44,11 +43,11 @@ class Figure:
 def cost_figures(table: Table, looks: Mapping[str, Look]) -> list[Figure]:
     """Average accuracy against each cost that the records know and that differs between rows."""
     tested = tested_environments(table)
-    averages = {row.label: average_of([row.cells[env] for env in tested]) for row in measured_rows(table)}
+    averages = {row.label: average_of([row.cells[env] for env in tested]) for row in table.measured}
     figures = []
     for name, (axis, percent) in _COSTS.items():
         found = []
-        for row in measured_rows(table):
+        for row in table.measured:
             average, cost = averages[row.label], _cost(row, name, table)
             if average is not None and cost is not None:
                 found.append((row, cost, average))
@@ -84,7 +83,7 @@ def environment_figure(table: Table, looks: Mapping[str, Look]) -> Figure | None
     if len(tested) < 2:
         return None
     points = []
-    rows = measured_rows(table)
+    rows = table.measured
     for at, env in enumerate(tested):
         for place, row in enumerate(rows):
             cell = row.cells[env]
@@ -127,7 +126,7 @@ def _percent(value: float) -> str:
 
 
 def _cost(row: Row, name: str, table: Table) -> float | None:
-    if name == "bitops" and not any("bitops" in one.costs for one in measured_rows(table)):
+    if name == "bitops" and not any("bitops" in one.costs for one in table.measured):
         return None
     if name == "bitops" and "bitops" not in row.costs and "macs" in row.costs:
         return row.costs["macs"] * FP32_BITOPS  # not quantized: single precision

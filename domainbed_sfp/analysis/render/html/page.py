@@ -1,55 +1,33 @@
-"""The command `report`: a sweep, finished or running, as one page that needs no network."""
+"""A sweep, finished or running, as one page that needs no network."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from domainbed_sfp.analysis.account import Account, Job, explain_missing, label_methods, row_labels, take_account
-from domainbed_sfp.analysis.comparison import compare, measured_rows
-from domainbed_sfp.analysis.figures.looks import short_label
+from domainbed_sfp.analysis.comparison import compare
 from domainbed_sfp.analysis.render import chosen
 from domainbed_sfp.analysis.render.comparison import comparison_grids
 from domainbed_sfp.analysis.render.grids import Grid, grids_of
 from domainbed_sfp.analysis.render.html import figures, svg
 from domainbed_sfp.analysis.render.html.self_contained import content_policy, packaged_text
+from domainbed_sfp.analysis.render.looks import short_label
 from domainbed_sfp.analysis.selection import RULES, TRAINING_DOMAIN
 from domainbed_sfp.analysis.tables import Report, build_report, environment_names
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.core.version import __version__
-from domainbed_sfp.runs.records import Run, load_records, read_records
+from domainbed_sfp.runs.records import Run, Warn, load_records, read_records
 
 # Lines of a failed run's errors that the page shows, and runs that it shows them of.
 _LAST_LINES = 12
 _FAILURES = 20
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input_dir", required=True, metavar="DIR", help="the sweep: a directory of runs")
-    parser.add_argument("--output", default="report.html", metavar="FILE", help="the page (default report.html)")
-    parser.add_argument(
-        "--include_incomplete", action="store_true", help="count runs that have not finished (no file 'done')"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Writes the page; returns the exit status. Raises UserError for bad input."""
-    text = report_page(args.input_dir, include_incomplete=args.include_incomplete)
-    try:
-        write_atomically(args.output, text)
-    except OSError as error:
-        raise UserError(f"--output {args.output}: {error.strerror}") from error
-    print(f"wrote {args.output}")
-    return 0
-
-
-def report_page(input_dir: str | Path, *, include_incomplete: bool = False) -> str:
+def report_page(input_dir: str | Path, warn: Warn, *, include_incomplete: bool = False) -> str:
     """The page of the sweep in `input_dir`. Raises UserError where nothing there can be read as one."""
-    runs = load_records(input_dir, warn=_warn)
+    runs = load_records(input_dir, warn=warn)
     account = take_account(runs, input_dir, include_incomplete=include_incomplete)
     report = build_report(account, RULES)
     return _render(
@@ -85,7 +63,7 @@ def _tables_by_rule(report: Report) -> list[tuple[str, list[Grid]]]:
 def _figures(report: Report, runs: Sequence[Run], root: Path) -> list[dict[str, Any]]:
     tables = [table for table in report.tables if table.rule is TRAINING_DOMAIN]
     labelled = list(zip(row_labels(runs), runs))
-    names = [row.label for table in tables for row in measured_rows(table)]
+    names = [row.label for table in tables for row in table.measured]
     looks = svg.looks_of(list(dict.fromkeys([*names, *(label for label, _ in labelled)])))
     drawn = []
     for table in tables:
@@ -95,7 +73,7 @@ def _figures(report: Report, runs: Sequence[Run], root: Path) -> list[dict[str, 
         drawn.append(
             {
                 "name": table.dataset,
-                "key": svg.key({short_label(row.label): looks[row.label] for row in measured_rows(table)}),
+                "key": svg.key({short_label(row.label): looks[row.label] for row in table.measured}),
                 "costs": figures.cost_figures(table, looks),
                 "environments": [by_environment] if by_environment else [],
                 "training": figures.training_figures(of_dataset, losses, looks, table.dataset),
@@ -117,7 +95,7 @@ def _comparisons(report: Report) -> list[Grid]:
     """Paired tests of ERM, or else the first row, against every other row, under training-domain validation."""
     tables = tuple(table for table in report.tables if table.rule is TRAINING_DOMAIN)
     part = Report(tables, (), ())
-    labels = list(dict.fromkeys(row.label for table in tables for row in measured_rows(table)))
+    labels = list(dict.fromkeys(row.label for table in tables for row in table.measured))
     if len(labels) < 2:
         return []
     try:
@@ -172,7 +150,3 @@ def _render(**values: Any) -> str:
         script=Markup(script),
         policy=content_policy(style, script),
     )
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from domainbed_sfp.analysis.figures.looks import colour_of
+from domainbed_sfp.analysis.render.looks import colour_of
 
 WIDTH, HEIGHT = 640, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 14, 48

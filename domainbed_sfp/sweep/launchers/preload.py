@@ -12,15 +12,13 @@ import torch._dynamo  # imported by torch's optimizers at their first step; take
 import torchvision
 
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.cli import main as cli
 from domainbed_sfp.core import provenance
 from domainbed_sfp.data import dataset_names
 from domainbed_sfp.data.sets.digits import read_embedded
-from domainbed_sfp.training import train as training
+from domainbed_sfp.training.train import train
 
-__all__ = ["cli", "torch", "torchvision", "training"]
+__all__ = ["torch", "torchvision", "train"]
 
-cli.make_parser()  # imports what commands need for their flags
 registry.names()
 dataset_names()
 read_embedded(None)  # numbers too few for torch to start threads, which a fork would not survive

@@ -10,28 +10,30 @@ import multiprocessing
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from domainbed_sfp.core import crashes, surroundings
+from domainbed_sfp.runs.settings import RunSettings
+from domainbed_sfp.sweep.job import command_line
 
-PRELOAD = "domainbed_sfp.sweep.preload"
+PRELOAD = "domainbed_sfp.sweep.launchers.preload"
 
 
 class JobProcess:
-    """A command of `domainbed-sfp` in a process and a session of its own: Ctrl-C reaches whoever started it alone.
+    """A run in a process and a session of its own: Ctrl-C reaches whoever started it alone.
 
     Args:
-        arguments: the command line without the program, `train --algorithm ERM ...`.
+        settings: of the run.
         environment: all of its environment variables.
         errors: file that its standard error is appended to; its standard output goes nowhere.
     """
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], errors: Path) -> None:
+    def __init__(self, settings: RunSettings, environment: Mapping[str, str], errors: Path) -> None:
         # A child begins in the folder in which this program was started, wherever that has gone since.
-        given = (list(arguments), dict(environment), Path.cwd(), errors)
+        given = (settings, dict(environment), Path.cwd(), errors)
         self._process: BaseProcess
         # The fork server reads some of the variables, the number of threads among them, while it imports, and listens
         # on a socket.
@@ -56,33 +58,27 @@ class JobProcess:
         """Sends SIGKILL."""
         self._process.kill()
 
-    def wait(self) -> None:
-        """Returns when it has ended."""
-        self._process.join()
 
-
-def _run(arguments: list[str], environment: dict[str, str], folder: Path, errors: Path) -> None:
+def _run(settings: RunSettings, environment: dict[str, str], folder: Path, errors: Path) -> None:
     """The job's process."""
 
-    def prepared() -> int:
-        _prepare(arguments, environment, folder, errors)
-        return 0
+    def computed() -> int:
+        _prepare(settings, environment, folder, errors)
+        from domainbed_sfp.training.train import train_as_process
 
-    if status := crashes.guarded("starting a job", prepared):
-        sys.exit(status)
-    from domainbed_sfp.cli import main as cli
+        return train_as_process(settings)
 
-    cli.main(arguments)
+    sys.exit(crashes.guarded("domainbed-sfp train", computed))
 
 
-def _prepare(arguments: list[str], environment: dict[str, str], folder: Path, errors: Path) -> None:
+def _prepare(settings: RunSettings, environment: dict[str, str], folder: Path, errors: Path) -> None:
     """Gives the process the job's folder, variables, streams and threads."""
     import setproctitle
 
     os.chdir(folder)
 
     # What `ps` and `nvidia-smi` show; it finds its place by the environment as it was at first.
-    setproctitle.setproctitle(shlex.join(["domainbed-sfp", *arguments]))
+    setproctitle.setproctitle(shlex.join(["domainbed-sfp", *command_line(settings)]))
     if hasattr(os, "setsid"):
         os.setsid()
     os.environ.clear()

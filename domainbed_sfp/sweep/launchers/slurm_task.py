@@ -1,4 +1,4 @@
-"""What one task of a SLURM array does: `python -m domainbed_sfp.sweep.slurm_task BATCH`.
+"""What one task of a SLURM array does: `python -m domainbed_sfp.sweep.launchers.slurm_task BATCH`.
 
 It computes its job of the batch as a local launch would, notes how that ended, and asks SLURM for another turn where
 the time was up. The run itself saves its checkpoint at SIGUSR1, which SLURM sends to all processes of the task some

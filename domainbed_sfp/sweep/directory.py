@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from domainbed_sfp.core import locks, provenance
 from domainbed_sfp.core.errors import UserError, spelled
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.runs import records
-from domainbed_sfp.runs.layout import DONE
+from domainbed_sfp.runs.layout import DONE, LOCK
 from domainbed_sfp.runs.manifests import jobs_of, read_manifests, write_manifest
 from domainbed_sfp.runs.packed import packed_runs
+from domainbed_sfp.runs.settings import known_settings, protocol
 from domainbed_sfp.sweep import slurm_batches
-from domainbed_sfp.sweep.job import LATER_SETTINGS, PROTOCOL, Job
+from domainbed_sfp.sweep.job import LATER_SETTINGS, Job
 from domainbed_sfp.sweep.slurm_batches import Standing
-from domainbed_sfp.training.train import LOCK
 
 SWEEP_LOCK = "sweep.lock"
 WAY_ON = "go on with --break_lock"
@@ -141,35 +141,35 @@ class SweepDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             with locks.hold(self.path / SWEEP_LOCK, 60, "launching this sweep", WAY_ON):
                 manifests = read_manifests(self.path)
-                protocol = self._protocol(jobs)
+                shared = self._shared(jobs)
                 for manifest in reversed(manifests):
                     earlier = {**LATER_SETTINGS, **manifest.protocol}
-                    for name in protocol.keys() & earlier.keys():
-                        if protocol[name] != earlier[name]:
-                            there, here = earlier[name], protocol[name]
+                    for name in shared.keys() & earlier.keys():
+                        if shared[name] != earlier[name]:
+                            there, here = earlier[name], shared[name]
                             raise UserError(
                                 f"output_dir {str(self.path)!r} holds another sweep ({name} {spelled(there, [here])} "
                                 f"there, {spelled(here, [there])} here); choose another --output_dir"
                             )
-                    protocol = {**earlier, **protocol}
-                write_manifest(self.path, protocol, self._entries(jobs, jobs_of(manifests)))
+                    shared = {**earlier, **shared}
+                write_manifest(self.path, shared, self._entries(jobs, jobs_of(manifests)))
         except OSError as error:
             raise UserError(f"output_dir {str(self.path)!r} cannot be written: {error.strerror or error}") from error
 
-    def _protocol(self, jobs: Sequence[Job]) -> dict[str, Any]:
+    def _shared(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """What the runs of a directory share, by name: settings, data, code and weights."""
-        protocol = {name: getattr(jobs[0], name) for name in PROTOCOL}
+        shared = {name: getattr(jobs[0], name) for name in protocol()}
         for dataset in dict.fromkeys(job.dataset for job in jobs):
             digest = get_dataset_class(dataset).data_digest(self.data_dir)
-            protocol[f"data of {dataset}"] = digest or records.PUBLISHED
+            shared[f"data of {dataset}"] = digest or records.PUBLISHED
         for algorithm in dict.fromkeys(job.algorithm for job in jobs):
             # One row is one method: a package that has changed since is another.
             if code := provenance.code_of(registry.get(algorithm).cls):
-                protocol[f"code of {algorithm}"] = code
-        for weights in dict.fromkeys(job.hparams.get("weights") for job in jobs):
+                shared[f"code of {algorithm}"] = code
+        for weights in dict.fromkeys(job.overrides.get("weights") for job in jobs):
             if digest := provenance.weights_digest(weights):
-                protocol[f"weights {weights}"] = digest
-        return protocol
+                shared[f"weights {weights}"] = digest
+        return shared
 
     def _entries(self, jobs: Sequence[Job], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What a manifest says of the jobs known so far and of `jobs`."""
@@ -183,7 +183,7 @@ class SweepDirectory:
                 "trial_seed": job.trial_seed,
                 "seed": job.seed,
                 "steps": job.steps,
-                "hparams": dict(job.hparams),
+                "hparams": job.overrides,
             }
             for job, folder in self.job_dirs(jobs).items()
         }
@@ -195,15 +195,13 @@ class SweepDirectory:
 
     def listed(self) -> list[Job]:
         """The jobs of all launches so far, here and where folders were copied from; none where nothing was launched."""
-        names = {one.name for one in fields(Job)} - {"name"}
         jobs: dict[str, Job] = {}
         for manifest in read_manifests(self.path):
-            protocol = {name: manifest.protocol.get(name, LATER_SETTINGS.get(name)) for name in PROTOCOL}
+            shared = {name: manifest.protocol.get(name, LATER_SETTINGS.get(name)) for name in protocol()}
             for entry in manifest.jobs:
-                values = {**protocol, **{name: value for name, value in entry.items() if name in names}}
                 try:
-                    job = Job(**{**values, "test_envs": tuple(values["test_envs"])})
-                except (KeyError, TypeError) as error:
+                    job = Job(**{**shared, **known_settings(entry)})
+                except TypeError as error:
                     raise UserError(
                         f"{str(self.path / manifest.file)!r} describes a job not as this version does ({error})"
                     ) from None

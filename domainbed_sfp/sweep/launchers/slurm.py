@@ -24,8 +24,8 @@ from typing import Any
 from domainbed_sfp.core import locks
 from domainbed_sfp.core.errors import UserError, check_range
 from domainbed_sfp.sweep import slurm_batches
-from domainbed_sfp.sweep.jobs import WAY_ON, State, SweepDirectory
-from domainbed_sfp.sweep.launchers import Outcome, Task
+from domainbed_sfp.sweep.directory import WAY_ON, State, SweepDirectory
+from domainbed_sfp.sweep.launchers.base import Outcome, Task, launcher
 
 # Seconds before the time limit at which SLURM sends SIGUSR1: to end a step, evaluate nothing, and save.
 SIGNAL_SECONDS = 120
@@ -129,6 +129,7 @@ def check(options: SlurmOptions) -> None:
             )
 
 
+@launcher("slurm")
 def launch_slurm(
     tasks: Sequence[Task], directory: SweepDirectory, slots: int, options: SlurmOptions | None = None
 ) -> Outcome:
@@ -225,7 +226,7 @@ def _command(batch: Path, options: SlurmOptions) -> str:
     if options.cpus:
         # srun does not take over sbatch's cores per task since SLURM 22.05.
         srun.append(f"--cpus-per-task={options.cpus}")
-    return shlex.join([*srun, sys.executable, "-u", "-m", "domainbed_sfp.sweep.slurm_task", str(batch)])
+    return shlex.join([*srun, sys.executable, "-u", "-m", "domainbed_sfp.sweep.launchers.slurm_task", str(batch)])
 
 
 def _log_name(batch: Path, pattern: str) -> str:

@@ -1,0 +1,34 @@
+"""The command `degraded`: accuracy and bits on degraded copies of the test environments."""
+
+from __future__ import annotations
+
+import argparse
+
+from domainbed_sfp.analysis.commands.console import plot_suffix, print_or_write, warn
+from domainbed_sfp.analysis.degraded import cases_of, summarise
+from domainbed_sfp.analysis.figures.degraded import plot
+from domainbed_sfp.analysis.figures.style import SUFFIXES
+from domainbed_sfp.analysis.render.csv_files import csv_of_points
+from domainbed_sfp.analysis.render.degraded import markdown_text
+from domainbed_sfp.core.files import write_output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input_dir", required=True, metavar="DIR", help="the sweep: a directory of runs")
+    parser.add_argument("--output", metavar="FILE", help="write the table to FILE instead of the standard output")
+    parser.add_argument("--csv", metavar="FILE", help="also write every case: run, degradation, severity")
+    parser.add_argument("--plot", metavar="FILE", help=f"also draw bits against severity; {', '.join(SUFFIXES)}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the table and what else was asked for; returns the exit status. Raises UserError for bad input."""
+    suffix = plot_suffix(args.plot)
+    cases = cases_of(args.input_dir, warn)
+    text = markdown_text(summarise(cases))
+    image = plot(cases, suffix) if args.plot else None
+    print_or_write(text, args.output)
+    if args.csv:
+        write_output("--csv", args.csv, csv_of_points(cases))
+    if image is not None:
+        write_output("--plot", args.plot, image)
+    return 0
