@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.algorithms.erm import ERM
-from domainbed_sfp.algorithms.magnitude import Magnitude
+from domainbed_sfp.algorithms.objectives.erm import ERM
+from domainbed_sfp.algorithms.pruning.magnitude import Magnitude
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.deploy import shrink
 from domainbed_sfp.leaderboard import summary
@@ -24,7 +24,7 @@ from domainbed_sfp.leaderboard.bundle.tree import sums_text
 from domainbed_sfp.leaderboard.submit import submit
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.networks import Network
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs import mask_files
 from domainbed_sfp.runs.records import run_of
 from domainbed_sfp.sweep.directory import SweepDirectory
@@ -237,8 +237,8 @@ def _masks(folder: Path, record: Mapping[str, Any]) -> Masks:
 
 def _costs(network: Network, masks: Masks) -> dict[str, Any]:
     known = {name: mask for name, mask in masks.items() if network.shapes.get(name) == mask.shape}
-    cost = accounting.measure_cost(network.deployed, network.positions, known)
-    removed = accounting.sparsities_of(network.algorithm, known)
+    cost = costs.measure_cost(network.deployed, network.positions, known)
+    removed = costs.sparsities_of(network.algorithm, known)
     size = shrink.exported_bytes(network.algorithm.export(), known)
     counted = {"surviving_parameters": cost.surviving_parameters, "macs": cost.macs, "exported_bytes": size}
     return {**counted, "sparsity": next(iter(removed.values()), 0.0)}

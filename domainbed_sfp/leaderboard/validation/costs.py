@@ -15,7 +15,7 @@ from domainbed_sfp.leaderboard.validation.compression import SPARSITY_ROUNDING
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.masks import Masks, check_units, masks_of, read_masks
 from domainbed_sfp.leaderboard.validation.networks import Network
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs.records import COST_FIELDS
 
 
@@ -92,7 +92,7 @@ def _of_a_checkpoint(
 
 def _known_costs(network: Network, masks: Masks) -> dict[str, float | int | None]:
     """The costs that follow from a network and its masks, by their names in a record."""
-    cost = accounting.measure_cost(network.deployed, network.positions, masks)
+    cost = costs.measure_cost(network.deployed, network.positions, masks)
     known = {name: getattr(cost, name) for name in ("parameters", "surviving_parameters", "dense_macs", "macs")}
     return known | settled.settled(network.algorithm, network.costs, masks)
 
@@ -105,7 +105,7 @@ def _differing_costs(
         if (expected := known[name]) != record[name]:
             words = "null" if expected is None else f"{expected:,}"
             yield Problem(where, f"line {number}.{name}", f"{words}, by {file}", counted(record[name]))
-    removed = accounting.sparsities_of(network.algorithm, masks) or {"weight": 0.0}
+    removed = costs.sparsities_of(network.algorithm, masks) or {"weight": 0.0}
     if all(abs(value - record["sparsity"]) > SPARSITY_ROUNDING for value in removed.values()):
         words = " or ".join(f"{value:.6g} of the {unit}s" for unit, value in removed.items())
         yield Problem(where, f"line {number}.sparsity", f"{words}, by {file}", shown(record["sparsity"]))

@@ -9,7 +9,7 @@ from contextlib import suppress
 import torch
 
 from domainbed_sfp.algorithms.base import ObjectiveAlgorithm
-from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
+from domainbed_sfp.algorithms.pruning.scheduled import ScheduledPruning
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard.bundle import mask_headers
 from domainbed_sfp.leaderboard.bundle.layout import MASKS
@@ -17,8 +17,8 @@ from domainbed_sfp.leaderboard.documents.problems import Problem
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.networks import Network
+from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups
 from domainbed_sfp.pruning.masks import lower_channels
-from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
 from domainbed_sfp.runs import mask_files
 
 Masks = Mapping[str, torch.Tensor]

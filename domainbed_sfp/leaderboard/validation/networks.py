@@ -14,8 +14,8 @@ from torch import Tensor
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.base import Algorithm, final_step_of
-from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
-from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
+from domainbed_sfp.algorithms.pruning.scheduled import ScheduledPruning
+from domainbed_sfp.algorithms.quantization.base import QuantizedAlgorithm
 from domainbed_sfp.core import provenance
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class
@@ -23,7 +23,7 @@ from domainbed_sfp.leaderboard.bundle import layout as layout
 from domainbed_sfp.leaderboard.facts import facts_of
 from domainbed_sfp.leaderboard.summary import SubmittedRun
 from domainbed_sfp.leaderboard.validation.settled import Limits, limits, settle
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
 from domainbed_sfp.training import hparams
 
 # Of a data set whose number of classes is not known here: what hparams and schedule decide does not depend on it.
@@ -103,7 +103,7 @@ class Network:
     @cached_property
     def positions(self) -> dict[str, int]:
         """How often each weight is used for one image."""
-        return accounting.count_positions(self.algorithm, self.shape, self.algorithm.predict)
+        return costs.count_positions(self.algorithm, self.shape, self.algorithm.predict)
 
     @cached_property
     def deployed(self) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from domainbed_sfp.algorithms.quantized import POLICY_HPARAMS, POLICY_RETIRED, PolicyQuantization
+from domainbed_sfp.algorithms.quantization.base import POLICY_HPARAMS, POLICY_RETIRED, PolicyQuantization
 from domainbed_sfp.algorithms.registry import register
 
 

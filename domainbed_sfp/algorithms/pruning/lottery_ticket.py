@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
-from domainbed_sfp.algorithms.magnitude import Magnitude
+from domainbed_sfp.algorithms.pruning.magnitude import Magnitude
+from domainbed_sfp.algorithms.pruning.scheduled import UNIT_HPARAMS
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import AT_LEAST_ONE, RUN_FRACTION, Hparam
-from domainbed_sfp.pruning.named_tensors import NamedTensors
 from domainbed_sfp.pruning.schedules import RETRAINED_END, RoundSchedule
+from domainbed_sfp.pruning.state import NamedTensors
 
 
 @register(

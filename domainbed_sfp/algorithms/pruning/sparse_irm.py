@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches
-from domainbed_sfp.algorithms.gated_pruning import GATE_HPARAMS, GatedPruning
+from domainbed_sfp.algorithms.pruning.gated import GATE_HPARAMS, GatedPruning
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.core.hparam import Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.gates import binary_concrete, log_odds, logistic_noise, projection_shift
-from domainbed_sfp.pruning.named_tensors import NamedTensors
 from domainbed_sfp.pruning.schedules import CubicSchedule
+from domainbed_sfp.pruning.state import NamedTensors
 
 # Fractions of the run, as in the authors' code: until when the network is dense, and when the budget of scores has
 # reached its final size. The mask is drawn at the end there; here a tenth of the run trains on under it.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.pruning.scheduled import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import RUN_FRACTION, SHARE, Hparam, one_of
 from domainbed_sfp.pruning import scores

@@ -13,10 +13,11 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import Hparam, one_of
 from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels, removed_units
+from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups
+from domainbed_sfp.pruning.masks import keep_highest, lower_channels, removed_units
 from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION, ReaderInputs, Reconstruction
 from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, CubicSchedule, Schedule
-from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
+from domainbed_sfp.pruning.state import Masks
 
 # What is removed, whatever the schedule.
 UNIT_HPARAMS = {

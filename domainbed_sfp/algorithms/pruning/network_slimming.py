@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.pruning.scheduled import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import NOT_NEGATIVE, Hparam, one_of
 from domainbed_sfp.pruning import scores
+from domainbed_sfp.pruning.groups import ChannelGroup
 from domainbed_sfp.pruning.schedules import OneShotSchedule
-from domainbed_sfp.pruning.structure import ChannelGroup
 
 # Fraction of the run that trains with the penalty; the authors fine-tune for as many epochs as they train.
 PRUNE_AT = 0.5

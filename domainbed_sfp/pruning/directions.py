@@ -1,6 +1,6 @@
 """What flagged and unflagged samples of a class do differently in a layer: SFP's statistics and directions.
 
-All of this is this project's reconstruction (see `algorithms/sfp.py`). Statistics are conditional on the class: a
+All of this is this project's reconstruction (see `algorithms/sfp`). Statistics are conditional on the class: a
 spurious attribute is as frequent among flagged as among unflagged samples, only its agreement with the label differs,
 so statistics that pool the classes cannot see it.
 """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
-from domainbed_sfp.algorithms.pruning_at_initialization import AT_INITIALIZATION_HPARAMS, PruningAtInitialization
+from domainbed_sfp.algorithms.pruning.at_initialization import AT_INITIALIZATION_HPARAMS, PruningAtInitialization
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.pruning import scores
 

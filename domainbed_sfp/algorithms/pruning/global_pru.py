@@ -16,23 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.pruning.scheduled import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import NOT_NEGATIVE, RUN_FRACTION, Hparam, Range, one_of
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.pruning.channel_attention import (
+from domainbed_sfp.pruning.attention import (
     gate_logits,
     gate_of,
     insert_gates,
     inside_blocks,
 )
+from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups
 from domainbed_sfp.pruning.masks import removed_units
-from domainbed_sfp.pruning.named_tensors import attribute_name
 from domainbed_sfp.pruning.ranking import RankingVote, kendall_tau, list_mle, top_k_overlap
 from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION
 from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, StairSchedule
-from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
+from domainbed_sfp.pruning.state import attribute_name
 
 # Fraction of the run at which the vote closes: by then gates behind a pretrained network have learned something.
 VOTE_AT = 0.2
@@ -87,7 +87,7 @@ class GlobalPru(ScheduledPruning):
     """Global channel attention pruning, reconstructed.
 
     A squeeze-and-excitation gate a = 2 sigmoid(u) stands behind the convolutions inside blocks whose channels may be
-    removed, after the normalization (`pruning.channel_attention`); a pretrained network's logits are what they were.
+    removed, after the normalization (`pruning.attention`); a pretrained network's logits are what they were.
     A network without blocks, as MNIST_CNN, has gates behind all its convolutions, and `gated_layers` "all" puts them
     wherever the other methods may remove channels: stem and head as well.
 

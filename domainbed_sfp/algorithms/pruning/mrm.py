@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from domainbed_sfp.algorithms import groupdro, irm, vrex
-from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LEARNED_MASK_RETIRED, LearnedMaskPruning
+from domainbed_sfp.algorithms.objectives import groupdro, irm, vrex
+from domainbed_sfp.algorithms.pruning.gated import LEARNED_MASK_HPARAMS, LEARNED_MASK_RETIRED, LearnedMaskPruning
+from domainbed_sfp.algorithms.pruning.scheduled import UNIT_HPARAMS
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS
-from domainbed_sfp.pruning.named_tensors import NamedTensors
+from domainbed_sfp.pruning.state import NamedTensors
 
 REFERENCE = "Zhang et al. 2021 (ICML), arXiv 2106.02890"
 # The stages of the modular-subnetwork code: 40, 20 and 40% of the run.

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from domainbed_sfp.algorithms.base import Minibatches
-from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
+from domainbed_sfp.algorithms.pruning.scheduled import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import NOT_NEGATIVE, Hparam, one_of
 from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.pruning.gates import Gates, gated_weights, logistic_noise, straight_through
+from domainbed_sfp.pruning.gates import gated_weights, logistic_noise, straight_through
 from domainbed_sfp.pruning.schedules import OneShotSchedule
+from domainbed_sfp.pruning.state import Gates
 
 # The papers' learning rates of gates are meant for about this many steps; see `GatedPruning.gate_learning_rate`.
 REFERENCE_STEPS = 1000

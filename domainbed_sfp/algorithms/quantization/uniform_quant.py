@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches
-from domainbed_sfp.algorithms.quantized import QUANTIZATION_HPARAMS, QuantizedAlgorithm
+from domainbed_sfp.algorithms.quantization.base import QUANTIZATION_HPARAMS, QuantizedAlgorithm
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.core.hparam import FRACTION, Hparam, Range
 from domainbed_sfp.quantization.layers import QuantizedLayer, quantize_layers

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.networks.channel_gates import CARRIERS, put_gate
-from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups, layers_in_order
+from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups, layers_in_order
 
 # Narrow layers get a gate of at least this many hidden units.
 MIN_HIDDEN = 8

@@ -14,7 +14,7 @@ from domainbed_sfp.algorithms.base import Minibatches, ObjectiveAlgorithm
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, PROBABILITY, Hparam, Range
 from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
-from domainbed_sfp.pruning.accounting import count_positions, rows_of_an_image
+from domainbed_sfp.pruning.costs import count_positions, rows_of_an_image
 from domainbed_sfp.quantization.bitops import BitOps, fit_shifts, starting_mean
 from domainbed_sfp.quantization.deployment import deploy
 from domainbed_sfp.quantization.layers import (

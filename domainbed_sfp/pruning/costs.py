@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
+from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups
 
 
 @dataclass(frozen=True)

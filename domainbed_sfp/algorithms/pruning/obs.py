@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.pruning.scheduled import PRUNING_HPARAMS, ScheduledPruning
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS, ScheduledPruning
 from domainbed_sfp.pruning import scores
+from domainbed_sfp.pruning.groups import ChannelGroup
 from domainbed_sfp.pruning.masks import removed_units
 from domainbed_sfp.pruning.reconstruction import by_channel, with_ridge
-from domainbed_sfp.pruning.structure import ChannelGroup
 
 
 @register(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches
-from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LEARNED_MASK_RETIRED, LearnedMaskPruning
+from domainbed_sfp.algorithms.pruning.gated import LEARNED_MASK_HPARAMS, LEARNED_MASK_RETIRED, LearnedMaskPruning
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, Hparam
 

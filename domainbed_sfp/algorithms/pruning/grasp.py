@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
-from domainbed_sfp.algorithms.pruning_at_initialization import (
+from domainbed_sfp.algorithms.pruning.at_initialization import (
     AT_INITIALIZATION_HPARAMS,
     PruningAtInitialization,
     balanced_batch,

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.pruning.scheduled import PRUNING_HPARAMS, ScheduledPruning
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS, ScheduledPruning
 from domainbed_sfp.core.hparam import FRACTION, Hparam
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.pruning.named_tensors import NamedTensors
+from domainbed_sfp.pruning.state import NamedTensors
 
 
 @register(
