@@ -327,10 +327,10 @@ def cut_network(backbone):
 
 
 def write(network, backbone, path):
-    told = network.Description(
+    told = files.Description(
         backbone, (3, 64, 64), 4, group_norms=shrink.surviving_groups(network), gates=gate_widths(network)
     )
-    path.write_bytes(network.to_bytes(network, told))
+    path.write_bytes(files.to_bytes(network, told))
 
 
 @pytest.mark.parametrize("backbone", ["mnist_cnn", "mnist_cnn_bn", "resnet18"])
@@ -339,12 +339,12 @@ def test_a_file_of_the_network_rebuilds_it_with_its_gates(backbone, tmp_path):
     assert list(gate_widths(network)) == [gate_of(group).removesuffix(".gate") for group in algorithm.groups]
     write(network, backbone, tmp_path / "network.safetensors")
     with torch.no_grad():
-        again = network.load(tmp_path / "network.safetensors")(x)
+        again = files.load(tmp_path / "network.safetensors")(x)
         assert torch.allclose(again, network(x), atol=1e-6) and torch.allclose(again, algorithm.predict(x), atol=1e-4)
-    lost = network.Description(backbone, (3, 64, 64), 4, gates={"featurizer.nowhere": 8})
-    (tmp_path / "network.safetensors").write_bytes(network.to_bytes(network, lost))
+    lost = files.Description(backbone, (3, 64, 64), 4, gates={"featurizer.nowhere": 8})
+    (tmp_path / "network.safetensors").write_bytes(files.to_bytes(network, lost))
     with pytest.raises(UserError, match=r"'featurizer\.nowhere' is nothing of that name"):
-        network.load(tmp_path / "network.safetensors")
+        files.load(tmp_path / "network.safetensors")
 
 
 @pytest.mark.parametrize("backbone", ["mnist_cnn", "mnist_cnn_bn", "resnet18"])
@@ -364,7 +364,7 @@ def test_constant_gates_go_into_the_weights(backbone, tmp_path):
         assert torch.allclose(network(x), expected, atol=1e-5)
     write(network, backbone, tmp_path / "network.safetensors")
     with torch.no_grad():
-        assert torch.allclose(network.load(tmp_path / "network.safetensors")(x), expected, atol=1e-5)
+        assert torch.allclose(files.load(tmp_path / "network.safetensors")(x), expected, atol=1e-5)
 
 
 def test_a_short_run_votes_with_gates_that_were_trained():
