@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from domainbed_sfp.analysis.account import Account, Job, explain_missing
+from domainbed_sfp.analysis.account import Account, JobKey, explain_missing
 from domainbed_sfp.analysis.methods import Method, algorithm_order, label_methods
 from domainbed_sfp.analysis.protocol import Protocol, protocol_of
 from domainbed_sfp.analysis.published import PublishedRow, matching_rows
@@ -107,8 +107,8 @@ def _tables(
     dataset: str,
     rule: Rule,
     labels: dict[Method, str],
-    runs: dict[Job, Run],
-    missing: dict[Job, str],
+    runs: dict[JobKey, Run],
+    missing: dict[JobKey, str],
     published: Sequence[PublishedRow] | None,
     notes: list[str],
 ) -> Iterator[Table]:
@@ -126,7 +126,7 @@ def _tables(
     # a grid of its own.
     most = 2 if 1 in counts else 0
 
-    def part(is_several: bool) -> tuple[dict[Job, Run], dict[Job, str]]:
+    def part(is_several: bool) -> tuple[dict[JobKey, Run], dict[JobKey, str]]:
         chosen = {job for job in [*runs, *missing] if (len(job.test_envs) > most) == is_several}
         return (
             {job: run for job, run in runs.items() if job in chosen},
@@ -171,8 +171,8 @@ def _table(
     dataset: str,
     rule: Rule,
     labels: dict[Method, str],
-    runs: dict[Job, Run],
-    missing: dict[Job, str],
+    runs: dict[JobKey, Run],
+    missing: dict[JobKey, str],
     held_out: Collection[int],
     published: Sequence[PublishedRow] | None,
 ) -> Table:
@@ -208,8 +208,8 @@ def _table_of_sources(
     dataset: str,
     rule: Rule,
     labels: dict[Method, str],
-    runs: dict[Job, Run],
-    missing: dict[Job, str],
+    runs: dict[JobKey, Run],
+    missing: dict[JobKey, str],
     published: Sequence[PublishedRow] | None,
 ) -> Table:
     """The table of runs that hold out several environments: a column for each set of them and each one in it."""
@@ -249,7 +249,7 @@ def _trained_on(names: Sequence[str]) -> Callable[[Sequence[int]], tuple[int, li
     return key
 
 
-def _expected_rows(labels: Mapping[Method, str], runs: Iterable[Job], missing: Iterable[Job]) -> set[str]:
+def _expected_rows(labels: Mapping[Method, str], runs: Iterable[JobKey], missing: Iterable[JobKey]) -> set[str]:
     """The rows that a table of these jobs has."""
     return {labels[job.method] for job in [*runs, *missing]}
 
@@ -281,7 +281,7 @@ def _uneven_sparsity(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _several_codes(runs: Mapping[Job, Run], labels: Mapping[Method, str]) -> list[str]:
+def _several_codes(runs: Mapping[JobKey, Run], labels: Mapping[Method, str]) -> list[str]:
     """A sentence for each row whose runs were made by several versions of another package's algorithm."""
     codes: dict[str, set[str]] = {}
     for job, run in runs.items():

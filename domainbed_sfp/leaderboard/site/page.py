@@ -17,8 +17,9 @@ from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.core.version import __version__
 from domainbed_sfp.leaderboard import tracks
 from domainbed_sfp.leaderboard.documents.entry_schema import SELECTIONS, TRACKS
+from domainbed_sfp.leaderboard.documents.problems import printable
 from domainbed_sfp.leaderboard.entries import store
-from domainbed_sfp.leaderboard.site import board_formats
+from domainbed_sfp.leaderboard.site import data, tables, texts
 from domainbed_sfp.leaderboard.site.board import BANDS, DENSE, UNKNOWN, Board, board_of
 from domainbed_sfp.leaderboard.tiers import NOTES, TIERS
 
@@ -54,7 +55,7 @@ def _check(args: argparse.Namespace, formats: Sequence[str]) -> int:
 
     checked = check_entries(args.entries_dir, place_of(args), args.recompute)
     lines = [problem.line() for problem in checked.problems]
-    for path, text in texts(args.entries_dir, args.output_dir, formats).items():
+    for path, text in contents(args.entries_dir, args.output_dir, formats).items():
         if not path.is_file() or path.read_bytes() != text.encode():
             found = "another" if path.is_file() else "no file"
             lines.append(f"{path}: expected what the entries give, found {found}; `leaderboard build` makes it")
@@ -70,7 +71,7 @@ def build(entries_dir: str | Path, output_dir: str | Path, formats: Sequence[str
     The same entries give the same bytes. A folder without entries gives a page that says so; one that is not there is
     a UserError.
     """
-    found = texts(entries_dir, output_dir, formats)
+    found = contents(entries_dir, output_dir, formats)
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         for path, text in found.items():
@@ -80,17 +81,17 @@ def build(entries_dir: str | Path, output_dir: str | Path, formats: Sequence[str
     return list(found)
 
 
-def texts(entries_dir: str | Path, output_dir: str | Path, formats: Sequence[str]) -> dict[Path, str]:
+def contents(entries_dir: str | Path, output_dir: str | Path, formats: Sequence[str]) -> dict[Path, str]:
     """What `build` writes, by path."""
     if not Path(entries_dir).is_dir():
         raise UserError(f"--entries_dir {str(entries_dir)!r} is no folder; `leaderboard add` makes one")
     board = board_of(store.read_all(entries_dir, history=True))
     renderers: Mapping[str, Callable[[Board], str]] = {
         "html": lambda board: html_text(board, [FILES[name] for name in formats if name != "html"]),
-        "markdown": board_formats.markdown_text,
-        "latex": board_formats.latex_text,
-        "csv": board_formats.csv_text,
-        "json": board_formats.json_text,
+        "markdown": tables.markdown_text,
+        "latex": tables.latex_text,
+        "csv": data.csv_text,
+        "json": data.json_text,
     }
     return {Path(output_dir) / FILES[name][1]: renderers[name](board) for name in formats}
 
@@ -104,35 +105,35 @@ def html_text(board: Board, siblings: Sequence[tuple[str, str]] = ()) -> str:
     style, script = (packaged_text(__package__, f"page.{suffix}") for suffix in ("css", "js"))
     policy = content_policy(style, script)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(printable=board_formats.printable, number=_number, seeds=_seeds)
+    environment.filters.update(printable=printable, number=_number, seeds=_seeds)
     return environment.from_string(packaged_text(__package__, "page.html")).render(
         board=board,
         datasets=list(dict.fromkeys(ranking.dataset for ranking in board.rankings)),
         filters=_filters(board),
         siblings=siblings,
-        notes=board_formats.NOTES,
+        notes=tables.NOTES,
         tiers=TIERS[::-1],
         tier_notes=NOTES,
         trials_of_closed=tracks.TRIALS,
         reconstruction_note=RECONSTRUCTION_NOTE,
-        bitops=any(map(board_formats.has_bitops, board.rankings)),
+        bitops=any(map(texts.has_bitops, board.rankings)),
         absent=ABSENT,
         missing=MISSING,
-        accuracy=board_formats.accuracy_text,
-        average=board_formats.average_text,
-        worst=board_formats.worst_text,
-        trials=board_formats.trials_text,
-        sparsity=board_formats.sparsity_text,
-        part=board_formats.part_text,
-        unverified_axes=board_formats.unverified_axes,
-        mark=board_formats.marked_if_unverified,
-        bitops_text=board_formats.bitops_text,
-        has_bitops=board_formats.has_bitops,
-        label=board_formats.label_of,
-        protocol_of=board_formats.shared_protocol,
-        protocol_text=board_formats.protocol_text,
+        accuracy=texts.accuracy_text,
+        average=texts.average_text,
+        worst=texts.worst_text,
+        trials=texts.trials_text,
+        sparsity=texts.sparsity_text,
+        part=texts.part_text,
+        unverified_axes=texts.unverified_axes,
+        mark=texts.marked_if_unverified,
+        bitops_text=texts.bitops_text,
+        has_bitops=texts.has_bitops,
+        label=texts.label_of,
+        protocol_of=texts.shared_protocol,
+        protocol_text=texts.protocol_text,
         differs=lambda ranking, text: len(set(map(text, ranking.lines))) > 1,
-        notes_of=board_formats.notes_of,
+        notes_of=tables.notes_of,
         version=__version__,
         # Ours, and free of what would end their elements; the policy names their bytes.
         policy=policy,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp.analysis.account import Account, Job, explain_missing, label_methods, row_labels, take_account
+from domainbed_sfp.analysis.account import Account, JobKey, explain_missing, label_methods, row_labels, take_account
 from domainbed_sfp.analysis.comparison import compare
 from domainbed_sfp.analysis.render import chosen
 from domainbed_sfp.analysis.render.comparison import comparison_grids
@@ -116,7 +116,7 @@ def _missing(account: Account) -> list[str]:
     return told
 
 
-def _numbers(jobs: Sequence[Job], dataset: str) -> tuple[str, ...]:
+def _numbers(jobs: Sequence[JobKey], dataset: str) -> tuple[str, ...]:
     most = max(env for job in jobs if job.dataset == dataset for env in job.test_envs)
     return tuple(f"env{env}" for env in range(most + 1))
 
