@@ -37,7 +37,7 @@ from domainbed_sfp.analysis.significance import holm, paired_test
 from domainbed_sfp.core import provenance, runtime
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.files import write_output
-from domainbed_sfp.core.hparam import parse_overrides
+from domainbed_sfp.core.overrides import parse_overrides
 from domainbed_sfp.core.seeds import seed_everything, seed_hash
 from domainbed_sfp.data import Dataset, get_dataset_class
 from domainbed_sfp.data.loaders import MinibatchLoader

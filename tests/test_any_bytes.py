@@ -25,7 +25,7 @@ from domainbed_sfp.algorithms import registry
 from domainbed_sfp.analysis import degraded, rankings
 from domainbed_sfp.analysis.commands import collect
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.core.hparam import parse_overrides
+from domainbed_sfp.core.overrides import parse_overrides
 from domainbed_sfp.data.images.cache import cached_images
 from domainbed_sfp.deploy import exported, finished_runs
 from domainbed_sfp.leaderboard import validation

@@ -364,12 +364,12 @@ def test_jobs_share_threads_and_gpus(monkeypatch):
     monkeypatch.setattr(capacity, "usable_cores", lambda: 16)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    seen = [local.job_environment(slot, 4, ["3", "7"]) for slot in range(4)]
+    seen = [capacity.job_environment(slot, 4, ["3", "7"]) for slot in range(4)]
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in seen] == ["3", "7", "3", "7"]
     assert {environment["OMP_NUM_THREADS"] for environment in seen} == {"4"}
-    assert "CUDA_VISIBLE_DEVICES" not in local.job_environment(0, 1, [])
+    assert "CUDA_VISIBLE_DEVICES" not in capacity.job_environment(0, 1, [])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert {local.job_environment(0, 4, [])[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {"1"}
+    assert {capacity.job_environment(0, 4, [])[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {"1"}
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.training import hparams
 from domainbed_sfp.upstream import bridge as upstream
+from domainbed_sfp.upstream.checkout import REQUIREMENTS, find_checkout, opened
+from domainbed_sfp.upstream.launcher import SlotLauncher, job_command
+from domainbed_sfp.upstream.registration import own_names, own_table, register_algorithms, register_hparams, stand_in
 
 # Hparams of ours that DomainBed's own loaders and loop decide or lack.
 NOT_DOMAINBEDS = ("image_size", "degrade", "degraded_evaluation")
@@ -176,11 +179,11 @@ def test_an_objective_chosen_in_hparams_brings_its_hparams(made_root: Path) -> N
 
 
 def test_random_hparams_are_our_draws(made_root: Path) -> None:
-    with upstream.opened(made_root) as checkout:
-        upstream.register_hparams(checkout, ["Magnitude"], {})
+    with opened(made_root) as checkout:
+        register_hparams(checkout, ["Magnitude"], {})
         for dataset in ("Debug28", "SVIRO", "PACS"):
             drawn = checkout.hparams_registry.random_hparams("Magnitude", dataset, 123)
-            table = hparams.hparam_table("Magnitude", upstream.stand_in(dataset))
+            table = hparams.hparam_table("Magnitude", stand_in(dataset))
             assert drawn == {n: h.draw(n, 123) for n, h in table.items() if n not in NOT_DOMAINBEDS}
             json.dumps(drawn)
         assert checkout.hparams_registry.random_hparams("DANN", "PACS", 5) == {"theirs": 5}
@@ -188,7 +191,7 @@ def test_random_hparams_are_our_draws(made_root: Path) -> None:
 
 def test_batch_sizes_follow_domainbeds_rule_of_small_images() -> None:
     small, large = ("Debug28", "ColoredMNIST"), ("Debug224", "SVIRO", "WILDSCamelyon", "SpawriousO2O_easy")
-    sizes = {n: upstream.own_table("Magnitude", n, {})["batch_size"].default for n in (*small, *large)}
+    sizes = {n: own_table("Magnitude", n, {})["batch_size"].default for n in (*small, *large)}
     assert list(sizes.values()) == [64, 64, 32, 32, 32, 32]
 
 
@@ -254,7 +257,7 @@ def test_child_processes_know_our_algorithms(made_root: Path, capfd: pytest.Capt
 def test_slots_reports_failures_and_keeps_going(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     python = shlex.quote(sys.executable)
     there = tmp_path / "there"
-    launcher = upstream.SlotLauncher(2)
+    launcher = SlotLauncher(2)
     launcher(
         [
             f"{python} -c 'import sys; print(\"out of luck\", file=sys.stderr); sys.exit(3)'",
@@ -270,14 +273,14 @@ def test_slots_reports_failures_and_keeps_going(capsys: pytest.CaptureFixture, t
 
 
 def test_a_sweep_with_failed_jobs_has_status_1(made_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream, "job_command", lambda command, root: "false")
+    monkeypatch.setattr("domainbed_sfp.upstream.launcher.job_command", lambda command, root: "false")
     arguments = ["launch", "--command_launcher", "slots", "--algorithms", "Magnitude", "--hparams", "{}"]
     assert upstream.run(str(made_root), "sweep", arguments) == 1
 
 
 def test_a_command_of_another_form_is_refused() -> None:
     with pytest.raises(UserError, match=r"starts jobs by 'bash run.sh'"):
-        upstream.job_command("bash run.sh", Path("/checkout"))
+        job_command("bash run.sh", Path("/checkout"))
 
 
 # On a made checkout: bad input ------------------------------------------------------------------------------
@@ -320,7 +323,7 @@ def test_a_folder_that_is_no_checkout(made_root: Path, tmp_path: Path) -> None:
         (str(tmp_path / "elsewhere"), "no domainbed/scripts/train.py in it"),
     ):
         with pytest.raises(UserError) as caught:
-            upstream.find_checkout(given)
+            find_checkout(given)
         assert told in str(caught.value)
 
 
@@ -331,7 +334,7 @@ def test_an_incomplete_checkout(made_root: Path) -> None:
 
 
 def test_missing_requirements_are_all_named(made_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in upstream.REQUIREMENTS:
+    for name in REQUIREMENTS:
         monkeypatch.setitem(sys.modules, name, None)
     file = made_root / "domainbed" / "datasets.py"
     file.write_text("import wilds.datasets\n" + file.read_text())
@@ -344,7 +347,7 @@ def test_missing_requirements_are_all_named(made_root: Path, monkeypatch: pytest
 
 
 def test_a_requirement_that_only_a_script_has(made_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(upstream.REQUIREMENTS, "imageio_of_domainbed", "imageio_of_domainbed")
+    monkeypatch.setitem(REQUIREMENTS, "imageio_of_domainbed", "imageio_of_domainbed")
     with pytest.raises(UserError, match=r"not installed: .*imageio_of_domainbed"):
         upstream.run(str(made_root), "collect_results", [])
 
@@ -507,9 +510,9 @@ def test_both_collects_read_both_sweeps_alike(bridge, cli, both_sweeps: Path) ->
 
 def test_the_default_sweep_offers_our_algorithms(domainbed_root: Path) -> None:
     before = sorted(path for path in domainbed_root.rglob("*.py"))
-    with upstream.opened(domainbed_root) as checkout:
-        ours = upstream.own_names(checkout)
-        upstream.register_algorithms(checkout, ours, None)
+    with opened(domainbed_root) as checkout:
+        ours = own_names(checkout)
+        register_algorithms(checkout, ours, None)
         assert {"Magnitude", "Random"} <= set(ours)
         assert not {"ERM", "IRM", "VREx", "GroupDRO", "CORAL", "Mixup"} & set(ours)
         assert checkout.algorithms.ALGORITHMS[-len(ours) :] == ours

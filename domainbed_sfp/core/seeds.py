@@ -6,7 +6,6 @@ import hashlib
 import random
 
 import numpy as np
-import torch
 
 
 def seed_hash(*args: object) -> int:
@@ -21,6 +20,8 @@ def seed_hash(*args: object) -> int:
 
 def seed_everything(seed: int) -> None:
     """Seeds the global generators of python, numpy and torch (all devices)."""
+    import torch  # here, since commands that only name seeds start at once without it
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

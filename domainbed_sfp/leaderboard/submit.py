@@ -19,7 +19,7 @@ from domainbed_sfp.analysis.methods import Method, label_methods
 from domainbed_sfp.analysis.tables import environment_names
 from domainbed_sfp.core.errors import UserError, unknown_name
 from domainbed_sfp.core.files import write_atomically
-from domainbed_sfp.core.hparam import recorded_overrides
+from domainbed_sfp.core.overrides import recorded_overrides
 from domainbed_sfp.leaderboard import summary, validation
 from domainbed_sfp.leaderboard.bundle import layout, signing, weights
 from domainbed_sfp.leaderboard.bundle.places import without_places

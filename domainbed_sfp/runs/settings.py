@@ -8,8 +8,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from domainbed_sfp.core.errors import UserError, check_range
-from domainbed_sfp.core.hparam import overrides_text, recorded_overrides
-from domainbed_sfp.data import dataset_names, get_dataset_class
+from domainbed_sfp.core.overrides import overrides_text, recorded_overrides
 
 TASKS = ("domain_generalization", "domain_adaptation")
 PRECISIONS = ("fp32", "bf16", "auto")
@@ -144,6 +143,8 @@ def check_test_envs(dataset: str, test_envs: Collection[int], names: list[str]) 
 def identity_of(args: Mapping[str, Any]) -> dict[str, Any]:
     """What a run computes: a record's `args` without places; hparams as values, the data set's numbers of steps where
     none are given, test environments in order."""
+    from domainbed_sfp.data import dataset_names, get_dataset_class
+
     # DomainBed, and records from before there was the choice, evaluate all checkpoints.
     identity: dict[str, Any] = {"evaluate": EVALUATIONS[0]}
     identity.update((name, value) for name, value in args.items() if not is_place(name))

@@ -12,7 +12,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp.core.hparam import overrides_text
+from domainbed_sfp.core.overrides import overrides_text
 from domainbed_sfp.runs.settings import RunSettings, is_place, settings_fields
 
 # The program `domainbed-sfp`, by the interpreter that runs now.

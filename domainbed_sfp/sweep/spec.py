@@ -14,7 +14,7 @@ import yaml
 
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import LARGEST, UserError, check_range, did_you_mean, unknown_name
-from domainbed_sfp.core.hparam import overrides_text
+from domainbed_sfp.core.overrides import overrides_text
 from domainbed_sfp.core.seeds import seed_hash
 from domainbed_sfp.data import dataset_names, get_dataset_class
 from domainbed_sfp.data.sets.folders import Folder

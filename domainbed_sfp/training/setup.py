@@ -15,7 +15,7 @@ from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.core import provenance
 from domainbed_sfp.core.device import choose_device
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.core.hparam import parse_overrides
+from domainbed_sfp.core.overrides import parse_overrides
 from domainbed_sfp.core.seeds import seed_everything
 from domainbed_sfp.data import Dataset, get_dataset_class
 from domainbed_sfp.data.base import not_as_published

@@ -17,7 +17,7 @@ from domainbed_sfp import networks
 from domainbed_sfp.core import crashes, runtime
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.files import write_atomically
-from domainbed_sfp.core.hparam import parse_overrides
+from domainbed_sfp.core.overrides import parse_overrides
 from domainbed_sfp.runs import records
 from domainbed_sfp.runs.layout import CHECKPOINT, DONE, ERR, FAILURE
 from domainbed_sfp.runs.settings import RunSettings, check_settings

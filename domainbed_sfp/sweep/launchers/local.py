@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from rich.console import Console
 
@@ -18,19 +16,17 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.progress import LOG_INTERVAL, bar
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.runs import records
-from domainbed_sfp.runs.layout import LOCK
-from domainbed_sfp.sweep.capacity import job_environment, visible_gpus
+from domainbed_sfp.runs.layout import ERR, LOCK
+from domainbed_sfp.sweep.capacity import visible_gpus
 from domainbed_sfp.sweep.directory import WAY_ON, State, SweepDirectory
 from domainbed_sfp.sweep.job import Job
 from domainbed_sfp.sweep.launchers.base import Outcome, Task, launcher
 from domainbed_sfp.sweep.launchers.processes import JobProcess
+from domainbed_sfp.sweep.launchers.slots import POLL_SECONDS, Slots, tail_of
 from domainbed_sfp.training.folder import AlreadyRunning
 
-POLL_SECONDS = 0.2
 # Asking for another launch's jobs takes their locks for a moment.
 LOOK_ELSEWHERE_SECONDS = 2.0
-# Lines of err.txt that a failure report shows.
-TAIL_LINES = 8
 
 
 @launcher("local")
@@ -56,15 +52,6 @@ def required_gpus() -> list[str]:
     return gpus
 
 
-@dataclass
-class _Running:
-    task: Task
-    process: JobProcess
-    slot: int
-    # A file with what it says on standard error.
-    errors: Path
-
-
 class _LocalLaunch:
     """One launch on this machine."""
 
@@ -73,9 +60,7 @@ class _LocalLaunch:
         self.total = len(tasks)
         self.directory = directory
         # More would only divide the cores into smaller shares.
-        self.slots = max(1, min(slots, len(self.waiting)))
-        self.gpus = gpus
-        self.running: list[_Running] = []
+        self.slots: Slots[Task] = Slots(max(1, min(slots, len(self.waiting))), gpus)
         # Jobs that another launch is computing; taken over if that one dies.
         self.elsewhere: list[Task] = []
         self.outcome = Outcome()
@@ -101,20 +86,19 @@ class _LocalLaunch:
         return self.outcome
 
     def _loop(self, show: Callable[[], None]) -> None:
-        while self.waiting or self.running or self.elsewhere:
+        while self.waiting or self.slots or self.elsewhere:
             if self.stop:
                 self._stop_all()
                 return
             self._start_free_slots()
             self._collect_ended()
-            if not self.waiting and len(self.running) < self.slots:
+            if not self.waiting and self.slots.is_free():
                 self._look_elsewhere()
             show()
             time.sleep(POLL_SECONDS)
 
     def _start_free_slots(self) -> None:
-        free = sorted(set(range(self.slots)) - {running.slot for running in self.running})
-        while free and self.waiting:
+        while self.slots.is_free() and self.waiting:
             task = self.waiting.pop(0)
             state = self.directory.state(task.job)
             if state is State.DONE:
@@ -123,38 +107,25 @@ class _LocalLaunch:
                 self.elsewhere.append(task)
                 self._tell_of_lock(task.job)
             else:
-                self.running.append(self._start(task, free.pop(0)))
-
-    def _start(self, task: Task, slot: int) -> _Running:
-        descriptor, errors = tempfile.mkstemp(prefix="domainbed-sfp-", suffix=".err")
-        os.close(descriptor)
-        # Ctrl-C reaches this launcher, which then asks each job to save and stop.
-        process = JobProcess(task.settings, job_environment(slot, self.slots, self.gpus), Path(errors))
-        return _Running(task, process, slot, Path(errors))
+                # Ctrl-C reaches this launcher, which then asks each job to save and stop.
+                self.slots.start(task, partial(JobProcess, task.settings))
 
     def _collect_ended(self) -> None:
-        for ended in [running for running in self.running if running.process.poll() is not None]:
-            self.running.remove(ended)
-            job, status = ended.task.job, ended.process.poll()
-            if self.directory.state(job) is State.DONE:
+        for task, status, told in self.slots.take_ended():
+            if self.directory.state(task.job) is State.DONE:
                 self.outcome.done += 1
             elif status == AlreadyRunning.exit_status:
-                self.elsewhere.append(ended.task)
+                self.elsewhere.append(task)
             else:
-                reason = self._reason(ended)
-                self.outcome.failures.append((job, reason))
-                print(f"failed: {job.describe()}\n{reason}", file=sys.stderr, flush=True)
-            ended.errors.unlink(missing_ok=True)
+                reason = self._reason(task.job, status, told)
+                self.outcome.failures.append((task.job, reason))
+                print(f"failed: {task.job.describe()}\n{reason}", file=sys.stderr, flush=True)
 
-    def _reason(self, ended: _Running) -> str:
-        status = ended.process.poll() or 0
+    def _reason(self, job: Job, status: int, told: str) -> str:
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        folder = self.directory.job_dir(ended.task.job)
-        told = ended.errors.read_text(encoding="utf-8", errors="replace")
-        if not told.strip() and (folder / "err.txt").exists():
-            told = (folder / "err.txt").read_text(encoding="utf-8", errors="replace")
-        tail = "\n".join(f"    {line}" for line in told.strip().splitlines()[-TAIL_LINES:])
-        where = folder / "err.txt" if (folder / "err.txt").exists() else "it"
+        file = self.directory.job_dir(job) / ERR
+        where = file if file.exists() else "it"
+        tail = told or tail_of(file)
         return f"  {how}; {where} ends with:\n{tail}" if tail else f"  {how}; it said nothing"
 
     def _tell_of_lock(self, job: Job) -> None:
@@ -177,32 +148,27 @@ class _LocalLaunch:
 
     def _request_stop(self, number: int, frame: object) -> None:
         if self.stop:  # asked a second time: no more patience
-            for running in self.running:
-                running.process.kill()
+            self.slots.kill()
         self.stop = True
 
     def _stop_all(self) -> None:
         print(
-            f"stopping {len(self.running)} running jobs, which save where they are (once more to kill them)",
+            f"stopping {len(self.slots)} running jobs, which save where they are (once more to kill them)",
             file=sys.stderr,
             flush=True,
         )
-        for running in self.running:
-            running.process.terminate()
-        for running in self.running:
-            running.process.wait()
-            running.errors.unlink(missing_ok=True)
+        self.slots.stop(lambda: time.sleep(POLL_SECONDS))
 
     def _progress(self) -> float:
         """Jobs done, with the share of running ones that their records show."""
         ended = self.outcome.done + len(self.outcome.failures)
-        return ended + sum(self._share(running.task.job) for running in self.running)
+        return ended + sum(self._share(task.job) for task in self.slots.running())
 
     def _share(self, job: Job) -> float:
         return records.saved_step(self.directory.job_dir(job)) / (job.steps or get_dataset_class(job.dataset).N_STEPS)
 
     def _counts(self) -> str:
-        parts = [f"{self.outcome.done} done", f"{len(self.running)} running", f"{len(self.waiting)} waiting"]
+        parts = [f"{self.outcome.done} done", f"{len(self.slots)} running", f"{len(self.waiting)} waiting"]
         if self.elsewhere:
             parts.append(f"{len(self.elsewhere)} in another launch")
         if self.outcome.failures:
@@ -210,7 +176,7 @@ class _LocalLaunch:
         return ", ".join(parts)
 
     def _tell(self) -> None:
-        if time.monotonic() - self.told_at < LOG_INTERVAL and (self.waiting or self.running or self.elsewhere):
+        if time.monotonic() - self.told_at < LOG_INTERVAL and (self.waiting or self.slots or self.elsewhere):
             return
         self.told_at = time.monotonic()
         share = self._progress() / self.total

@@ -58,10 +58,6 @@ class JobProcess:
         """Sends SIGKILL."""
         self._process.kill()
 
-    def wait(self) -> None:
-        """Returns when it has ended."""
-        self._process.join()
-
 
 def _run(settings: RunSettings, environment: dict[str, str], folder: Path, errors: Path) -> None:
     """The job's process."""
