@@ -21,7 +21,7 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard.documents import entry as entries
 from domainbed_sfp.leaderboard.documents.entry import Entry
 from domainbed_sfp.leaderboard.entries import store
-from domainbed_sfp.leaderboard.site import data, page, tables, texts
+from domainbed_sfp.leaderboard.site import build, data, page, tables, texts
 from domainbed_sfp.leaderboard.site.board import band_of, board_of, family_of
 from domainbed_sfp.leaderboard.tiers import TIERS
 
@@ -41,7 +41,7 @@ def write(folder: Path, found: list[Entry]) -> Path:
 def built(tmp_path_factory):
     """All formats of many entries."""
     root = tmp_path_factory.mktemp("leaderboard")
-    page.build(write(root / "entries", many()), root / "out", list(page.FILES))
+    build.build(write(root / "entries", many()), root / "out", list(build.FILES))
     return root / "out"
 
 
@@ -300,15 +300,15 @@ def test_costs_that_nobody_recomputed_are_marked_everywhere():
 
 
 def test_same_entries_same_bytes(built, tmp_path):
-    page.build(write(tmp_path / "entries", many()[::-1]), tmp_path / "out", list(page.FILES))
-    for _, name in page.FILES.values():
+    build.build(write(tmp_path / "entries", many()[::-1]), tmp_path / "out", list(build.FILES))
+    for _, name in build.FILES.values():
         assert (tmp_path / "out" / name).read_bytes() == (built / name).read_bytes(), name
 
 
 def test_no_entries(main, tmp_path):
     (tmp_path / "entries").mkdir()
     printed = main("leaderboard", "build", "--entries_dir", "entries", "--output_dir", "out").stdout
-    assert printed.splitlines() == [f"wrote out/{name}" for _, name in page.FILES.values()]
+    assert printed.splitlines() == [f"wrote out/{name}" for _, name in build.FILES.values()]
     assert "There are no entries yet." in (tmp_path / "out" / "index.html").read_text()
     assert "There are no entries yet." in (tmp_path / "out" / "leaderboard.md").read_text()
     assert json.loads((tmp_path / "out" / "leaderboard.json").read_text())["entries"] == []
