@@ -31,11 +31,10 @@ VARIANTS = {
     "SparseIRM": [{"granularity": "channel"}, {"objective": "VREx", "pruning_scope": "layer"},
                   {"granularity": "channel", "vrex_penalty_anneal_iters": 4, "objective": "VREx", "mask_rule": "threshold"}],
     "DCWP": [{"granularity": "channel"}, {"pruning_scope": "global"}],
-    "GlobalPru": [{"rank_loss": "ranknet", "voting": "borda", "objective": "CORAL", "backbone": "mnist_cnn_bn"},
-                  {"rank_loss": "hinge", "voting": "mean", "vote_window": 0.2, "sparsity": 0.8}, {"rank_weight": 0.0, "objective": "Mixup"}],
+    "GlobalPru": [{"objective": "CORAL", "backbone": "mnist_cnn_bn", "sparsity": 0.8}, {"rank_weight": 0.0, "objective": "Mixup"}],
     "DQMQ": [{"reinforce": 0.5}, {"objective": "CORAL", "backbone": "mnist_cnn_bn"}],
     "UniformQuant": [{"quantize_start": 0.3, "bits": 3}],
-    "EVIL": [{"objective": "CORAL", "pruning_scope": "global", "sparsity": 0.7, "update_interval": 0.2}, {"growth_gradient": "accumulated"}],
+    "EVIL": [{"objective": "CORAL", "sparsity": 0.7, "update_interval": 0.2}],
 }  # fmt: skip
 
 

@@ -30,12 +30,20 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
+from domainbed_sfp.cli.main import main
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import disk
-from domainbed_sfp.data.download import archives, transfer, verify
+from domainbed_sfp.data.download import archives, arrange, recipes, transfer, verify
 from domainbed_sfp.data.download import commands as command
 
 SMALL = verify._counted("PACS", ("cat", "dog"), {"art": (2, 1), "photo": (1, 3)})
+
+
+def run_command(arguments):
+    """The exit status of `domainbed-sfp download ARGUMENTS`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["download", *arguments])
+    return ended.value.code
 
 
 @pytest.fixture(autouse=True)
@@ -371,7 +379,7 @@ def drive(monkeypatch):
 def test_pacs_comes_from_drive_by_its_id(drive, small_pacs, tmp_path, capsys):
     drive.files["1JFr8f805nMUelQWWmfnJR3y4_SYoN5Pd"] = pacs_zip(tmp_path).read_bytes()
     data = tmp_path / "data"
-    assert command.main(["PACS", "--data_dir", str(data)]) == 0
+    assert run_command(["PACS", "--data_dir", str(data)]) == 0
     assert drive.calls == [("1JFr8f805nMUelQWWmfnJR3y4_SYoN5Pd", True)]
     assert verify.verify_tree("PACS", data) == []
     assert "PACS: 7 images, 2 domains, 2 classes" in capsys.readouterr().out
@@ -535,7 +543,7 @@ def test_from_a_url(site, small_pacs, tmp_path, capsys):
     data = tmp_path / "data"
     url = f"{site.url}/mirror/anything.zip?key=1"
     site.files["/mirror/anything.zip?key=1"] = site.files["/mirror/anything.zip"]
-    assert command.main(["PACS", "--data_dir", str(data), "--from", url]) == 0
+    assert run_command(["PACS", "--data_dir", str(data), "--from", url]) == 0
     assert (data / "PACS/art/cat/0001.jpg").read_bytes() == b"art cat 1"
     assert listing(data) == listing_of(tree_files(SMALL, "PACS/"))
     assert [wanted for _, wanted, _ in site.requests] == [None, "bytes=100-"]
@@ -573,10 +581,10 @@ def test_a_complete_tree_is_left_alone(small_pacs, tmp_path, capsys):
     data = tmp_path / "data"
     marked = write_files(data, tree_files(SMALL, "PACS/")) / "PACS/art/cat/0000.jpg"
     marked.write_bytes(b"mine")
-    assert command.main(["PACS", "--data_dir", str(data), "--from", str(pacs_zip(tmp_path))]) == 0
+    assert run_command(["PACS", "--data_dir", str(data), "--from", str(pacs_zip(tmp_path))]) == 0
     assert marked.read_bytes() == b"mine"
     assert not (data / ".downloads").exists(), "nothing is written: the disk may be read-only"
-    assert command.main(["PACS", "--data_dir", str(data), "--from", str(tmp_path / "PACS.zip"), "--force"]) == 0
+    assert run_command(["PACS", "--data_dir", str(data), "--from", str(tmp_path / "PACS.zip"), "--force"]) == 0
     assert marked.read_bytes() == b"art cat 0"
 
 
@@ -629,10 +637,10 @@ def test_a_killed_unpack_leaves_no_tree_and_the_next_one_cleans_up(small_pacs, t
     data, archive = tmp_path / "data", pacs_zip(tmp_path)
     killed = f"""
 import os
-from domainbed_sfp.data import archives, download
+from domainbed_sfp.data.download import archives, commands
 opened = archives.open_new
 archives.open_new = lambda path: os._exit(9) if path.name == "0001.jpg" else opened(path)
-download.download("PACS", {str(data)!r}, [{str(archive)!r}])
+commands.download("PACS", {str(data)!r}, [{str(archive)!r}])
 """
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == 9
     assert not (data / "PACS").exists() and len(list(data.glob(".PACS.unpacking-*"))) == 1
@@ -705,7 +713,7 @@ def domain_net(tmp_path, monkeypatch):
     domains = list(verify.DOMAIN_NET_IMAGES)
     names = verify.domain_net_facts()[0][:20]
     monkeypatch.setattr(verify, "DOMAIN_NET_IMAGES", dict.fromkeys(domains, len(names)))
-    for module in (verify, command):
+    for module in (verify, arrange):
         monkeypatch.setattr(module, "domain_net_facts", lambda: (names, tuple(DUPLICATES)))
     folder = tmp_path / "archives"
     folder.mkdir()
@@ -727,13 +735,13 @@ def test_domain_net_from_a_folder_without_its_duplicates(domain_net, tmp_path):
 def test_domain_net_from_its_six_public_addresses(domain_net, tmp_path, site, monkeypatch):
     for path in domain_net.iterdir():
         site.files[f"/{path.name}"] = path.read_bytes()
-    public = command.ARCHIVES["DomainNet"]
+    public = recipes.ARCHIVES["DomainNet"]
     assert [archive.urls[0].partition("multi-source")[2] for archive in public] == [
         *("/groundtruth/clipart.zip", "/infograph.zip", "/groundtruth/painting.zip"),
         *("/quickdraw.zip", "/real.zip", "/sketch.zip"),
     ]
-    moved = tuple(command.Archive(archive.name, (f"{site.url}/{archive.name}",)) for archive in public)
-    monkeypatch.setitem(command.ARCHIVES, "DomainNet", moved)
+    moved = tuple(recipes.Archive(archive.name, (f"{site.url}/{archive.name}",)) for archive in public)
+    monkeypatch.setitem(recipes.ARCHIVES, "DomainNet", moved)
     command.download("DomainNet", tmp_path / "data")
     assert verify.verify_tree("DomainNet", tmp_path / "data") == [] and len(site.requests) == 6
 
@@ -742,9 +750,9 @@ def test_a_damaged_archive_of_six_costs_only_itself(domain_net, tmp_path, site, 
     moved = []
     for path in sorted(domain_net.iterdir()):
         site.files[f"/{path.name}"] = path.read_bytes()
-        moved.append(command.Archive(path.name, (f"{site.url}/{path.name}",)))
+        moved.append(recipes.Archive(path.name, (f"{site.url}/{path.name}",)))
     whole, site.files["/real.zip"] = site.files["/real.zip"], b"<html>"
-    monkeypatch.setitem(command.ARCHIVES, "DomainNet", tuple(moved))
+    monkeypatch.setitem(recipes.ARCHIVES, "DomainNet", tuple(moved))
     with pytest.raises(UserError, match=r"real\.zip: neither a zip nor a tar"):
         command.download("DomainNet", tmp_path / "data")
     site.files["/real.zip"] = whole
@@ -793,8 +801,8 @@ def camera_traps(folder: Path, images: list[str]) -> list[str]:
         for name, content in {"train": train, "cis_test": test}.items()
     }
     return [
-        str(make_tar(folder / command.TERRA_IMAGES, {f"eccv_18_all_images_sm/{i}": i.encode() for i in images})),
-        str(make_tar(folder / command.TERRA_ANNOTATIONS, notes)),
+        str(make_tar(folder / recipes.TERRA_IMAGES, {f"eccv_18_all_images_sm/{i}": i.encode() for i in images})),
+        str(make_tar(folder / recipes.TERRA_ANNOTATIONS, notes)),
     ]
 
 
@@ -862,24 +870,24 @@ def digits(tmp_path, monkeypatch):
         files[name] = header + bytes(range(verify.IdxFile(shape, "").size - len(header)))
         facts[name] = verify.IdxFile(shape, hashlib.md5(files[name]).hexdigest())
         packed = gzip.compress(files[name], mtime=0)
-        public.append(command.Archive(f"{name}.gz", (), hashlib.md5(packed).hexdigest()))
+        public.append(recipes.Archive(f"{name}.gz", (), hashlib.md5(packed).hexdigest()))
     monkeypatch.setattr(verify, "MNIST_FILES", facts)
-    monkeypatch.setattr(command, "MNIST_FILES", facts)
-    monkeypatch.setitem(command.ARCHIVES, "MNIST", tuple(public))
+    monkeypatch.setattr(arrange, "MNIST_FILES", facts)
+    monkeypatch.setitem(recipes.ARCHIVES, "MNIST", tuple(public))
     return files
 
 
 def test_mnist_tries_mirrors_until_the_checksum_is_right(digits, site, tmp_path, monkeypatch, capsys):
     public = []
-    for archive in command.ARCHIVES["MNIST"]:
+    for archive in recipes.ARCHIVES["MNIST"]:
         site.files[f"/good/{archive.name}"] = gzip.compress(digits[archive.name[:-3]], mtime=0)
         site.files[f"/bad/{archive.name}"] = b"a page"
         urls = tuple(f"{site.url}/{mirror}/{archive.name}" for mirror in ("gone", "bad", "good"))
-        public.append(command.Archive(archive.name, urls, archive.md5))
-    monkeypatch.setitem(command.ARCHIVES, "MNIST", tuple(public))
+        public.append(recipes.Archive(archive.name, urls, archive.md5))
+    monkeypatch.setitem(recipes.ARCHIVES, "MNIST", tuple(public))
     # RotatedMNIST is made of MNIST's files, StampedPACS of PACS's.
     assert verify.dataset_name("StampedPACS") == "PACS"
-    assert command.main(["RotatedMNIST", "--data_dir", str(tmp_path)]) == 0
+    assert run_command(["RotatedMNIST", "--data_dir", str(tmp_path)]) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "MNIST/raw").iterdir()} == digits
     told = capsys.readouterr().err
     assert told.count("HTTP 404") == told.count("checksum is") == 4
@@ -1038,7 +1046,7 @@ def test_a_data_set_without_an_archive_says_where_it_comes_from(tmp_path):
 def test_many_problems_are_ten_and_a_number(tmp_path, capsys):
     for domain in verify.PACS.domain_images:
         (tmp_path / "PACS" / domain).mkdir(parents=True)
-    assert command.main(["PACS", "--data_dir", str(tmp_path), "--verify_only"]) == 2
+    assert run_command(["PACS", "--data_dir", str(tmp_path), "--verify_only"]) == 2
     told = capsys.readouterr()
     lines = told.out.splitlines()
     assert len(lines) == 11 and lines[-1] == "and 18 more"
@@ -1057,7 +1065,7 @@ def test_missing_folders_are_told_apart(small_pacs, tmp_path):
 
 def test_the_command_line(tmp_path):
     def call(*arguments):
-        line = [sys.executable, "-m", "domainbed_sfp.data.download.commands", *arguments, "--data_dir", str(tmp_path)]
+        line = [sys.executable, "-m", "domainbed_sfp", "download", *arguments, "--data_dir", str(tmp_path)]
         return subprocess.run(line, capture_output=True, text=True, check=False)
 
     wrong = call("Office_Home")
@@ -1070,7 +1078,7 @@ def test_the_command_line(tmp_path):
 
 
 def test_downloading_does_not_wait_for_torch():
-    package = Path(command.__file__).parent
+    package = Path(command.__file__).parents[1]
     # The package's own __init__ is passed over: what counts here is what the command's modules import.
     script = f"""
 import sys, types

@@ -145,7 +145,7 @@ def test_at_the_same_place_every_field_of_every_record_counts(records, name, val
         ({"precision": "bf16"}, True),
         ({"bitops": 1.0}, True),
         ({"dense_macs": 1}, True),
-        ({"hparams": {}}, True),
+        ({"hparams": {}}, False),  # versions differ in what they name; `check_hparams` holds them to the seeds' draw
         ({"standing": "reference"}, True),
         ({"final_compression": False}, True),
         ({"surprise": 1.0}, True),

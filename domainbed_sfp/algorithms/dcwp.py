@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Minibatches
-from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LearnedMaskPruning
+from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LEARNED_MASK_RETIRED, LearnedMaskPruning
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, RUN_FRACTION, Hparam
-from domainbed_sfp.pruning.schedules import RETRAINED_END
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, Hparam
 
 # Of the generalized cross-entropy that trains the biased model.
 GCE_Q = 0.7
 CONTRASTIVE_TEMPERATURE = 0.07
+# The proportions of the authors' code: 2,000, 2,000 and 500 steps.
+MASK_START, MASK_END = 0.44, 0.89
+# Weight of a bias-conflicting sample in the mask stage, as in the authors' code.
+MASK_UPWEIGHT = 80.0
 
 
 @register(
@@ -29,17 +31,21 @@ CONTRASTIVE_TEMPERATURE = 0.07
     reference="Park et al. 2023 (CVPR), arXiv 2210.05247",
     hparams={
         **LEARNED_MASK_HPARAMS,
-        "mask_start": Hparam(
-            0.44, doc="fraction of the run at which weights freeze and masks are learned", valid=RUN_FRACTION
-        ),
-        "mask_end": Hparam(
-            0.89, doc="fraction of the run at which the mask is final and retraining begins", valid=RETRAINED_END
-        ),
-        "mask_upweight": Hparam(80.0, doc="weight of a bias-conflicting sample in the mask stage", valid=POSITIVE),
         "retrain_upweight": Hparam(
-            20.0, lambda r: r.choice([10.0, 20.0, 50.0]), "its weight in retraining", valid=POSITIVE
+            20.0,
+            lambda r: r.choice([10.0, 20.0, 50.0]),
+            "the paper's lambda_up: weight of a bias-conflicting sample in retraining",
+            valid=POSITIVE,
         ),
-        "contrastive_weight": Hparam(0.05, doc="weight of the debiased contrastive loss", valid=NOT_NEGATIVE),
+        "contrastive_weight": Hparam(
+            0.05, doc="the paper's lambda_align: weight of the debiased contrastive loss", valid=NOT_NEGATIVE
+        ),
+    },
+    retired={
+        **LEARNED_MASK_RETIRED,
+        "mask_start": MASK_START,
+        "mask_end": MASK_END,
+        "mask_upweight": MASK_UPWEIGHT,
     },
 )
 class DCWP(LearnedMaskPruning):
@@ -59,14 +65,12 @@ class DCWP(LearnedMaskPruning):
     """
 
     objective_name = "ERM"
+    mask_start, mask_end = MASK_START, MASK_END
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        for name in ("mask_upweight", "retrain_upweight"):
-            if self.hparams[name] <= 0:
-                raise UserError(f"hparam {name!r}: expected a positive number, got {self.hparams[name]}")
         self.biased = copy.deepcopy(self.network)
         self.biased_optimizer = torch.optim.Adam(
             self.biased.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
@@ -86,7 +90,7 @@ class DCWP(LearnedMaskPruning):
             return super().compute_loss(minibatches)
         x, y = torch.cat([x for x, _ in minibatches]), torch.cat([y for _, y in minibatches])
         conflicting = self._is_conflicting(x, y)
-        upweight = self.hparams["mask_upweight" if self.gates_are_open() else "retrain_upweight"]
+        upweight = MASK_UPWEIGHT if self.gates_are_open() else self.hparams["retrain_upweight"]
         weights = torch.where(conflicting, upweight, 1.0)
         features = self.features(x)
         losses = F.cross_entropy(self.classify(features), y, reduction="none")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from domainbed_sfp.algorithms.quantized import POLICY_HPARAMS, PolicyQuantization
+from domainbed_sfp.algorithms.quantized import POLICY_HPARAMS, POLICY_RETIRED, PolicyQuantization
 from domainbed_sfp.algorithms.registry import register
 
 
@@ -12,6 +12,7 @@ from domainbed_sfp.algorithms.registry import register
     reference="arXiv 2302.04453",
     standing="reconstruction",
     hparams=POLICY_HPARAMS,
+    retired=POLICY_RETIRED,
 )
 class DQMQ(PolicyQuantization):
     """Chooses the bit-width of every layer from the sample itself: poor images may need other widths than good ones.

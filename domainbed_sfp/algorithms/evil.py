@@ -16,10 +16,9 @@ from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.core.hparam import AT_LEAST_ONE, RUN_FRACTION, SHARE, Hparam, but, one_of, only
+from domainbed_sfp.core.hparam import RUN_FRACTION, SHARE, Hparam, but
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.pruning.named_tensors import NamedTensors
-from domainbed_sfp.pruning.schedules import EXCHANGE_INTERVAL, check_fraction, check_sparsity, exchange_period
+from domainbed_sfp.pruning.schedules import EXCHANGE_INTERVAL, exchange_period
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,8 @@ class ExchangeSchedule:
     fraction: float
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
-        check_fraction("prune_start", self.start)
-        check_fraction("update_end", self.end)
-        check_fraction("update_interval", self.interval)
         if self.end < self.start:
             raise UserError(f"the exchange ends before it begins: prune_start {self.start}, update_end {self.end}")
-        if not 0 <= self.fraction <= 1:
-            raise UserError(f"hparam 'update_fraction': expected a fraction in [0, 1], got {self.fraction}")
 
     def first_step(self, total_steps: int) -> int:
         return min(round(self.start * total_steps), total_steps - 1)
@@ -72,11 +65,6 @@ class ExchangeSchedule:
         first = self.first_step(total_steps)
         return first < step <= self.last_step(total_steps) and (step - first) % self.period(total_steps) == 0
 
-    def exchanges_within(self, step: int, total_steps: int, steps: int) -> bool:
-        """Whether `step` is one of the last `steps` up to an exchange, the exchange's own among them."""
-        first = self.first_step(total_steps)
-        return first < step <= self.last_step(total_steps) and (first - step) % self.period(total_steps) < steps
-
     def fraction_at(self, step: int, total_steps: int) -> float:
         """The fraction of the living weights exchanged at `step`."""
         first = self.first_step(total_steps)
@@ -90,10 +78,6 @@ class ExchangeSchedule:
     reference="Huang et al. 2023, arXiv 2310.16391",
     hparams={
         "sparsity": UNIT_HPARAMS["sparsity"],
-        "granularity": Hparam(
-            "weight", doc="weight (unstructured)", valid=only("weight", "it exchanges single weights")
-        ),
-        "pruning_scope": UNIT_HPARAMS["pruning_scope"],
         "objective": Hparam(
             "ERM",
             doc="training objective: ERM, IRM, VREx, GroupDRO or CORAL",
@@ -105,15 +89,12 @@ class ExchangeSchedule:
         "update_fraction": Hparam(
             0.3, lambda r: r.choice([0.1, 0.3, 0.5]), "of the living weights, exchanged at the start", valid=SHARE
         ),
-        "growth_gradient": Hparam(
-            "domain",
-            doc="what grows has the smallest gradient of: domain, the loss of a trained domain classifier (the paper); "
-            "accumulated, that of an untrained one and the last steps' training losses (the authors' code)",
-            valid=one_of("domain", "accumulated"),
-        ),
-        "gradient_steps": Hparam(
-            20, lambda r: r.choice([1, 5, 10, 15, 20]), "steps summed by 'accumulated'", valid=AT_LEAST_ONE
-        ),
+    },
+    retired={
+        "granularity": "weight",
+        "pruning_scope": "layer",
+        "growth_gradient": "domain",
+        "gradient_steps": 20,
     },
 )
 class EVIL(ScheduledPruning):
@@ -129,32 +110,24 @@ class EVIL(ScheduledPruning):
     could be chosen, so only single weights are exchanged.
 
     What grows follows the paper's intent. In the authors' code (github.com/tmllab/EVIL) the domain classifier is never
-    updated, and its gradient is added to those of the training loss in the last 20 steps: `growth_gradient` set to
-    `accumulated` does that. Other differences stay: there the first layer is dense and the share of weights kept is
-    one minus what its hparam `dense_allocation` says; of 5,000 steps the mask is made at step 1,000, the exchanged
-    fraction begins at .2 (here .3, RigL's), and exchanges are 400 steps apart until step 4,000.
+    updated, and its gradient is added to those of the training loss in the last 20 steps. Other differences: there the
+    first layer is dense and the share of weights kept is one minus what its hparam `dense_allocation` says; of 5,000
+    steps the mask is made at step 1,000, the exchanged fraction begins at .2 (here .3, RigL's), and exchanges are 400
+    steps apart until step 4,000.
     """
 
+    granularity = "weight"
     schedule: ExchangeSchedule
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
-        if hparams["granularity"] != "weight":
-            raise UserError(
-                f"EVIL exchanges single weights: hparam 'granularity' must be 'weight', got {hparams['granularity']!r}"
-            )
-        if hparams["objective"] == "Mixup":
-            raise UserError("EVIL tells domains apart, and objective 'Mixup' mixes them; choose another objective")
         if num_domains < 2:
             raise UserError(f"EVIL tells training domains apart: expected at least 2, got {num_domains}")
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.domain_classifier = nn.Linear(self.featurizer.n_outputs, num_domains)
         self.domain_optimizer = torch.optim.Adam(self.domain_classifier.parameters(), lr=self.hparams["lr"])
         self.domain_gradients: dict[str, Tensor] = {}
-        self.accumulates = self.hparams["growth_gradient"] == "accumulated"
-        if self.accumulates:  # a checkpoint may fall between the steps that are summed
-            self.accumulated = NamedTensors({name: torch.zeros(shape) for name, shape in self.unit_shapes.items()})
 
     def make_schedule(self) -> ExchangeSchedule:
         names = ("sparsity", "prune_start", "update_end", "update_interval", "update_fraction")
@@ -175,21 +148,6 @@ class EVIL(ScheduledPruning):
         if self.schedule.exchanges_at(self.step, self.total_steps):
             self.domain_gradients = self._domain_gradients(features, domains)
         return loss, {**metrics, "domain_loss": domain_loss}
-
-    @torch.no_grad()
-    def after_backward(self) -> None:
-        if not self.accumulates:
-            return
-        if not self.schedule.exchanges_within(self.step, self.total_steps, self.hparams["gradient_steps"]):
-            return
-        parameters = dict(self.named_parameters())
-        for name, total in self.accumulated.as_dict().items():
-            gradient = parameters[name].grad
-            if gradient is not None:
-                total += gradient
-            if name in self.domain_gradients:  # of this step, where it exchanges
-                self.domain_gradients[name] = self.domain_gradients[name] + total
-                total.zero_()
 
     def score(self, minibatches: Minibatches) -> scores.Scores:
         parameters = dict(self.named_parameters())
@@ -225,13 +183,11 @@ class EVIL(ScheduledPruning):
         return begins or self.schedule.exchanges_at(self.step, self.total_steps)
 
     def _domain_loss(self, features: Tensor, domains: Tensor) -> float:
-        """The domain classifier's loss on features [N, D] without their graph; trains it unless it is to stay as it
-        began."""
+        """The domain classifier's loss on features [N, D] without their graph; trains it."""
         loss = F.cross_entropy(self.domain_classifier(features), domains)
-        if not self.accumulates:
-            self.domain_optimizer.zero_grad()
-            loss.backward()
-            self.domain_optimizer.step()
+        self.domain_optimizer.zero_grad()
+        loss.backward()
+        self.domain_optimizer.step()
         return loss.item()
 
     def _domain_gradients(self, features: Tensor, domains: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,15 +13,12 @@ from torch.func import functional_call
 
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
-from domainbed_sfp.core.errors import UserError, unknown_name
-from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, Hparam, one_of
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, Hparam, one_of
 from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.pruning.gates import Gates, density_shift, gated_weights, logistic_noise, straight_through
-from domainbed_sfp.pruning.schedules import OneShotSchedule, check_fraction, check_retraining
-
-MASK_RULES = ("top_k", "threshold")
-MASK_DENSITIES = ("free", "scheduled")
+from domainbed_sfp.pruning.gates import Gates, gated_weights, logistic_noise, straight_through
+from domainbed_sfp.pruning.schedules import OneShotSchedule
 
 # The papers' learning rates of gates are meant for about this many steps; see `GatedPruning.gate_learning_rate`.
 REFERENCE_STEPS = 1000
@@ -37,13 +33,14 @@ GATE_HPARAMS = {
     "mask_rule": Hparam(
         "top_k",
         doc="top_k: the likeliest, at hparam sparsity; threshold: the method's own rule",
-        valid=one_of(*MASK_RULES),
+        valid=one_of("top_k", "threshold"),
     ),
 }
 
 
 class GatedPruning(ScheduledPruning):
-    """Has a gate for every unit from `mask_start` on, which multiplies it, and prunes once, at `mask_end`.
+    """Has a gate for every unit from `mask_start` on, which multiplies it, and prunes once, at `mask_end`, both
+    fractions of the run.
 
     While gates are open, training draws random masks from them and prediction uses the fixed ones of
     `deterministic_gates`; masks and sparsity count as dense until the gates are settled. The step at `mask_end` is the
@@ -51,14 +48,16 @@ class GatedPruning(ScheduledPruning):
     """
 
     initial_gate: float
+    mask_start: float
+    mask_end: float
+    # Adam's learning rate for the gates, at 1,000 steps with masks.
+    mask_lr: float
     schedule: OneShotSchedule
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        if self.hparams["mask_rule"] not in MASK_RULES:
-            raise unknown_name("mask_rule", self.hparams["mask_rule"], MASK_RULES)
         if self.schedule.sparsity == 0 and self.hparams["mask_rule"] == "threshold":
             raise UserError("mask_rule 'threshold' finds its own sparsity: leave hparam 'sparsity' above 0")
         self.gates = Gates(self.unit_shapes, self.initial_gate)
@@ -67,19 +66,14 @@ class GatedPruning(ScheduledPruning):
         self.drawn_network: _Gated | None = None
 
     def make_schedule(self) -> OneShotSchedule:
-        start, end = self.hparams["mask_start"], self.hparams["mask_end"]
-        check_fraction("mask_start", start)
-        check_fraction("mask_end", end)
-        if end < start:
-            raise UserError(f"the mask stage ends before it begins: mask_start {start}, mask_end {end}")
-        return OneShotSchedule(self.hparams["sparsity"], end)
+        return OneShotSchedule(self.hparams["sparsity"], self.mask_end)
 
     def make_gate_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.gates.parameters(), lr=self.hparams["mask_lr"])
+        return torch.optim.Adam(self.gates.parameters(), lr=self.mask_lr)
 
     def first_gate_step(self) -> int:
         """The first step with gates; the last one is `schedule.last_step`."""
-        return min(round(self.hparams["mask_start"] * self.total_steps), self.schedule.last_step(self.total_steps))
+        return min(round(self.mask_start * self.total_steps), self.schedule.last_step(self.total_steps))
 
     def gates_are_open(self) -> bool:
         """Whether the next step trains with gates, and prediction uses them."""
@@ -92,7 +86,7 @@ class GatedPruning(ScheduledPruning):
         any gate has got from its initial value to where it decides something else.
         """
         steps = self.schedule.last_step(self.total_steps) - self.first_gate_step() + 1
-        return self.hparams["mask_lr"] * max(1.0, REFERENCE_STEPS / steps)
+        return self.mask_lr * max(1.0, REFERENCE_STEPS / steps)
 
     def deterministic_gates(self) -> dict[str, Tensor]:
         """The mask that prediction uses while gates are open: bool tensors by unit name."""
@@ -172,16 +166,11 @@ def _run(part: nn.Module, prefix: str, weights: Mapping[str, Tensor], x: Tensor)
     return functional_call(part, own, (x,)) if own else part(x)
 
 
+# What earlier records name: the one value that it has now.
+LEARNED_MASK_RETIRED = {"mask_density": "free", "mask_lr": 1e-2}
+
 LEARNED_MASK_HPARAMS = {
     **GATE_HPARAMS,
-    "mask_lr": Hparam(
-        1e-2, doc="Adam's learning rate for the mask logits, at 1,000 mask steps; more where fewer", valid=POSITIVE
-    ),
-    "mask_density": Hparam(
-        "free",
-        doc="of the masks while they are learned; free: as published; scheduled: that of the mask that is kept (top_k)",
-        valid=one_of(*MASK_DENSITIES),
-    ),
     "mask_alpha": Hparam(
         1e-8,
         lambda r: 10 ** r.uniform(-9, -5.3),
@@ -202,10 +191,8 @@ class LearnedMaskPruning(GatedPruning):
     probability sigmoid(logit), as in Csordas et al.'s code (see `pruning.gates`); in DCWP's it is the sigmoid of that,
     which no logit can bring below a half or above .73.
 
-    As published, how dense the masks of the stage are is what the logits make of it (`mask_density` free): in runs of a
-    few hundred steps far denser than the mask that `top_k` keeps. "scheduled" (this project's extension) takes one
-    number off all logits that are ranked against each other, such that units live with probability 1 - sparsity on
-    average, reached on a cubic ramp over the first half of the stage.
+    As published, how dense the masks of the stage are is what the logits make of it: in runs of a few hundred steps far
+    denser than the mask that `top_k` keeps.
 
     The pull of alpha on a logit is the same in every network, but the loss's gradient is spread over all the weights:
     the useful alpha falls with their number, which is why it is searched over several orders of magnitude. For channels
@@ -214,16 +201,12 @@ class LearnedMaskPruning(GatedPruning):
     """
 
     initial_gate = 1.5
+    mask_lr = 1e-2
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        if self.hparams["mask_density"] not in MASK_DENSITIES:
-            raise unknown_name("mask_density", self.hparams["mask_density"], MASK_DENSITIES)
-        if self.hparams["mask_density"] == "scheduled" and self.hparams["mask_rule"] == "threshold":
-            raise UserError("mask_rule 'threshold' finds its own sparsity: leave hparam 'mask_density' at 'free'")
-        check_retraining("mask_end", self.hparams["mask_end"])
         shapes = {name: value.shape for name, value in self.named_parameters()}
         self.weights_per_unit = {
             group.name: sum(shapes[name].numel() for name in (*group.filters, *group.readers)) // group.channels
@@ -245,26 +228,7 @@ class LearnedMaskPruning(GatedPruning):
         return metrics
 
     def deterministic_gates(self) -> dict[str, Tensor]:
-        return {name: logits > 0 for name, logits in self.shifted_logits().items()}
-
-    def density(self) -> float:
-        """Where it is scheduled, the probability with which a unit lives in the masks of this step, on average."""
-        begin, end = self.first_gate_step(), self.schedule.last_step(self.total_steps)
-        progress = min(1.0, max(0.0, 2 * (self.step - begin + 1) / (end - begin + 1)))
-        first, last = 1 / (1 + math.exp(-self.initial_gate)), 1 - self.schedule.sparsity
-        return last + (first - last) * (1 - progress) ** 3
-
-    def shifted_logits(self) -> dict[str, Tensor]:
-        """The logits of this step's masks, by unit name; differentiable."""
-        gates = self.gates.as_dict()
-        # All units live in the end where nothing is removed, and no finite shift makes that so.
-        if self.hparams["mask_density"] == "free" or self.schedule.sparsity == 0:
-            return gates
-        density = self.density()
-        if self.ranking_scope() == "global":
-            shift = density_shift([logits.detach() for logits in gates.values()], density)
-            return {name: logits - shift for name, logits in gates.items()}
-        return {name: logits - density_shift([logits.detach()], density) for name, logits in gates.items()}
+        return {name: logits > 0 for name, logits in self.gates.as_dict().items()}
 
     def score(self, minibatches: Minibatches) -> scores.Scores:
         return {name: logits.detach() for name, logits in self.gates.as_dict().items()}
@@ -275,8 +239,8 @@ class LearnedMaskPruning(GatedPruning):
         alive = self.deterministic_gates()
         if all(keep.all() for keep in alive.values()):
             raise UserError(
-                "mask_rule 'threshold' removes nothing: no mask logit fell to 0; raise hparam 'mask_lr' or "
-                "'mask_alpha', train masks longer (mask_start, mask_end), or choose 'top_k'"
+                "mask_rule 'threshold' removes nothing: no mask logit fell to 0; raise hparam 'mask_alpha', train for "
+                "more steps, or choose 'top_k'"
             )
         return alive
 
@@ -286,7 +250,7 @@ class LearnedMaskPruning(GatedPruning):
         return self.hparams["mask_alpha"] * torch.stack(sums).sum()
 
     def _learn_gates(self, minibatches: Minibatches) -> dict[str, float]:
-        gates = self.shifted_logits()
+        gates = self.gates.as_dict()
         masks = {name: straight_through(logits, logistic_noise(logits)) for name, logits in gates.items()}
         frozen = {name: value.detach() for name, value in self.deployed_parameters().items()}
         with self.drawn(masks, frozen):

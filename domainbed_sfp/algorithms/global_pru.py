@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
-from domainbed_sfp.core.errors import UserError, unknown_name
-from domainbed_sfp.core.hparam import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, RUN_FRACTION, Hparam, one_of
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, RUN_FRACTION, Hparam, Range, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.channel_attention import (
     gate_logits,
@@ -28,27 +28,25 @@ from domainbed_sfp.pruning.channel_attention import (
     inside_blocks,
 )
 from domainbed_sfp.pruning.masks import removed_units
-from domainbed_sfp.pruning.ranking import (
-    RANK_LOSSES,
-    VOTING_RULES,
-    RankingVote,
-    kendall_tau,
-    top_k_overlap,
-)
+from domainbed_sfp.pruning.named_tensors import attribute_name
+from domainbed_sfp.pruning.ranking import RankingVote, kendall_tau, list_mle, top_k_overlap
 from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION
-from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, StairSchedule, check_sparsity
+from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, StairSchedule
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
 
-# Of each environment, as many samples as agreement is measured on.
+# Fraction of the run at which the vote closes: by then gates behind a pretrained network have learned something.
+VOTE_AT = 0.2
+# Fraction of the run over whose minibatches the vote is taken: 3,200 samples an environment of DomainBed's protocol.
+VOTE_WINDOW = 0.02
+# Prunings from `prune_start` to `prune_end`: thirds, between which the network recovers.
+PRUNE_ROUNDS = 3
+# Channels per hidden unit of a gate, as in squeeze-and-excitation networks (arXiv 1709.01507).
+GATE_REDUCTION = 16
+# mu, weight of the mean attention: small beside the loss, it only keeps attention from growing without bound.
+GATE_PENALTY = 1e-4
+# Fraction of the run between two measurements of agreement, and of each environment, as many samples as it takes.
+AGREEMENT_EVERY = 0.01
 AGREEMENT_SAMPLES = 16
-
-
-CHOICES = {
-    "voting": VOTING_RULES,
-    "rank_loss": tuple(RANK_LOSSES),
-    "gated_layers": ("blocks", "all"),
-    "granularity": ("channel",),
-}
 
 
 @register(
@@ -58,32 +56,31 @@ CHOICES = {
     standing="reconstruction",
     hparams={
         "sparsity": SCHEDULE_HPARAMS["sparsity"],
-        "granularity": Hparam("channel", doc="attention belongs to channels", valid=one_of(*CHOICES["granularity"])),
         "objective": UNIT_HPARAMS["objective"],
-        "prune_start": Hparam(0.6, doc="fraction of the run at which the first channels go", valid=RUN_FRACTION),
-        "prune_end": Hparam(
-            0.8, doc="fraction of the run at which the last channels go; with one round all go at prune_start",
-            valid=RUN_FRACTION,
+        "prune_start": Hparam(
+            0.6, doc="fraction of the run at which the first channels go",
+            valid=Range(f"a fraction of the run in [{VOTE_AT}, 1]: the vote comes first", lambda v: VOTE_AT <= v <= 1),
         ),
-        "prune_rounds": Hparam(3, doc="prunings from prune_start to prune_end", valid=AT_LEAST_ONE),
+        "prune_end": Hparam(0.8, doc="fraction of the run at which the last channels go", valid=RUN_FRACTION),
         "gated_layers": Hparam(
             "blocks", doc="blocks: channels inside blocks; all: whatever structured pruning may remove, as others do",
-            valid=one_of(*CHOICES["gated_layers"]),
+            valid=one_of("blocks", "all"),
         ),
-        "gate_reduction": Hparam(16, doc="channels per hidden unit of a gate (at least 8)", valid=AT_LEAST_ONE),
-        "vote_at": Hparam(0.2, doc="fraction of the run at which the vote closes", valid=FRACTION),
-        "vote_window": Hparam(0.02, doc="fraction of the run over whose minibatches the vote is taken", valid=FRACTION),
-        "voting": Hparam(
-            "majority", doc="majority: each sample names its best; borda: points by place; mean: mean attention",
-            valid=one_of(*CHOICES["voting"]),
-        ),
-        "rank_loss": Hparam("listmle", doc="listmle, ranknet or hinge", valid=one_of(*CHOICES["rank_loss"])),
         "rank_weight": Hparam(
             0.1, lambda r: 10 ** r.uniform(-2, 0), "lambda, weight of the rank loss; 0: without it", valid=NOT_NEGATIVE
         ),
-        "gate_penalty": Hparam(1e-4, doc="mu, weight of the mean attention", valid=NOT_NEGATIVE),
         "reconstruction": RECONSTRUCTION,
-        "agreement_every": Hparam(0.01, doc="fraction of the run between two measurements of tau", valid=POSITIVE),
+    },
+    retired={
+        "granularity": "channel",
+        "prune_rounds": PRUNE_ROUNDS,
+        "gate_reduction": GATE_REDUCTION,
+        "vote_at": VOTE_AT,
+        "vote_window": VOTE_WINDOW,
+        "voting": "majority",
+        "rank_loss": "listmle",
+        "gate_penalty": GATE_PENALTY,
+        "agreement_every": AGREEMENT_EVERY,
     },
 )  # fmt: skip
 class GlobalPru(ScheduledPruning):
@@ -95,14 +92,14 @@ class GlobalPru(ScheduledPruning):
     wherever the other methods may remove channels: stem and head as well.
 
     Of K steps:
-    1. Until `vote_at` (.2 K) the objective alone.
-    2. The vote. During the last `vote_window` of that stage (2 % of the run, one step at least) the samples of every
-       minibatch, before the step's update and in evaluation mode, vote on each layer's channels by their attention:
-       each names its best (1 - p) C (`majority`). Environments weigh alike however many samples they have; ties go by
+    1. Until .2 K the objective alone.
+    2. The vote. During the last 2 % of the run in that stage (one step at least) the samples of every minibatch, before
+       the step's update and in evaluation mode, vote on each layer's channels by their attention: each names its best
+       (1 - p) C. Environments weigh alike however many samples they have; ties go by
        mean attention. Then the ranking is fixed, for good. Training images are what votes, as augmented for training;
        over 2 % of 5,001 steps at batch size 32 they are 3,200 of each environment.
     3. From the vote to the last pruning: objective + lambda * mean over layers of rank loss + mu * mean over layers of
-       mean |a|. Rank losses are normalised to be 1 for equal scores (`pruning.ranking`); lambda rises linearly from 0
+       mean |a|. The rank loss is ListMLE over what equal scores cost (`pruning.ranking`); lambda rises linearly from 0
        at the vote to its value half-way to `prune_start`. Both terms are about channels that are alive.
     4. At .6, .7 and .8 K the lowest-ranked third of the fraction p of each layer goes. A mask is zero weights: of the
        filter, of the normalization, of what reads the channel, and of its gate's column and row. Behind BatchNorm that
@@ -116,7 +113,7 @@ class GlobalPru(ScheduledPruning):
     one that does not (`channel_gates.fold_constant_gates`) goes into the weights before it. The gates of channels that
     are gone have no weight left, and go with them.
 
-    Logged from the vote to the first pruning, every `agreement_every`: `rank_tau_env{i}` and `rank_overlap_env{i}`, by
+    Logged from the vote to the first pruning, every 1 % of the run: `rank_tau_env{i}` and `rank_overlap_env{i}`, by
     training environment (in the order of minibatches): Kendall's tau between samples' own rankings and the global one,
     and the share of its best (1 - p) C channels that are among the sample's own, in evaluation mode, means over samples
     and layers. The first is from before the rank loss sets in, the last from when it has done what it will do before
@@ -128,38 +125,23 @@ class GlobalPru(ScheduledPruning):
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
-        # Inside DomainBed hparams need not have passed our own check.
-        for name, valid in CHOICES.items():
-            if hparams[name] not in valid:
-                raise unknown_name(f"{name} of GlobalPru", hparams[name], valid)
-        if not 0 < hparams["vote_at"] <= hparams["prune_start"]:
-            raise UserError(
-                f"GlobalPru prunes by a vote of trained gates: hparam 'vote_at' must be in (0, prune_start], got "
-                f"vote_at {hparams['vote_at']} and prune_start {hparams['prune_start']}"
-            )
-        if hparams["gate_reduction"] < 1:
-            raise UserError(f"hparam 'gate_reduction': expected at least 1, got {hparams['gate_reduction']}")
-        check_sparsity(hparams["sparsity"])
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.votes = nn.ModuleDict(
             {
-                _key(group.name): RankingVote(
-                    num_domains, group.channels, self.hparams["voting"], self._kept(group.channels)
-                )
+                attribute_name(group.name): RankingVote(num_domains, group.channels, self._kept(group.channels))
                 for group in self.groups
             }
         )
 
     def make_schedule(self) -> StairSchedule:
         values = self.hparams
-        return StairSchedule(values["sparsity"], values["prune_rounds"], values["prune_start"], values["prune_end"])
+        return StairSchedule(values["sparsity"], PRUNE_ROUNDS, values["prune_start"], values["prune_end"])
 
     def change_network(self) -> None:
         groups = channel_groups(self.featurizer, self.classifier)
         if self.hparams["gated_layers"] == "blocks":
             groups = inside_blocks(self.featurizer, groups)
-        reduction = self.hparams["gate_reduction"]
-        self.gated_groups = insert_gates(self.featurizer, self.classifier, groups, reduction)
+        self.gated_groups = insert_gates(self.featurizer, self.classifier, groups, GATE_REDUCTION)
 
     def removable_channels(self) -> list[ChannelGroup]:
         return self.gated_groups
@@ -177,7 +159,7 @@ class GlobalPru(ScheduledPruning):
                 f"of {self.total_steps} steps is before anything is trained; raise it or train for more steps"
             )
         # At step 0 all gates are alike still.
-        if max(0, closes - self._span("vote_window")) < self.step <= closes:
+        if max(0, closes - _span(VOTE_WINDOW, self.total_steps)) < self.step <= closes:
             self._collect_votes(minibatches)
         if self.step == closes:
             for group in self.groups:
@@ -193,7 +175,7 @@ class GlobalPru(ScheduledPruning):
         rank_loss, attention = self._rank_loss(logits), self._mean_attention(logits)
         if weight := self.rank_weight():
             loss = loss + weight * rank_loss
-        loss = loss + self.hparams["gate_penalty"] * attention
+        loss = loss + GATE_PENALTY * attention
         return loss, {**metrics, "rank_loss": rank_loss.item(), "mean_attention": attention.item()}
 
     def score(self, minibatches: Minibatches) -> scores.Scores:
@@ -203,7 +185,7 @@ class GlobalPru(ScheduledPruning):
     def vote_step(self) -> int:
         """The step at which the vote closes, before its update; before the first all gates are alike, and nobody could
         vote."""
-        closes = max(1, round(self.hparams["vote_at"] * self.total_steps))
+        closes = max(1, round(VOTE_AT * self.total_steps))
         return min(closes, self.schedule.first_step(self.total_steps))
 
     def rank_weight(self) -> float:
@@ -213,15 +195,14 @@ class GlobalPru(ScheduledPruning):
 
     def vote(self, group: str) -> RankingVote:
         """The vote on the channels of a group, its outcome `ranking` among it."""
-        vote = self.votes[_key(group)]
+        vote = self.votes[attribute_name(group)]
         assert isinstance(vote, RankingVote)
         return vote
 
     def _rank_loss(self, logits: Mapping[str, Tensor]) -> Tensor:
         """Mean over layers of the rank loss of the channels alive, which are the first of the ranking."""
-        loss = RANK_LOSSES[self.hparams["rank_loss"]]
         with torch.set_grad_enabled(self.rank_weight() > 0):
-            return torch.stack([loss(u, self._alive_ranking(name)) for name, u in logits.items()]).mean()
+            return torch.stack([list_mle(u, self._alive_ranking(name)) for name, u in logits.items()]).mean()
 
     def _mean_attention(self, logits: Mapping[str, Tensor]) -> Tensor:
         """Mean over layers of the mean |a| of the channels alive."""
@@ -243,7 +224,7 @@ class GlobalPru(ScheduledPruning):
         begin, end = self.vote_step(), self.schedule.first_step(self.total_steps)
         if not begin <= self.step <= end:
             return False
-        return self.step == end or (self.step - begin) % self._span("agreement_every") == 0
+        return self.step == end or (self.step - begin) % _span(AGREEMENT_EVERY, self.total_steps) == 0
 
     def _agreement(self, minibatches: Minibatches) -> dict[str, float]:
         values = {}
@@ -279,10 +260,7 @@ class GlobalPru(ScheduledPruning):
     def _kept(self, channels: int) -> int:
         return channels - removed_units(channels, self.hparams["sparsity"])
 
-    def _span(self, name: str) -> int:
-        """A fraction of the run in steps, at least one."""
-        return max(1, round(self.hparams[name] * self.total_steps))
 
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # torch forbids dots in the names of modules
+def _span(fraction: float, total_steps: int) -> int:
+    """A fraction of the run in steps, at least one."""
+    return max(1, round(fraction * total_steps))

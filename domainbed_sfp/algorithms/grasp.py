@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,9 +13,11 @@ from domainbed_sfp.algorithms.pruning_at_initialization import (
     balanced_batch,
 )
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.core.hparam import AT_LEAST_ONE, POSITIVE, Hparam
+from domainbed_sfp.core.hparam import POSITIVE, Hparam
 from domainbed_sfp.pruning import scores
+
+# Of each class, from which scores are taken, where there are as many; as in the authors' code.
+SAMPLES = 25
 
 
 @register(
@@ -28,10 +29,8 @@ from domainbed_sfp.pruning import scores
         "grasp_temperature": Hparam(
             200.0, lambda r: r.choice([1.0, 200.0]), "logits are divided by it, as in the code", valid=POSITIVE
         ),
-        "grasp_samples": Hparam(
-            25, doc="samples of each class that scores are taken from, where there are as many", valid=AT_LEAST_ONE
-        ),
     },
+    retired={"grasp_samples": SAMPLES},
 )
 class GraSP(PruningAtInitialization):
     """Keeps the weights without which the gradient would flow least, before training.
@@ -47,19 +46,10 @@ class GraSP(PruningAtInitialization):
     prunes: a class of which those hold fewer counts with what there is.
     """
 
-    def __init__(
-        self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
-    ) -> None:
-        if not hparams["grasp_temperature"] > 0:
-            raise UserError(f"hparam 'grasp_temperature': expected more than 0, got {hparams['grasp_temperature']}")
-        if hparams["grasp_samples"] < 1:
-            raise UserError(f"hparam 'grasp_samples': expected at least 1, got {hparams['grasp_samples']}")
-        super().__init__(input_shape, num_classes, num_domains, hparams)
-
     def weight_scores(
         self, network: nn.Module, weights: Mapping[str, Tensor], minibatches: Minibatches
     ) -> scores.Scores:
-        x, y = balanced_batch(minibatches, self.hparams["grasp_samples"])
+        x, y = balanced_batch(minibatches, SAMPLES)
         return scores.gradient_flow(network, weights, x, y, self.hparams["grasp_temperature"])
 
     def channel_scores(self, by_weight: scores.Scores) -> scores.Scores:

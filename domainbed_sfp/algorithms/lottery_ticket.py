@@ -16,7 +16,7 @@ from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import AT_LEAST_ONE, RUN_FRACTION, Hparam
 from domainbed_sfp.pruning.named_tensors import NamedTensors
-from domainbed_sfp.pruning.schedules import RETRAINED_END, RoundSchedule, check_retraining
+from domainbed_sfp.pruning.schedules import RETRAINED_END, RoundSchedule
 
 
 @register(
@@ -50,9 +50,8 @@ class LotteryTicket(Magnitude):
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        check_retraining("prune_end", self.hparams["prune_end"])
         rewind, first = self.hparams["rewind"], self.schedule.end / self.schedule.rounds
-        if not 0 <= rewind <= first:
+        if rewind > first:
             raise UserError(
                 f"hparam 'rewind': expected a fraction of the run before the first pruning ({first:g}), got {rewind}"
             )

@@ -7,26 +7,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from domainbed_sfp.algorithms import groupdro, irm, vrex
-from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LearnedMaskPruning
+from domainbed_sfp.algorithms.gated_pruning import LEARNED_MASK_HPARAMS, LEARNED_MASK_RETIRED, LearnedMaskPruning
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS
-from domainbed_sfp.core.hparam import RUN_FRACTION, Hparam
 from domainbed_sfp.pruning.named_tensors import NamedTensors
-from domainbed_sfp.pruning.schedules import RETRAINED_END
 
 REFERENCE = "Zhang et al. 2021 (ICML), arXiv 2106.02890"
-HPARAMS = {
-    **LEARNED_MASK_HPARAMS,
-    "mask_start": Hparam(
-        0.4, doc="fraction of the run at which weights freeze and masks are learned", valid=RUN_FRACTION
-    ),
-    "mask_end": Hparam(
-        0.6, doc="fraction of the run at which the mask is final and retraining begins", valid=RETRAINED_END
-    ),
-}
+# The stages of the modular-subnetwork code: 40, 20 and 40% of the run.
+MASK_START, MASK_END = 0.4, 0.6
+RETIRED = {**LEARNED_MASK_RETIRED, "mask_start": MASK_START, "mask_end": MASK_END}
 
 
-@register("MRM", family="pruning", reference=REFERENCE, hparams={**HPARAMS, "objective": UNIT_HPARAMS["objective"]})
+@register(
+    "MRM",
+    family="pruning",
+    reference=REFERENCE,
+    hparams={**LEARNED_MASK_HPARAMS, "objective": UNIT_HPARAMS["objective"]},
+    retired=RETIRED,
+)
 class MRM(LearnedMaskPruning):
     """Modular risk minimization (algorithm 1): train, learn a mask with frozen weights, retrain from the beginning.
 
@@ -38,6 +36,8 @@ class MRM(LearnedMaskPruning):
     2010.02066) and in the MRM mode of DCWP's (Park et al. 2023). The convolutions' weights are masked; the classifier
     stays whole, as in every method here.
     """
+
+    mask_start, mask_end = MASK_START, MASK_END
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
@@ -51,21 +51,39 @@ class MRM(LearnedMaskPruning):
         self.objective.load_state_dict(type(self.objective)(self.hparams, self.num_domains).state_dict())
 
 
-@register("ModIRM", family="pruning", reference=REFERENCE, hparams={**HPARAMS, **irm.HPARAMS})
+@register(
+    "ModIRM",
+    family="pruning",
+    reference=REFERENCE,
+    hparams={**LEARNED_MASK_HPARAMS, **irm.HPARAMS},
+    retired=RETIRED,
+)
 class ModIRM(MRM):
     """Modular risk minimization with IRMv1 in all three stages."""
 
     objective_name = "IRM"
 
 
-@register("ModREx", family="pruning", reference=REFERENCE, hparams={**HPARAMS, **vrex.HPARAMS})
+@register(
+    "ModREx",
+    family="pruning",
+    reference=REFERENCE,
+    hparams={**LEARNED_MASK_HPARAMS, **vrex.HPARAMS},
+    retired=RETIRED,
+)
 class ModREx(MRM):
     """Modular risk minimization with V-REx in all three stages."""
 
     objective_name = "VREx"
 
 
-@register("ModGroupDRO", family="pruning", reference=REFERENCE, hparams={**HPARAMS, **groupdro.HPARAMS})
+@register(
+    "ModGroupDRO",
+    family="pruning",
+    reference=REFERENCE,
+    hparams={**LEARNED_MASK_HPARAMS, **groupdro.HPARAMS},
+    retired=RETIRED,
+)
 class ModGroupDRO(MRM):
     """Modular risk minimization with GroupDRO in all three stages."""
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +11,13 @@ from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import UNIT_HPARAMS, ScheduledPruning
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.core.hparam import NOT_NEGATIVE, RUN_FRACTION, Hparam, one_of, only
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.schedules import OneShotSchedule
 from domainbed_sfp.pruning.structure import ChannelGroup
 
+# Fraction of the run that trains with the penalty; the authors fine-tune for as many epochs as they train.
+PRUNE_AT = 0.5
 NORMALIZATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
 
@@ -26,10 +26,7 @@ NORMALIZATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
     family="pruning",
     reference="Liu et al. 2017, arXiv 1708.06519",
     hparams={
-        **UNIT_HPARAMS,
-        "granularity": Hparam(
-            "channel", doc="channel: scales belong to channels", valid=only("channel", "scales belong to channels")
-        ),
+        **{name: hparam for name, hparam in UNIT_HPARAMS.items() if name != "granularity"},
         "pruning_scope": Hparam(
             "global",
             doc="global: one percentile of all scales, as published; layer: one for each",
@@ -42,10 +39,8 @@ NORMALIZATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
             valid=NOT_NEGATIVE,
             photographs=1e-5,
         ),
-        "prune_at": Hparam(
-            0.5, doc="fraction of the run that trains with the penalty; the rest fine-tunes", valid=RUN_FRACTION
-        ),
     },
+    retired={"granularity": "channel", "prune_at": PRUNE_AT},
 )
 class NetworkSlimming(ScheduledPruning):
     """Trains with an L1 penalty on normalization scales, then removes the channels of smallest scale at once.
@@ -64,20 +59,8 @@ class NetworkSlimming(ScheduledPruning):
 
     spares_best = True
 
-    def __init__(
-        self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
-    ) -> None:
-        if hparams["granularity"] != "channel":
-            raise UserError(
-                "NetworkSlimming ranks the normalization scales of channels: "
-                f"hparam 'granularity' must be 'channel', got {hparams['granularity']!r}"
-            )
-        if hparams["slimming_penalty"] < 0:
-            raise UserError(f"hparam 'slimming_penalty': expected 0 or more, got {hparams['slimming_penalty']}")
-        super().__init__(input_shape, num_classes, num_domains, hparams)
-
     def make_schedule(self) -> OneShotSchedule:
-        return OneShotSchedule(self.hparams["sparsity"], self.hparams["prune_at"])
+        return OneShotSchedule(self.hparams["sparsity"], PRUNE_AT)
 
     def removable_channels(self) -> list[ChannelGroup]:
         scales = {

@@ -5,7 +5,6 @@ layer by layer as in OBC (Frantar & Alistarh 2022, arXiv 2208.11580) and ZipLM (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,10 +12,9 @@ from torch import Tensor
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS, ScheduledPruning
-from domainbed_sfp.core.hparam import only
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.masks import removed_units
-from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION, by_channel, with_ridge
+from domainbed_sfp.pruning.reconstruction import by_channel, with_ridge
 from domainbed_sfp.pruning.structure import ChannelGroup
 
 
@@ -24,15 +22,8 @@ from domainbed_sfp.pruning.structure import ChannelGroup
     "OBS",
     family="pruning",
     reference="Hassibi & Stork 1993; channels as in Kurtic et al. 2023, arXiv 2302.04089",
-    hparams={
-        **PRUNING_HPARAMS,
-        "granularity": replace(
-            PRUNING_HPARAMS["granularity"], doc="channel (structured)", valid=only("channel", "it prunes channels")
-        ),
-        "reconstruction": replace(
-            RECONSTRUCTION, default="least_squares", valid=only("least_squares", "that is what its ranking counts on")
-        ),
-    },
+    hparams={name: hparam for name, hparam in PRUNING_HPARAMS.items() if name not in ("granularity", "reconstruction")},
+    retired={"granularity": "channel", "reconstruction": "least_squares"},
 )
 class OBS(ScheduledPruning):
     """Removes the channels whose loss the others can make up for best, and lets them.
@@ -45,6 +36,8 @@ class OBS(ScheduledPruning):
     `pruning_scope` "global" compares them between layers. The papers prune a trained network at once or in a few
     stages, here it is the cubic ramp, as for every method.
     """
+
+    reconstructs = True
 
     def score(self, minibatches: Minibatches) -> scores.Scores:
         return {group.name: self._removal_errors(group) for group in self.groups}

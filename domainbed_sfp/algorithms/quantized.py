@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches, ObjectiveAlgorithm
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.core.hparam import FRACTION, NOT_NEGATIVE, POSITIVE, PROBABILITY, Hparam, Range
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, PROBABILITY, Hparam, Range
 from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning.accounting import count_positions, rows_of_an_image
 from domainbed_sfp.quantization.bitops import BitOps, fit_shifts, starting_mean
@@ -50,20 +50,23 @@ POLICY_HPARAMS = {
     "budget_weight": Hparam(
         1.0, lambda r: 10 ** r.uniform(-1, 1), "beta, the weight of relu(BitOPs / budget - 1)", valid=NOT_NEGATIVE
     ),
-    "policy_start": Hparam(0.1, doc="fraction of the run at 8 bits, before the policy chooses", valid=FRACTION),
-    "policy_end": Hparam(
-        0.5,
-        doc="fraction of the run at which widths settle, and the network trains as it is evaluated",
-        valid=UP_TO_ALL,
-    ),
-    "policy_sigma": Hparam(0.5, doc="sigma of the policies at first, in bits", valid=POSITIVE),
     "policy_lr": Hparam(
         1e-2, lambda r: 10 ** r.uniform(-3, -1.5), "Adam's learning rate for the policy", valid=POSITIVE
     ),
     "reinforce": Hparam(
-        0.0, doc="weight of the REINFORCE term; 0: the straight-through gradient alone", valid=NOT_NEGATIVE
+        0.0,
+        doc="the paper's policy optimization: weight of a REINFORCE term; 0: the straight-through gradient alone",
+        valid=NOT_NEGATIVE,
     ),
 }
+
+# Fractions of the run: until when all have 8 bits, and from when widths are settled and the network trains as it is
+# evaluated. Half of the run is for that: a network of many layers has to meet the one assignment that it will have.
+POLICY_START, POLICY_END = 0.1, 0.5
+# Sigma of the policies at first, in bits: draws reach the neighbouring widths and hardly further.
+POLICY_SIGMA = 0.5
+# What earlier records name: the one value that it has now.
+POLICY_RETIRED = {"policy_start": POLICY_START, "policy_end": POLICY_END, "policy_sigma": POLICY_SIGMA}
 
 # Batches of training images from which the widths of evaluation are calibrated.
 CALIBRATION_BATCHES = 4
@@ -187,8 +190,8 @@ class QuantizedAlgorithm(ObjectiveAlgorithm):
 class PolicyQuantization(QuantizedAlgorithm):
     """Learns with the network which width each layer takes, under a budget of bit operations.
 
-    8 bits everywhere for the first `policy_start` of the run; then every layer but the first and the last draws a width
-    for each sample from its policy, until `policy_end`. From then on policies rest, and each layer takes the width that
+    8 bits everywhere for the first tenth of the run; then every layer but the first and the last draws a width
+    for each sample from its policy, until half of it. From then on policies rest, and each layer takes the width that
     evaluation would give it: a network of many layers that has met only draws is not trained for any one assignment,
     and a draw of few bits in some of fifty layers spoils all it computes.
 
@@ -212,13 +215,6 @@ class PolicyQuantization(QuantizedAlgorithm):
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        if not 0 <= self.hparams["policy_start"] < 1:  # inside DomainBed nobody has checked it
-            raise UserError(f"hparam 'policy_start': expected a fraction in [0, 1), got {self.hparams['policy_start']}")
-        if self.hparams["policy_end"] <= self.hparams["policy_start"]:
-            raise UserError(
-                f"the policy's stage ends before it begins: policy_start {self.hparams['policy_start']}, policy_end "
-                f"{self.hparams['policy_end']}"
-            )
         if self.hparams["reinforce"] and self.hparams["objective"] != "ERM":
             raise UserError(
                 f"hparam 'reinforce' rewards each sample by its cross-entropy, which objective "
@@ -229,8 +225,7 @@ class PolicyQuantization(QuantizedAlgorithm):
         self.bitops.check_budget(self.hparams["target_bitops"], alike=not self.reads_input)
         self.budget = self.hparams["target_bitops"] * self.bitops.at_8_bits
         for policy in self.policies().values():
-            sigma = self.hparams["policy_sigma"]
-            policy.begin(starting_mean(self.bitops, self.budget, sigma), sigma)
+            policy.begin(starting_mean(self.bitops, self.budget, POLICY_SIGMA), POLICY_SIGMA)
         # What the widths of evaluation take on training images: mean bits and BitOPs.
         self.calibrated = self._taken({}, 0)
 
@@ -254,11 +249,11 @@ class PolicyQuantization(QuantizedAlgorithm):
         return {name: value for name, value in deployed.items() if self.reads_input or ".policy." not in name}
 
     def first_policy_step(self) -> int:
-        return min(round(self.hparams["policy_start"] * self.total_steps), self.total_steps - 1)
+        return min(round(POLICY_START * self.total_steps), self.total_steps - 1)
 
     def first_settled_step(self) -> int:
         """The first step of settled widths; at least one draws before it."""
-        return max(round(self.hparams["policy_end"] * self.total_steps), self.first_policy_step() + 1)
+        return max(round(POLICY_END * self.total_steps), self.first_policy_step() + 1)
 
     def evaluation_mode(self) -> str:
         return MOST_PROBABLE if self.at_final_compression() else WIDEST_ONLY
@@ -278,8 +273,6 @@ class PolicyQuantization(QuantizedAlgorithm):
             for name in self.policies():
                 self.layers[name].start_widths()
         settled = self.step >= self.first_settled_step()
-        if settled and not self.control.shifts:  # a run of an earlier version, which did not keep them
-            self._keep_shifts()
         logits: list[Tensor] = []
         listener = self.network.register_forward_hook(lambda module, inputs, output: logits.append(output))
         try:
@@ -337,9 +330,8 @@ class PolicyQuantization(QuantizedAlgorithm):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         super().set_extra_state(state)
-        # Runs of an earlier version did not keep it.
-        self.calibrated = tuple(state.get("calibrated", self.calibrated))
-        self.control.shifts = dict(state.get("shifts", {}))
+        self.calibrated = tuple(state["calibrated"])
+        self.control.shifts = dict(state["shifts"])
 
     def costs(self) -> dict[str, float]:
         bits, bitops = self.calibrated if self.at_final_compression() else self._taken({}, 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches, ObjectiveAlgorithm
-from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import Hparam, one_of
 from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning import scores
@@ -17,8 +17,6 @@ from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels, rem
 from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION, ReaderInputs, Reconstruction
 from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, CubicSchedule, Schedule
 from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
-
-GRANULARITIES = ("channel", "weight")
 
 # What is removed, whatever the schedule.
 UNIT_HPARAMS = {
@@ -31,8 +29,10 @@ UNIT_HPARAMS = {
         doc="layer: the same fraction of every layer; global: one ranking of all",
         valid=one_of("layer", "global"),
     ),
-    "prune_residual_streams": Hparam(False, doc="channel: also those that additions carry from block to block"),
-    "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO, CORAL or Mixup"),
+    "prune_residual_streams": Hparam(
+        False, doc="channel: also those that additions carry from block to block", earlier=False
+    ),
+    "objective": Hparam("ERM", doc="training objective: ERM, IRM, VREx, GroupDRO, CORAL or Mixup", earlier="ERM"),
 }
 
 PRUNING_HPARAMS = {**SCHEDULE_HPARAMS, **UNIT_HPARAMS, "reconstruction": RECONSTRUCTION}
@@ -50,29 +50,29 @@ class ScheduledPruning(ObjectiveAlgorithm):
     stays removed. Subclasses define `score`.
     """
 
+    granularity = "channel"
     # True where masks are renewed before a step's update instead of after it: pruning at initialization.
     prunes_before_update = False
     # True where a ranking across layers leaves every layer its best unit; otherwise a layer wiped out is an error.
     spares_best = False
+    # Whether channels that stay take over from those that go, where no hparam `reconstruction` says it.
+    reconstructs = False
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.schedule: Schedule = self.make_schedule()
-        self.granularity: str = self.hparams["granularity"]
-        if self.granularity not in GRANULARITIES:
-            raise unknown_name("granularity", self.granularity, GRANULARITIES)
         # Not every method has the hparam.
         self.prunes_streams = bool(self.hparams.get("prune_residual_streams", False))
         if self.prunes_streams and self.granularity != "channel":
             raise UserError("hparam 'prune_residual_streams' is about channels: it needs granularity 'channel'")
-        # Nor this one.
-        reconstructs = self.hparams.get("reconstruction", "none") != "none"
-        if reconstructs and self.granularity != "channel":
+        if "reconstruction" in self.hparams:
+            self.reconstructs = self.hparams["reconstruction"] != "none"
+        if self.reconstructs and self.granularity != "channel":
             raise UserError("hparam 'reconstruction' is about channels: it needs granularity 'channel'")
         # How often masks are renewed on the ramp.
-        self.ramp_updates = RECONSTRUCTED_RAMP_UPDATES if reconstructs else RAMP_UPDATES
+        self.ramp_updates = RECONSTRUCTED_RAMP_UPDATES if self.reconstructs else RAMP_UPDATES
         self.step = 0
         self.groups: list[ChannelGroup] = []
         parameters = dict(self.named_parameters())
@@ -86,7 +86,7 @@ class ScheduledPruning(ObjectiveAlgorithm):
             touched = set(self.unit_shapes)
         self.weight_masks = Masks({name: value.shape for name, value in parameters.items() if name in touched})
         follows = self.hparams.get("reconstruction_target", "own") == "reference"
-        self.reconstruction = Reconstruction(self, self.groups if reconstructs else (), follows)
+        self.reconstruction = Reconstruction(self, self.groups if self.reconstructs else (), follows)
         self._check_removes_something()
         # Which units live, in the method's own granularity; for weights that is what the masks say.
         self.unit_masks = Masks(self.unit_shapes) if self.granularity == "channel" else self.weight_masks

@@ -11,14 +11,17 @@ from torch import Tensor
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.gated_pruning import GATE_HPARAMS, GatedPruning
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.core.errors import UserError, unknown_name
-from domainbed_sfp.core.hparam import POSITIVE, RUN_FRACTION, Hparam, one_of
+from domainbed_sfp.core.hparam import Hparam, one_of
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.gates import binary_concrete, log_odds, logistic_noise, projection_shift
 from domainbed_sfp.pruning.named_tensors import NamedTensors
 from domainbed_sfp.pruning.schedules import CubicSchedule
 
-OBJECTIVES = ("IRM", "VREx")
+# Fractions of the run, as in the authors' code: until when the network is dense, and when the budget of scores has
+# reached its final size. The mask is drawn at the end there; here a tenth of the run trains on under it.
+MASK_START, RAMP_END, MASK_END = 0.28, 0.6, 0.9
+# Adam's learning rate for the scores, as in the authors' code.
+MASK_LR = 6e-3
 
 
 @register(
@@ -32,29 +35,16 @@ OBJECTIVES = ("IRM", "VREx")
             doc="global: one budget for all layers, the paper's; layer: one for each",
             valid=one_of("layer", "global"),
         ),
-        "objective": Hparam("IRM", doc="IRM (IRMv1) or VREx, whose penalty it minimises", valid=one_of(*OBJECTIVES)),
-        "mask_lr": Hparam(
-            6e-3,
-            doc="Adam's learning rate for the scores, at 1,000 steps with masks; more where fewer",
-            valid=POSITIVE,
-        ),
-        "mask_start": Hparam(0.28, doc="fraction of the run until which the network is dense", valid=RUN_FRACTION),
-        "ramp_end": Hparam(
-            0.6, doc="fraction of the run at which the budget of scores has reached its final size", valid=RUN_FRACTION
-        ),
-        "mask_end": Hparam(
-            0.9,
-            doc="fraction of the run at which the mask is drawn; 1: at the last step, the paper's",
-            valid=RUN_FRACTION,
-        ),
+        "objective": Hparam("IRM", doc="IRM (IRMv1) or VREx, whose penalty it minimises", valid=one_of("IRM", "VREx")),
     },
+    retired={"mask_lr": MASK_LR, "mask_start": MASK_START, "ramp_end": RAMP_END, "mask_end": MASK_END},
 )
 class SparseIRM(GatedPruning):
     """Weights and the probabilities s of a sparse random mask, trained together under an invariance penalty.
 
     Algorithm 1: dense until `mask_start`. Then each step draws m = sigmoid(T (logit s + logistic noise)), takes the
     gradient of the penalised risk of the network m * w with respect to w and s, and projects s onto {0 <= s <= 1,
-    sum s <= keep * n}. keep falls from 1 to 1 - sparsity on a cubic ramp until `ramp_end`; T = 1 / (.97 (1 - p) + .03)
+    sum s <= keep * n}. keep falls from 1 to 1 - sparsity on a cubic ramp until .6 K; T = 1 / (.97 (1 - p) + .03)
     rises from 1 to 33 with p, the progress of the run until the mask is drawn.
 
     The network that is tested has one draw of the mask, m = 1[logit s + noise > 0], which is Bernoulli(s). Its noise is
@@ -65,21 +55,14 @@ class SparseIRM(GatedPruning):
     """
 
     initial_gate = 1.0
+    mask_start, mask_end, mask_lr = MASK_START, MASK_END, MASK_LR
     spares_best = True
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
-        if hparams["objective"] not in OBJECTIVES:
-            raise unknown_name("objective of SparseIRM", hparams["objective"], OBJECTIVES)
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        start, ramp_end, end = (self.hparams[name] for name in ("mask_start", "ramp_end", "mask_end"))
-        if not start <= ramp_end <= end:
-            raise UserError(
-                f"hparam 'ramp_end': expected a fraction of the run between mask_start {start} and mask_end {end}, "
-                f"got {ramp_end}"
-            )
-        self.budget = CubicSchedule(self.hparams["sparsity"], start, ramp_end)
+        self.budget = CubicSchedule(self.hparams["sparsity"], MASK_START, RAMP_END)
         self.noise = NamedTensors({name: logistic_noise(score) for name, score in self.gates.as_dict().items()})
 
     def sharpness(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from domainbed_sfp.algorithms.quantized import POLICY_HPARAMS, PolicyQuantization
+from domainbed_sfp.algorithms.quantized import POLICY_HPARAMS, POLICY_RETIRED, PolicyQuantization
 from domainbed_sfp.algorithms.registry import register
 
 
@@ -12,6 +12,7 @@ from domainbed_sfp.algorithms.registry import register
     reference="DQMQ (arXiv 2302.04453) without its input",
     standing="reconstruction",
     hparams=POLICY_HPARAMS,
+    retired=POLICY_RETIRED,
 )
 class StaticMixedPrecision(PolicyQuantization):
     """DQMQ with a constant in place of what its policies read: what it gains over this it gains from the input."""

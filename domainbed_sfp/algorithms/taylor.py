@@ -10,7 +10,6 @@ import torch
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS, ScheduledPruning
-from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import FRACTION, Hparam
 from domainbed_sfp.pruning import scores
 from domainbed_sfp.pruning.named_tensors import NamedTensors
@@ -40,8 +39,6 @@ class Taylor(ScheduledPruning):
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
-        if not 0 <= hparams["taylor_momentum"] < 1:
-            raise UserError(f"hparam 'taylor_momentum': expected a number in [0, 1), got {hparams['taylor_momentum']}")
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.importance = NamedTensors({name: torch.zeros(shape) for name, shape in self.unit_shapes.items()})
 

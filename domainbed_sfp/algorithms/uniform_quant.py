@@ -10,7 +10,6 @@ from torch import Tensor
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.quantized import QUANTIZATION_HPARAMS, QuantizedAlgorithm
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import FRACTION, Hparam, Range
 from domainbed_sfp.quantization.layers import QuantizedLayer, quantize_layers
 from domainbed_sfp.quantization.quantizers import NARROWEST, WIDEST
@@ -28,7 +27,9 @@ from domainbed_sfp.quantization.quantizers import NARROWEST, WIDEST
             "bit-width of weights and inputs",
             valid=Range(f"a whole number of bits in {NARROWEST}..{WIDEST}", lambda value: NARROWEST <= value <= WIDEST),
         ),
-        "quantize_start": Hparam(0.0, doc="fraction of the run at 8 bits, before the width is taken", valid=FRACTION),
+        "quantize_start": Hparam(
+            0.0, doc="fraction of the run at 8 bits, before the width is taken", valid=FRACTION, earlier=0.0
+        ),
     },
 )
 class UniformQuant(QuantizedAlgorithm):
@@ -47,10 +48,7 @@ class UniformQuant(QuantizedAlgorithm):
             self._set_bits(WIDEST)
 
     def quantize(self, names: Sequence[str]) -> dict[str, Any]:
-        bits = self.hparams["bits"]
-        if bits not in range(NARROWEST, WIDEST + 1):  # inside DomainBed nobody has checked it
-            raise UserError(f"hparam 'bits': expected a whole number in {NARROWEST}..{WIDEST}, got {bits!r}")
-        return quantize_layers(self, names, self.control, None, bits)
+        return quantize_layers(self, names, self.control, None, self.hparams["bits"])
 
     def first_step(self) -> int:
         """The step whose update is the first at `bits`."""

@@ -117,19 +117,7 @@ def export(
             a file that cannot be written, an extra that is missing, or logits that differ. Nothing is written then.
     """
     output = Path(output)
-    named = output.suffix[1:].lower()
-    if file_format is None:
-        file_format = named if named in FORMATS else "safetensors"
-    if file_format not in FORMATS:
-        raise unknown_name("--format", file_format, FORMATS)
-    if named in FORMATS and named != file_format:
-        raise UserError(f"--output {str(output)!r} and --format {file_format} contradict each other; give one of them")
-    if output.is_dir():
-        raise UserError(f"--output {str(output)!r} is a folder; expected the name of a file")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {str(output)!r}: there is no folder {str(output.parent)!r}")
-    if file_format == "onnx":
-        _require_onnx()
+    file_format = _checked_format(output, file_format)
     run = load_run(folder)
     if isinstance(run.algorithm, QuantizedAlgorithm):
         data, told = _quantized(run, run.algorithm, file_format, real_images(run, data_dir, cache_dir))
@@ -160,6 +148,25 @@ def export(
     if difference > TOLERANCE:
         within += f", where float32's rounding alone makes {rounding:.1e}"
     return f"{output}: {_told(made)}; {len(data):,} bytes; {within}"
+
+
+def _checked_format(output: Path, file_format: str | None) -> str:
+    """The format of the file to be written. Raises UserError where name and format do not agree, the file cannot be
+    written there, or what the format needs is not installed."""
+    named = output.suffix[1:].lower()
+    if file_format is None:
+        file_format = named if named in FORMATS else "safetensors"
+    if file_format not in FORMATS:
+        raise unknown_name("--format", file_format, FORMATS)
+    if named in FORMATS and named != file_format:
+        raise UserError(f"--output {str(output)!r} and --format {file_format} contradict each other; give one of them")
+    if output.is_dir():
+        raise UserError(f"--output {str(output)!r} is a folder; expected the name of a file")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {str(output)!r}: there is no folder {str(output.parent)!r}")
+    if file_format == "onnx":
+        _require_onnx()
+    return file_format
 
 
 def _write(output: Path, data: bytes) -> None:

@@ -15,9 +15,9 @@ from domainbed_sfp.algorithms import registry
 from domainbed_sfp.analysis.account import Account, JobKey
 from domainbed_sfp.analysis.methods import Method
 from domainbed_sfp.analysis.protocol import conditions_of
+from domainbed_sfp.analysis.report import build_report
 from domainbed_sfp.analysis.rows import Row
 from domainbed_sfp.analysis.selection import RULES, Choice
-from domainbed_sfp.analysis.tables import build_report
 from domainbed_sfp.core.overrides import recorded_overrides
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.leaderboard import names

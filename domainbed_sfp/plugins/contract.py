@@ -47,7 +47,7 @@ def make(name: str, total_steps: int = STEPS, overrides: Mapping[str, Any] | Non
     """A small instance of algorithm `name` for 8 x 8 images, freshly initialised from seed 0."""
     values = hparams.resolve_hparams(name, "FullColoredDigits", overrides=overrides)
     seed_everything(0)
-    algorithm: Algorithm = registry.get(name).cls(INPUT_SHAPE, CLASSES, DOMAINS, values)
+    algorithm: Algorithm = registry.get(name).make(INPUT_SHAPE, CLASSES, DOMAINS, values)
     algorithm.total_steps = total_steps
     return algorithm
 
@@ -326,7 +326,7 @@ def _check_surgery(algorithm: Algorithm, x: Tensor, expected: Tensor) -> None:
     names = ("surviving_parameters", "macs")
     told = [(getattr(claimed, key), getattr(found, key)) for key in names]
     assert all(one == other for one, other in told), f"{names}: claimed and found without dead channels {told}"
-    if algorithm.hparams.get("granularity") == "channel" and algorithm.sparsity():
+    if algorithm.granularity == "channel" and algorithm.sparsity():
         zeros = sum(int((~mask).sum()) for mask in left.values())
         assert dead and not zeros, f"{zeros} masked weights of dead channels cannot be taken out"
 

@@ -116,8 +116,8 @@ def _living_channels(masks: Mapping[str, Tensor], group: ChannelGroup) -> int:
 
 
 def sparsities_of(algorithm: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, float]:
-    """What `masks` remove from an algorithm's network, by unit (see `sparsities`): in its own, where the hparam
-    `granularity` says which, else in all that can be counted."""
+    """What `masks` remove from an algorithm's network, by unit (see `sparsities`): in its own, where it
+    says which, else in all that can be counted."""
     groups: list[ChannelGroup] = list(getattr(algorithm, "groups", []))
     featurizer, classifier = getattr(algorithm, "featurizer", None), getattr(algorithm, "classifier", None)
     if not groups and featurizer is not None and classifier is not None:
@@ -126,5 +126,5 @@ def sparsities_of(algorithm: nn.Module, masks: Mapping[str, Tensor]) -> dict[str
         if not any(group.is_residual and _living_channels(masks, group) < group.channels for group in groups):
             groups = [group for group in groups if not group.is_residual]  # it leaves residual streams whole
     found = sparsities(masks, groups)
-    unit = getattr(algorithm, "hparams", {}).get("granularity")
+    unit = getattr(algorithm, "granularity", None)
     return {unit: found[unit]} if unit in found else found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.pruning.named_tensors import attribute_name
 from domainbed_sfp.pruning.structure import ChannelGroup
 
 
@@ -22,14 +23,10 @@ class Masks(nn.Module):
         super().__init__()
         self.names = list(shapes)
         for name, shape in shapes.items():
-            self.register_buffer(self._buffer(name), torch.ones(shape, dtype=torch.bool))
-
-    @staticmethod
-    def _buffer(name: str) -> str:
-        return name.replace(".", "/")  # torch forbids dots in buffer names
+            self.register_buffer(attribute_name(name), torch.ones(shape, dtype=torch.bool))
 
     def __getitem__(self, name: str) -> Tensor:
-        return getattr(self, self._buffer(name))
+        return getattr(self, attribute_name(name))
 
     def set(self, name: str, mask: Tensor) -> None:
         """Replaces one mask. Raises UserError for an unknown name, another shape, or a layer wiped out;

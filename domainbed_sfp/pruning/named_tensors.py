@@ -8,6 +8,11 @@ import torch
 from torch import Tensor, nn
 
 
+def attribute_name(name: str) -> str:
+    """What a module, parameter or buffer that goes with parameter `name` is called: torch forbids dots there."""
+    return name.replace(".", "/")
+
+
 class NamedTensors(nn.Module):
     """Copies of tensors by name, kept as buffers: they follow the device, checkpoints and deepcopy.
 
@@ -19,14 +24,10 @@ class NamedTensors(nn.Module):
         super().__init__()
         self.names = list(tensors)
         for name, value in tensors.items():
-            self.register_buffer(self._buffer(name), value.detach().clone())
-
-    @staticmethod
-    def _buffer(name: str) -> str:
-        return name.replace(".", "/")  # torch forbids dots in buffer names
+            self.register_buffer(attribute_name(name), value.detach().clone())
 
     def __getitem__(self, name: str) -> Tensor:
-        return getattr(self, self._buffer(name))
+        return getattr(self, attribute_name(name))
 
     def as_dict(self) -> dict[str, Tensor]:
         """The tensors themselves, by name."""

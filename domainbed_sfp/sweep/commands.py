@@ -63,19 +63,7 @@ def launch(
     elif launcher == "multi_gpu":
         required_gpus()  # before anything is written
     jobs = make_jobs(spec, data_dir)
-    for dataset in spec.datasets:
-        get_dataset_class(dataset).check_files(data_dir)
-        if differences := get_dataset_class(dataset).differences(data_dir):
-            print(f"warning: {not_as_published(dataset, differences)}", file=sys.stderr)
-        for line in get_dataset_class(dataset).inspect(data_dir)[1]:
-            print(line, file=sys.stderr)
-    for name, algorithms in drawn_compression(spec).items():
-        print(
-            f"warning: hparam {name!r} is drawn for {', '.join(dict.fromkeys(algorithms))}: such a row mixes networks "
-            f"that are not compressed alike; to compare at one {name} give it, as in {{name: {algorithms[0]}, "
-            f"hparams: {{{name}: ...}}}}",
-            file=sys.stderr,
-        )
+    _inspect(spec, data_dir)
     directory = SweepDirectory(output_dir, data_dir)
     if break_lock:
         _break_locks(directory, jobs)
@@ -99,6 +87,28 @@ def launch(
         slots = _chosen_slots(jobs, is_told=bool(tasks) and launcher in ("local", "multi_gpu"))
     outcome = start(tasks, directory, slots)
     print(summary(directory.states(jobs, _standings(directory)).values()))
+    return _told(outcome)
+
+
+def _inspect(spec: SweepSpec, data_dir: str | None) -> None:
+    """Warns of what a user should know before hours are spent. Raises UserError where data sets have no files."""
+    for dataset in spec.datasets:
+        get_dataset_class(dataset).check_files(data_dir)
+        if differences := get_dataset_class(dataset).differences(data_dir):
+            print(f"warning: {not_as_published(dataset, differences)}", file=sys.stderr)
+        for line in get_dataset_class(dataset).inspect(data_dir)[1]:
+            print(line, file=sys.stderr)
+    for name, algorithms in drawn_compression(spec).items():
+        print(
+            f"warning: hparam {name!r} is drawn for {', '.join(dict.fromkeys(algorithms))}: such a row mixes networks "
+            f"that are not compressed alike; to compare at one {name} give it, as in {{name: {algorithms[0]}, "
+            f"hparams: {{{name}: ...}}}}",
+            file=sys.stderr,
+        )
+
+
+def _told(outcome: Outcome) -> int:
+    """Says how a launch has ended; its exit status."""
     if outcome.interrupted:
         print("Interrupted; the same command continues where it was.")
         return 130

@@ -82,6 +82,7 @@ def _facts(setup: Setup) -> dict[str, Any]:
         "code": setup.code,
         "left_out": setup.left_out or None,
         "weights_digest": setup.weights_digest,
-        "granularity": setup.hparams.get("granularity"),
+        "granularity": setup.algorithm.granularity,
+        "decisions": setup.algorithm.decisions() or None,
     }
     return {**facts, **{name: value for name, value in optional.items() if value is not None}}

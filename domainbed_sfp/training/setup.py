@@ -214,7 +214,7 @@ def _build(
 ) -> Algorithm:
     seed_everything(settings.seed)
     domains = len(dataset) - len(settings.test_envs)
-    algorithm: Algorithm = info.cls(dataset.input_shape, dataset.num_classes, domains, hparams)
+    algorithm: Algorithm = info.make(dataset.input_shape, dataset.num_classes, domains, hparams)
     algorithm.total_steps = settings.steps or get_dataset_class(settings.dataset).N_STEPS
     return algorithm.to(device)
 

@@ -17,6 +17,7 @@ _FINGERPRINT = {
     "maxProperties": 40,
     "additionalProperties": {"type": ["string", "integer"], "maxLength": 200},
 }
+_DECISIONS = {"type": "object", "maxProperties": 40, "additionalProperties": entry_schema.TEXT}
 _FLAG = {"type": "boolean"}
 # Of a submission: what its records do not say.
 OPTIONAL = ("author", "without_masks")
@@ -101,6 +102,7 @@ RECORD_SCHEMA: dict[str, Any] = {
             "code": {"type": "string", "pattern": "^[0-9a-f]{12}$"},
             "commit": entry_schema.COMMIT,
             "data_digest": or_null(entry_schema.TEXT),
+            "decisions": _DECISIONS,
             "dense_macs": entry_schema.COUNT,
             "environment": _FINGERPRINT,
             "environments": list_of(entry_schema.ENVIRONMENT_NAME, minItems=2, maxItems=1000, uniqueItems=True),
@@ -130,6 +132,7 @@ RECORD_SCHEMA: dict[str, Any] = {
             "bitops",
             "bitops_8bit",
             "code",
+            "decisions",
             "exported_bytes",
             "granularity",
             "images_per_second",

@@ -74,7 +74,7 @@ def check_units(file: str, network: Network, masks: Masks) -> Iterator[Problem]:
             return
     algorithm = network.algorithm
     alive: dict[str, torch.Tensor] = dict(masks)
-    if algorithm.hparams.get("granularity") == "channel":
+    if algorithm.granularity == "channel":
         groups = _groups(network)
         alive = {group.name: _living(masks, group) for group in groups}
         found = list(_partly_masked(file, network, groups, masks, alive))

@@ -46,7 +46,7 @@ class Expected:
     at final compression name masks, None where only training can tell. sparsity: at final compression, None where
     training decides it. measured: names of the costs that the algorithm gives beyond parameters and MACs. limits:
     between what they lie, by whether compression is final. code: of the algorithm's package, None for this project's
-    own.
+    own. decisions: what the algorithm decides where hparams leave it open.
     """
 
     final_step: int | None
@@ -55,6 +55,7 @@ class Expected:
     measured: frozenset[str]
     limits: Mapping[bool, Limits]
     code: str | None
+    decisions: Mapping[str, str]
 
 
 class Network:
@@ -92,7 +93,7 @@ class Network:
         raise Refused(refused)
 
     def _make(self, values: Mapping[str, Any]) -> Algorithm:
-        return self.info.cls(self.shape, self.classes, self.domains, values)
+        return self.info.make(self.shape, self.classes, self.domains, values)
 
     @cached_property
     def code(self) -> str | None:
@@ -133,9 +134,9 @@ class Network:
         final, measured = final_step_of(algorithm), frozenset(self.costs)
         has_masks = None if self.mask_shapes is None else bool(self.mask_shapes)
         if (code := self.code) is not None:  # its author may have changed what a base class of this project's does
-            return Expected(final, has_masks, None, measured, {True: {}, False: {}}, code)
+            return Expected(final, has_masks, None, measured, {True: {}, False: {}}, code, algorithm.decisions())
         bounds = {is_final: limits(algorithm, self.costs, is_final) for is_final in (True, False)}
-        return Expected(final, has_masks, _final_sparsity(algorithm), measured, bounds, None)
+        return Expected(final, has_masks, _final_sparsity(algorithm), measured, bounds, None, algorithm.decisions())
 
 
 # Hparams that choose the network, whatever the method is.

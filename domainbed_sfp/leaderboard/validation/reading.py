@@ -24,7 +24,7 @@ GRID_EXCESS = 2
 # Fields that all records of a run share; of the arguments, those that say what is computed.
 SHARED = (
     "args", "hparams", "environments", "input_shape", "data_digest", "code", "standing", "precision", "granularity",
-    "weights_digest",
+    "decisions", "weights_digest",
 )  # fmt: skip
 # And those that are alike in most records: kept once.
 REPEATED = frozenset((*SHARED, "environment"))

@@ -44,9 +44,14 @@ def check_hparams(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
         return
     yield from _places(file, overrides, run.run.hparams)
     try:
-        registry.get(args["algorithm"])
+        info = registry.get(args["algorithm"])
     except UserError as error:
         bundle.cannot(f"hparams, masks and costs of {args['algorithm']}: {error}; install the package that has it")
+        return
+    try:
+        own = info.current(run.run.hparams)
+    except UserError as error:
+        bundle.cannot(f"hparams, masks and costs of {args['algorithm']}: {error}")
         return
     try:
         drawn = hparams.resolve_hparams(
@@ -56,7 +61,7 @@ def check_hparams(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
         bundle.unfit.add(run.name)
         yield Problem(file, "line 1.args.hparams", _in_ranges(run), str(error))
         return
-    differing = list(_differing(bundle, run, drawn, overrides))
+    differing = list(_differing(bundle, run, drawn, own, overrides))
     yield from differing
     if not differing:
         yield from _expect(bundle, run)
@@ -65,12 +70,17 @@ def check_hparams(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
 def check_fields(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
     """The fields of records that follow from arguments, hparams and the algorithm's registration."""
     first, file, expected = run.records[0], records_of(run), bundle.expected.get(run.name)
-    granularity = run.run.hparams.get("granularity")
+    granularity, said_by = run.run.hparams.get("granularity"), "as in hparams"
+    if granularity is None and run.run.algorithm in registry.names():
+        granularity, said_by = getattr(registry.get(run.run.algorithm).cls, "granularity", None), "as of the method"
     if first.get("granularity") != granularity:
-        words = "no such field" if granularity is None else f"{shown(granularity)}, as in hparams"
+        words = "no such field" if granularity is None else f"{shown(granularity)}, {said_by}"
         yield Problem(file, "line 1.granularity", words, shown(first.get("granularity")))
     if (asked := run.run.args["precision"]) not in ("auto", first["precision"]):
         yield Problem(file, "line 1.precision", f"{shown(asked)}, as in args", shown(first["precision"]))
+    if expected and first.get("decisions", expected.decisions) != expected.decisions:
+        words = f"{shown(expected.decisions)}, as {run.run.algorithm} decides it"
+        yield Problem(file, "line 1.decisions", words, shown(first["decisions"]))
     yield from _devices(run)
     weights = run.run.hparams.get("weights")
     if "weights_digest" in first and weights in WEIGHTS:
@@ -120,9 +130,13 @@ def _in_ranges(run: BundleRun) -> str:
 
 
 def _differing(
-    bundle: Bundle, run: BundleRun, drawn: Mapping[str, Any], overrides: Mapping[str, Any]
+    bundle: Bundle,
+    run: BundleRun,
+    drawn: Mapping[str, Any],
+    own: Mapping[str, Any],
+    overrides: Mapping[str, Any],
 ) -> Iterator[Problem]:
-    args, own = run.run.args, run.run.hparams
+    args = run.run.args
     seeds = f"the draw of hparams_seed {args['hparams_seed']} and trial_seed {args['trial_seed']}"
     for name in sorted({*drawn, *own}):
         there, found = drawn.get(name), own.get(name)

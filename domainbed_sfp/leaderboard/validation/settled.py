@@ -21,7 +21,7 @@ def settle(algorithm: Algorithm) -> Mapping[str, float]:
     """Brings a quantized algorithm as it begins to the widths that its hparams give the finished model; its `costs()`
     then."""
     if isinstance(algorithm, QuantizedAlgorithm):
-        algorithm.set_extra_state({"step": algorithm.total_steps})
+        algorithm.set_extra_state({**algorithm.get_extra_state(), "step": algorithm.total_steps})
         for layer in algorithm.layers.values():  # as the first batch leaves it: its step size is exported too
             layer.input_steps.is_ready = True
     return algorithm.costs()

@@ -14,8 +14,9 @@ from domainbed_sfp.analysis.render.grids import Grid, grids_of
 from domainbed_sfp.analysis.render.html import figures, svg
 from domainbed_sfp.analysis.render.html.self_contained import content_policy, packaged_text
 from domainbed_sfp.analysis.render.looks import short_label
+from domainbed_sfp.analysis.report import build_report
 from domainbed_sfp.analysis.selection import RULES, TRAINING_DOMAIN
-from domainbed_sfp.analysis.tables import Report, build_report, environment_names
+from domainbed_sfp.analysis.tables import Report, environment_names
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.version import __version__
 from domainbed_sfp.runs.records import Run, Warn, load_records, read_records

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.algorithms.sfp import HPARAMS, SFP
+from domainbed_sfp.algorithms.sfp.algorithm import SFP
+from domainbed_sfp.algorithms.sfp.hparams import HPARAMS, REMOVAL_ENERGY, RETIRED
 from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, Hparam, one_of
 from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION, ReaderInputs
 from domainbed_sfp.pruning.spurious import ConditionalMoments, spurious_directions
@@ -60,20 +61,23 @@ TEMPERATURE = 2.0
             "weight of an unflagged sample in the alignment; a flagged one has 1",
             valid=POSITIVE,
         ),
-        "reconstruction": replace(RECONSTRUCTION, default="least_squares"),
+        "reconstruction": replace(RECONSTRUCTION, default="least_squares", earlier=None),
         "reconstruction_target": Hparam(
             "reference",
             doc="what a reconstructed layer is to make: what the reference's makes of the same images (reference), or "
             "what it made itself before channels went (own)",
             valid=one_of(*RECONSTRUCTION_TARGETS),
+            earlier="own",
         ),
         "reconstruction_samples": Hparam(
             "all",
             doc="which samples count more where layers are reconstructed: unflagged ones, as in the alignment; those "
             "of environments in which the reference's loss is higher (hard_environments); or none (all)",
             valid=one_of(*RECONSTRUCTION_SAMPLES),
+            earlier="all",
         ),
     },
+    retired=RETIRED,
 )
 class SFPAligned(SFP):
     """Spurious feature-targeted pruning with alignment, reconstructed.
@@ -170,17 +174,17 @@ class SFPAligned(SFP):
             return None
         if which == "unflagged":
             return torch.where(torch.cat(self.flags), 1.0, self.hparams["alignment_unflagged"])
-        losses = self.loss_sums.sum(1) / self.loss_counts.sum(1)
+        losses = self.flagging.loss_sums.sum(1) / self.flagging.loss_counts.sum(1)
         return torch.cat([loss.expand(len(y)) for loss, (_, y) in zip(losses, minibatches)])
 
     @torch.no_grad()
     def _follow_directions(self, features: Tensor, y: Tensor, flags: Tensor) -> None:
         self.feature_moments.update(features, y, flags)
         since = self.step - self.schedule.first_step(self.total_steps)
-        if self.hparams["alignment_directions"] == "none" or since == 0 or since % self._refresh_every():
+        if self.hparams["alignment_directions"] == "none" or since == 0 or since % self.refresh_every():
             return
         found = spurious_directions(
-            self.feature_moments, self.hparams["removal_rank"], self.hparams["removal_energy"], spare_classes=True
+            self.feature_moments, self.hparams["removal_rank"], REMOVAL_ENERGY, spare_classes=True
         )
         if self.hparams["alignment_directions"] == "random" and len(found):
             found = torch.linalg.qr(torch.randn(found.shape).to(found.device).t())[0].t()
