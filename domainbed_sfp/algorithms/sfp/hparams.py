@@ -17,7 +17,10 @@ STATISTICS_EVERY = 4
 REFRESH = 0.05
 
 HPARAMS = {
-    **{name: PRUNING_HPARAMS[name] for name in ("sparsity", "prune_start", "prune_end", "reconstruction")},
+    **{
+        name: PRUNING_HPARAMS[name]
+        for name in ("sparsity", "pruning_scope", "prune_start", "prune_end", "reconstruction")
+    },
     "flag_policy": Hparam(
         "loss",
         doc="loss: below the threshold; random: as many at random; oracle: the truth",
@@ -66,7 +69,6 @@ HPARAMS = {
 RETIRED = {
     "granularity": "channel",
     "objective": "ERM",
-    "pruning_scope": "layer",
     "prune_residual_streams": False,
     "removal_energy": REMOVAL_ENERGY,
     "removal_spares": "nothing",
