@@ -22,7 +22,7 @@ from domainbed_sfp.leaderboard import summary
 from domainbed_sfp.leaderboard.bundle import layout
 from domainbed_sfp.leaderboard.bundle.tree import sums_text
 from domainbed_sfp.leaderboard.submit import submit
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation.networks import Network
 from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs import mask_files
@@ -189,9 +189,9 @@ def both(*changes: Change) -> Change:
     return apply
 
 
-def submitted(file: Path) -> SubmittedRun:
+def submitted(file: Path) -> BundleRun:
     records = read(file)
-    return SubmittedRun(file.stem, records, run_of(file.stem, [dict(record) for record in records]))
+    return BundleRun(file.stem, records, run_of(file.stem, [dict(record) for record in records]))
 
 
 def resubmitted(change: Change) -> Change:

@@ -172,7 +172,7 @@ def broken(monkeypatch):
     def install(cls, hparams, check):
         parent = registry.get("Magnitude" if issubclass(cls, Magnitude) else "ERM")
         info = registry.AlgorithmInfo("Broken", cls, "pruning", "here", "published", {**parent.hparams, **hparams})
-        monkeypatch.setitem(registry._algorithms, "Broken", info)
+        monkeypatch.setitem(registry.ALGORITHMS.entries, "Broken", info)
         monkeypatch.setattr(contract, "CHECKS", {check: contract.CHECKS[check]})
 
     return install

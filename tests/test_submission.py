@@ -755,7 +755,7 @@ def test_records_of_two_algorithms(copy):
 
 
 def test_an_algorithm_that_is_not_installed_is_self_reported(made, monkeypatch):
-    monkeypatch.delitem(registry._algorithms, "Magnitude")
+    monkeypatch.delitem(registry.ALGORITHMS.entries, "Magnitude")
     outcome = validation.validate(made)
     assert outcome.tier == "self-reported" and "unknown algorithm 'Magnitude'" in outcome.unchecked[0]
     # Not one of its costs has been counted anew.

@@ -9,7 +9,7 @@ from domainbed_sfp.leaderboard import summary
 from domainbed_sfp.leaderboard.bundle.layout import MASKS
 from domainbed_sfp.leaderboard.documents.problems import Problem, counted, shown
 from domainbed_sfp.leaderboard.facts import facts_of
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation import settled
 from domainbed_sfp.leaderboard.validation.compression import SPARSITY_ROUNDING
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
@@ -44,7 +44,7 @@ def check_costs(bundle: Bundle) -> Iterator[Problem]:
             yield Problem(name, "", "masks of a checkpoint that a selection rule chooses", "others")
 
 
-def _network(bundle: Bundle, run: SubmittedRun) -> Network | None:
+def _network(bundle: Bundle, run: BundleRun) -> Network | None:
     """The run's network, None where it cannot be built here or its number of classes is not known."""
     if facts_of(run.run.dataset) is None:
         bundle.cannot(f"costs on {run.run.dataset}: its number of classes is not known here")
@@ -72,7 +72,7 @@ def chosen_checkpoints(bundle: Bundle) -> set[tuple[str, int]]:
 
 
 def _of_a_checkpoint(
-    bundle: Bundle, run: SubmittedRun, number: int, network: Network | None, recomputed: set[str]
+    bundle: Bundle, run: BundleRun, number: int, network: Network | None, recomputed: set[str]
 ) -> Iterator[Problem]:
     """The masks of a chosen checkpoint and its costs. `recomputed` loses the names of those that do not follow."""
     file = masks_of(run, number)
@@ -98,7 +98,7 @@ def _known_costs(network: Network, masks: Masks) -> dict[str, float | int | None
 
 
 def _differing_costs(
-    run: SubmittedRun, number: int, network: Network, masks: Masks, known: Mapping[str, float | int | None], file: str
+    run: BundleRun, number: int, network: Network, masks: Masks, known: Mapping[str, float | int | None], file: str
 ) -> Iterator[Problem]:
     where, record = records_of(run), run.records[number - 1]
     for name in known.keys() & record.keys():
