@@ -18,7 +18,7 @@ from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.pruning import global_pru
 from domainbed_sfp.algorithms.pruning.global_pru import GlobalPru
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.deploy import network as files
+from domainbed_sfp.deploy import exported as files
 from domainbed_sfp.deploy import shrink
 from domainbed_sfp.networks import make_featurizer
 from domainbed_sfp.networks.channel_gates import ChannelGate, fold_constant_gates, gate_widths
