@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
 
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
 from domainbed_sfp.analysis.render.grids import ABSENT
 from domainbed_sfp.core import provenance, runtime
 from domainbed_sfp.core.errors import UserError

@@ -30,7 +30,7 @@ from domainbed_sfp.data.images.cache import cached_images
 from domainbed_sfp.deploy import exported, files, finished_runs, packed
 from domainbed_sfp.leaderboard import validation
 from domainbed_sfp.leaderboard.documents import entry as entries
-from domainbed_sfp.leaderboard.site import page
+from domainbed_sfp.leaderboard.site import build
 from domainbed_sfp.runs import checkpoints, records
 from domainbed_sfp.sweep import slurm_batches, spec
 from domainbed_sfp.sweep.directory import SweepDirectory
@@ -300,7 +300,7 @@ def test_entries(tmp_path, data):
     path = tmp_path / "entries" / ENTRY["dataset"] / "ERM.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-    answered(lambda: page.build(tmp_path / "entries", tmp_path / "page", list(page.FILES)))
+    answered(lambda: build.build(tmp_path / "entries", tmp_path / "page", list(build.FILES)))
 
 
 @EXAMPLES

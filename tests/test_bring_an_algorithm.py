@@ -16,8 +16,8 @@ import torch
 
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.base import Algorithm
-from domainbed_sfp.algorithms.erm import ERM
-from domainbed_sfp.algorithms.magnitude import Magnitude
+from domainbed_sfp.algorithms.objectives.erm import ERM
+from domainbed_sfp.algorithms.pruning.magnitude import Magnitude
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import Hparam
 from domainbed_sfp.deploy import shrink
@@ -172,7 +172,7 @@ def broken(monkeypatch):
     def install(cls, hparams, check):
         parent = registry.get("Magnitude" if issubclass(cls, Magnitude) else "ERM")
         info = registry.AlgorithmInfo("Broken", cls, "pruning", "here", "published", {**parent.hparams, **hparams})
-        monkeypatch.setitem(registry._algorithms, "Broken", info)
+        monkeypatch.setitem(registry.ALGORITHMS.entries, "Broken", info)
         monkeypatch.setattr(contract, "CHECKS", {check: contract.CHECKS[check]})
 
     return install

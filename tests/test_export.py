@@ -27,9 +27,9 @@ from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.deploy import export, exported, files, finished_runs, latency, shrink
 from domainbed_sfp.networks.backbones import BACKBONES
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
+from domainbed_sfp.pruning.groups import channel_groups
 from domainbed_sfp.pruning.masks import lower_channels
-from domainbed_sfp.pruning.structure import channel_groups
 from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import hparams
 from domainbed_sfp.training import train as training
@@ -109,8 +109,8 @@ def test_without_dead_channels_the_logits_stay_and_the_costs_are_those_claimed(b
         assert torch.equal(rebuilt(x), pruned(x))
 
     plain = exported.ExportedNetwork(network[0], network[1])
-    positions = accounting.count_positions(plain, (3, size, size))
-    claimed = accounting.measure_cost(dict(plain.named_parameters()), positions, masks)
+    positions = costs.count_positions(plain, (3, size, size))
+    claimed = costs.measure_cost(dict(plain.named_parameters()), positions, masks)
     assert sum(value.numel() for value in rebuilt.parameters()) == claimed.surviving_parameters < claimed.parameters
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         rebuilt(x[:1])

@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from domainbed_sfp.algorithms import global_pru, registry
-from domainbed_sfp.algorithms.global_pru import GlobalPru
+from domainbed_sfp.algorithms import registry
+from domainbed_sfp.algorithms.pruning import global_pru
+from domainbed_sfp.algorithms.pruning.global_pru import GlobalPru
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.deploy import exported, shrink
+from domainbed_sfp.deploy import exported, files, shrink
 from domainbed_sfp.networks import make_featurizer
 from domainbed_sfp.networks.channel_gates import ChannelGate, fold_constant_gates, gate_widths
 from domainbed_sfp.plugins import contract
 from domainbed_sfp.pruning import ranking
-from domainbed_sfp.pruning.accounting import count_positions, measure_cost
-from domainbed_sfp.pruning.channel_attention import gate_of
+from domainbed_sfp.pruning.attention import gate_of
+from domainbed_sfp.pruning.costs import count_positions, measure_cost
 from domainbed_sfp.pruning.schedules import StairSchedule
 from domainbed_sfp.runs import checkpoints
 from domainbed_sfp.training import hparams

@@ -15,11 +15,10 @@ from scipy.optimize import minimize
 from torch import nn
 
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.algorithms.dcwp import debiased_contrastive, generalized_cross_entropy
-from domainbed_sfp.algorithms.evil import ExchangeSchedule, exchange
+from domainbed_sfp.algorithms.pruning.dcwp import debiased_contrastive, generalized_cross_entropy
+from domainbed_sfp.algorithms.pruning.evil import ExchangeSchedule, exchange
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.pruning.gates import (
-    Gates,
     binary_concrete,
     gated_weights,
     log_odds,
@@ -27,8 +26,9 @@ from domainbed_sfp.pruning.gates import (
     projection_shift,
     straight_through,
 )
+from domainbed_sfp.pruning.groups import ChannelGroup
 from domainbed_sfp.pruning.schedules import exchange_period
-from domainbed_sfp.pruning.structure import ChannelGroup
+from domainbed_sfp.pruning.state import Gates
 from domainbed_sfp.training import hparams
 
 STEPS = 20

@@ -16,11 +16,12 @@ from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.networks.convolutions import SameConv2d
-from domainbed_sfp.pruning.accounting import count_positions, measure_cost, sparsities_of
-from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels
+from domainbed_sfp.pruning.costs import count_positions, measure_cost, sparsities_of
+from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups
+from domainbed_sfp.pruning.masks import keep_highest, lower_channels
 from domainbed_sfp.pruning.schedules import CubicSchedule
 from domainbed_sfp.pruning.scores import channel_magnitude, prunable_weights, random_like, weight_magnitude
-from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
+from domainbed_sfp.pruning.state import Masks
 from domainbed_sfp.training import hparams
 
 

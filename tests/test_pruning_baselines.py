@@ -12,10 +12,11 @@ from torch import nn
 
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.algorithms.network_slimming import NetworkSlimming
-from domainbed_sfp.algorithms.pruning_at_initialization import balanced_batch
-from domainbed_sfp.algorithms.rigl import RigLSchedule, drop_and_grow, layer_densities
+from domainbed_sfp.algorithms.pruning.at_initialization import balanced_batch
+from domainbed_sfp.algorithms.pruning.network_slimming import NetworkSlimming
+from domainbed_sfp.algorithms.pruning.rigl import RigLSchedule, drop_and_grow, layer_densities
 from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups
 from domainbed_sfp.pruning.masks import keep_highest
 from domainbed_sfp.pruning.schedules import OneShotSchedule, RoundSchedule
 from domainbed_sfp.pruning.scores import (
@@ -27,7 +28,6 @@ from domainbed_sfp.pruning.scores import (
     prunable_weights,
     weight_taylor,
 )
-from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
 from domainbed_sfp.training import hparams
 
 STEPS = 20

@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def sweep(tmp_path_factory):
     directory.register(jobs)
     for job in jobs:
         args = job.settings(None, directory.job_dir(job), skip_model_save=False)
-        args.save_model_every_checkpoint = True
+        args = replace(args, save_model_every_checkpoint=True)
         with contextlib.redirect_stdout(io.StringIO()):
             training.train(args)
     return root

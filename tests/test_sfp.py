@@ -18,8 +18,8 @@ from domainbed_sfp.algorithms.sfp.statistics import by_image, channel_means
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data.loaders import Minibatch
 from domainbed_sfp.plugins import contract
-from domainbed_sfp.pruning import spurious
-from domainbed_sfp.pruning.spurious import DECAY, ConditionalMoments, remove_directions, spurious_directions
+from domainbed_sfp.pruning import directions as spurious
+from domainbed_sfp.pruning.directions import DECAY, ConditionalMoments, remove_directions, spurious_directions
 from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import hparams
 from domainbed_sfp.training import train as training

@@ -35,7 +35,7 @@ from domainbed_sfp.quantization.layers import make_policy
 from domainbed_sfp.quantization.packing import pack, packed_bytes, unpack
 
 if TYPE_CHECKING:
-    from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
+    from domainbed_sfp.algorithms.quantization.base import QuantizedAlgorithm
 
 HEADER = "domainbed_sfp_quantized"
 # 2: policies standardise what they read.

@@ -19,7 +19,7 @@ from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.plugins import contract
-from domainbed_sfp.pruning.structure import channel_groups
+from domainbed_sfp.pruning.groups import channel_groups
 from domainbed_sfp.training.hparams import resolve_hparams
 
 

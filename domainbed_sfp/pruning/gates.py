@@ -10,37 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from domainbed_sfp.pruning.named_tensors import attribute_name
-from domainbed_sfp.pruning.structure import ChannelGroup
+from domainbed_sfp.pruning.groups import ChannelGroup
 
 # Keeps the noise within +-11.5, so that a probability of 0 or 1 (see `log_odds`) is never overruled by it.
 SMALLEST_UNIFORM = 1e-5
 # Keeps the log-odds of 0 and 1 finite.
 SMALLEST_ODDS = 1e-6
-
-
-class Gates(nn.Module):
-    """Trainable numbers by unit name.
-
-    Args:
-        shapes: the shape of the numbers of every name.
-        value: the value all begin with.
-    """
-
-    def __init__(self, shapes: Mapping[str, torch.Size], value: float) -> None:
-        super().__init__()
-        self.names = list(shapes)
-        for name, shape in shapes.items():
-            self.register_parameter(attribute_name(name), nn.Parameter(torch.full(shape, value)))
-
-    def __getitem__(self, name: str) -> Tensor:
-        return getattr(self, attribute_name(name))
-
-    def as_dict(self) -> dict[str, Tensor]:
-        """The parameters themselves, by unit name."""
-        return {name: self[name] for name in self.names}
 
 
 def logistic_noise(like: Tensor) -> Tensor:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from domainbed_sfp.core.hparam import Hparam, one_of
 from domainbed_sfp.networks.folding import find_pairs
-from domainbed_sfp.pruning.masks import Masks
-from domainbed_sfp.pruning.named_tensors import attribute_name
-from domainbed_sfp.pruning.structure import ChannelGroup
+from domainbed_sfp.pruning.groups import ChannelGroup
+from domainbed_sfp.pruning.state import Masks, attribute_name
 
 RECONSTRUCTION = Hparam(
     "none",

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms.base import Minibatches
+from domainbed_sfp.algorithms.pruning.scheduled import ScheduledPruning
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
 from domainbed_sfp.algorithms.sfp.flags import Flags
 from domainbed_sfp.algorithms.sfp.hparams import HPARAMS, REFRESH, RETIRED, STATISTICS_EVERY, choices
 from domainbed_sfp.algorithms.sfp.removal import Removal, cleared_layers
@@ -41,7 +41,7 @@ class SFP(ScheduledPruning):
 
     In a network trained from scratch, directions are found among channel means scaled to length 1 (`removal_vectors`):
     how bright an image is differs between flagged and unflagged samples, too, and would tilt them. They are renewed on
-    the way, and only those are taken along which the samples differ beyond chance (`pruning.spurious`). In a
+    the way, and only those are taken along which the samples differ beyond chance (`pruning.directions`). In a
     pretrained network they are found once and stay: moving ones take out more and more of what it knows.
 
     Metrics of `domain{d}` are those of the d-th training environment.

@@ -19,8 +19,8 @@ from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.algorithms.sfp.algorithm import SFP
 from domainbed_sfp.algorithms.sfp.hparams import HPARAMS, REMOVAL_ENERGY, RETIRED
 from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, Hparam, one_of
+from domainbed_sfp.pruning.directions import ConditionalMoments, spurious_directions
 from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION, ReaderInputs
-from domainbed_sfp.pruning.spurious import ConditionalMoments, spurious_directions
 
 ALIGNMENT_DIRECTIONS = ("flags", "random", "none")
 RECONSTRUCTION_TARGETS = ("reference", "own")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS
+from domainbed_sfp.algorithms.pruning.scheduled import PRUNING_HPARAMS
 from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, Hparam, Range, one_of
 from domainbed_sfp.networks import SMALL_IMAGE_SIDE
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from domainbed_sfp.algorithms.sfp.hparams import REMOVAL_ENERGY
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.networks.introspection import uses_weight_as_is
-from domainbed_sfp.pruning.named_tensors import NamedTensors, attribute_name
-from domainbed_sfp.pruning.spurious import ConditionalMoments, remove_directions, spurious_directions
-from domainbed_sfp.pruning.structure import ChannelGroup
+from domainbed_sfp.pruning.directions import ConditionalMoments, remove_directions, spurious_directions
+from domainbed_sfp.pruning.groups import ChannelGroup
+from domainbed_sfp.pruning.state import NamedTensors, attribute_name
 
 # A direction is followed while this much of its length lies on inputs that live.
 LIVING = 0.1

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from domainbed_sfp.pruning import scores
-from domainbed_sfp.pruning.named_tensors import NamedTensors, attribute_name
-from domainbed_sfp.pruning.spurious import ConditionalMoments
-from domainbed_sfp.pruning.structure import ChannelGroup
+from domainbed_sfp.pruning.directions import ConditionalMoments
+from domainbed_sfp.pruning.groups import ChannelGroup
+from domainbed_sfp.pruning.state import NamedTensors, attribute_name
 
 # Scores from gradients, `taylor` and `unflagged`, are averaged over the steps with this factor.
 GRADIENT_MOMENTUM = 0.9

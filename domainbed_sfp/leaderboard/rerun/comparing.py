@@ -16,7 +16,8 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
-from domainbed_sfp.leaderboard.bundle.layout import RECORD_SCHEMA, RECORDS
+from domainbed_sfp.leaderboard.bundle.layout import RECORDS
+from domainbed_sfp.leaderboard.documents.bundle_schema import RECORD_SCHEMA
 from domainbed_sfp.leaderboard.documents.entry_schema import AGREEMENTS
 from domainbed_sfp.leaderboard.documents.problems import Problem, shown
 from domainbed_sfp.leaderboard.validation.outcomes import Comparison

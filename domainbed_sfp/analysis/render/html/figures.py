@@ -12,8 +12,8 @@ import numpy as np
 from domainbed_sfp.analysis.render.grids import daggered, magnitude
 from domainbed_sfp.analysis.render.html.svg import Line, Look, Point, chart, scatter
 from domainbed_sfp.analysis.render.looks import short_label
-from domainbed_sfp.analysis.rows import FP32_BITOPS
-from domainbed_sfp.analysis.tables import Row, Table, average_of, tested_environments
+from domainbed_sfp.analysis.rows import FP32_BITOPS, Row, average_of
+from domainbed_sfp.analysis.tables import Table, tested_environments
 from domainbed_sfp.runs.records import Run
 
 # Cost of a point's place -> (its axis, whether the axis is in percent).
