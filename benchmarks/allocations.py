@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from domainbed_sfp import networks
-from domainbed_sfp.algorithms.uniform_quant import UniformQuant
+from domainbed_sfp.algorithms.quantization.uniform_quant import UniformQuant
 from domainbed_sfp.analysis.render.grids import ABSENT
 from domainbed_sfp.analysis.significance import holm, paired_test
 from domainbed_sfp.core import provenance, runtime

@@ -28,10 +28,10 @@ from domainbed_sfp.deploy import shrink
 from domainbed_sfp.deploy.export import compare
 from domainbed_sfp.deploy.exported import ExportedNetwork
 from domainbed_sfp.deploy.latency import compare_latency, show
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
+from domainbed_sfp.pruning.groups import channel_groups
 from domainbed_sfp.pruning.masks import keep_highest, lower_channels
 from domainbed_sfp.pruning.scores import channel_magnitude
-from domainbed_sfp.pruning.structure import channel_groups
 from domainbed_sfp.training import hparams
 
 CLASSES = 7
@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace, backbone: str, size: int, device: torch.de
     exported, _ = shrink.remove_channels(dense, masks, shape)
     compare(dense, exported, torch.randn(2, *shape), "random")
     plain = ExportedNetwork(dense[0], dense[1])
-    cost = accounting.measure_cost(dict(plain.named_parameters()), accounting.count_positions(plain, shape), masks)
+    cost = costs.measure_cost(dict(plain.named_parameters()), costs.count_positions(plain, shape), masks)
     print(
         f"{backbone}, {size} px: {cost.macs / cost.dense_macs:.1%} of {cost.dense_macs / 1e6:,.0f} million MACs left, "
         f"{cost.surviving_parameters / cost.parameters:.1%} of {cost.parameters / 1e6:.1f} million parameters",

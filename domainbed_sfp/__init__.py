@@ -25,15 +25,15 @@ from domainbed_sfp.core.version import __version__
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from domainbed_sfp import algorithms
     from domainbed_sfp.algorithms.base import Algorithm, ObjectiveAlgorithm
+    from domainbed_sfp.algorithms.pruning.scheduled import ScheduledPruning
     from domainbed_sfp.algorithms.registry import register
-    from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
     from domainbed_sfp.analysis.figures import notebook as plot
     from domainbed_sfp.analysis.frames import compare, read_records, select, table
     from domainbed_sfp.core.errors import UserError
     from domainbed_sfp.core.hparam import Hparam
-    from domainbed_sfp.deploy.exported import load as load_exported
+    from domainbed_sfp.deploy.files import load as load_exported
     from domainbed_sfp.deploy.finished_runs import load_algorithm as load_run
-    from domainbed_sfp.pruning.masks import Masks
+    from domainbed_sfp.pruning.state import Masks
     from domainbed_sfp.runs.settings import RunSettings
     from domainbed_sfp.training.train import train
 
@@ -41,14 +41,14 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
 _FACE: dict[str, tuple[str, str | None]] = {
     "Algorithm": ("algorithms.base", "Algorithm"),
     "Hparam": ("core.hparam", "Hparam"),
-    "Masks": ("pruning.masks", "Masks"),
+    "Masks": ("pruning.state", "Masks"),
     "ObjectiveAlgorithm": ("algorithms.base", "ObjectiveAlgorithm"),
     "RunSettings": ("runs.settings", "RunSettings"),
-    "ScheduledPruning": ("algorithms.scheduled_pruning", "ScheduledPruning"),
+    "ScheduledPruning": ("algorithms.pruning.scheduled", "ScheduledPruning"),
     "UserError": ("core.errors", "UserError"),
     "algorithms": ("algorithms", None),
     "compare": ("analysis.frames", "compare"),
-    "load_exported": ("deploy.exported", "load"),
+    "load_exported": ("deploy.files", "load"),
     "load_run": ("deploy.finished_runs", "load_algorithm"),
     "plot": ("analysis.figures.notebook", None),
     "read_records": ("analysis.frames", "read_records"),

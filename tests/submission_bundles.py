@@ -14,17 +14,17 @@ from typing import Any
 from torch import Tensor
 
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.algorithms.erm import ERM
-from domainbed_sfp.algorithms.magnitude import Magnitude
+from domainbed_sfp.algorithms.objectives.erm import ERM
+from domainbed_sfp.algorithms.pruning.magnitude import Magnitude
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.deploy import shrink
 from domainbed_sfp.leaderboard import summary
 from domainbed_sfp.leaderboard.bundle import layout
 from domainbed_sfp.leaderboard.bundle.tree import sums_text
 from domainbed_sfp.leaderboard.submit import submit
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation.networks import Network
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs import mask_files
 from domainbed_sfp.runs.records import run_of
 from domainbed_sfp.sweep.directory import SweepDirectory
@@ -189,9 +189,9 @@ def both(*changes: Change) -> Change:
     return apply
 
 
-def submitted(file: Path) -> SubmittedRun:
+def submitted(file: Path) -> BundleRun:
     records = read(file)
-    return SubmittedRun(file.stem, records, run_of(file.stem, [dict(record) for record in records]))
+    return BundleRun(file.stem, records, run_of(file.stem, [dict(record) for record in records]))
 
 
 def resubmitted(change: Change) -> Change:
@@ -237,8 +237,8 @@ def _masks(folder: Path, record: Mapping[str, Any]) -> Masks:
 
 def _costs(network: Network, masks: Masks) -> dict[str, Any]:
     known = {name: mask for name, mask in masks.items() if network.shapes.get(name) == mask.shape}
-    cost = accounting.measure_cost(network.deployed, network.positions, known)
-    removed = accounting.sparsities_of(network.algorithm, known)
+    cost = costs.measure_cost(network.deployed, network.positions, known)
+    removed = costs.sparsities_of(network.algorithm, known)
     size = shrink.exported_bytes(network.algorithm.export(), known)
     counted = {"surviving_parameters": cost.surviving_parameters, "macs": cost.macs, "exported_bytes": size}
     return {**counted, "sparsity": next(iter(removed.values()), 0.0)}

@@ -16,8 +16,8 @@ import torch
 
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.base import Algorithm
-from domainbed_sfp.algorithms.erm import ERM
-from domainbed_sfp.algorithms.magnitude import Magnitude
+from domainbed_sfp.algorithms.objectives.erm import ERM
+from domainbed_sfp.algorithms.pruning.magnitude import Magnitude
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import Hparam
 from domainbed_sfp.deploy import shrink

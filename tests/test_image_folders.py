@@ -20,7 +20,7 @@ from domainbed_sfp.data.download import verify
 from domainbed_sfp.data.images import layout
 from domainbed_sfp.data.images.contents import HIDDEN, is_hidden, scan
 from domainbed_sfp.data.images.published import tree_problems, unlike_published
-from domainbed_sfp.leaderboard.bundle.layout import RECORD_SCHEMA
+from domainbed_sfp.leaderboard.documents.bundle_schema import RECORD_SCHEMA
 from domainbed_sfp.leaderboard.documents.problems import problems_of
 
 TINY = verify._counted("PACS", ("cat", "dog"), {"art": (2, 1), "map": (1, 3), "photo": (1, 1), "web": (2, 2)})

@@ -21,7 +21,7 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard.documents import entry as entries
 from domainbed_sfp.leaderboard.documents.entry import Entry
 from domainbed_sfp.leaderboard.entries import store
-from domainbed_sfp.leaderboard.site import board_formats, page
+from domainbed_sfp.leaderboard.site import build, data, page, tables, texts
 from domainbed_sfp.leaderboard.site.board import band_of, board_of, family_of
 from domainbed_sfp.leaderboard.tiers import TIERS
 
@@ -41,7 +41,7 @@ def write(folder: Path, found: list[Entry]) -> Path:
 def built(tmp_path_factory):
     """All formats of many entries."""
     root = tmp_path_factory.mktemp("leaderboard")
-    page.build(write(root / "entries", many()), root / "out", list(page.FILES))
+    build.build(write(root / "entries", many()), root / "out", list(build.FILES))
     return root / "out"
 
 
@@ -213,14 +213,14 @@ def test_self_reported_entries_take_no_rank_in_any_format():
     assert [[(line.entry.name, line.rank) for line in ranking.lines] for ranking in board.rankings] == [
         [("High", 1), ("Low", 2)], [("Best", None)]
     ]  # fmt: skip
-    rows = list(csv.DictReader(io.StringIO(board_formats.csv_text(board))))
+    rows = list(csv.DictReader(io.StringIO(data.csv_text(board))))
     assert [row["name"] for row in rows] == 6 * ["High"] + 6 * ["Low"] + 6 * ["Best"]
     assert {row["name"]: (row["rank"], row["tier"]) for row in rows}["Best"] == ("", "self-reported")
-    document = json.loads(board_formats.json_text(board))
+    document = json.loads(data.json_text(board))
     assert [one["verified"] for one in document["rankings"]] == [True, False]
     assert document["rankings"][1]["rows"][0]["rank"] is None
     title = "PACS, closed track, self-reported (not ranked), model selection: "
-    for text, best_mark in ((board_formats.markdown_text(board), "**"), (board_formats.latex_text(board), "\\textbf{")):
+    for text, best_mark in ((tables.markdown_text(board), "**"), (tables.latex_text(board), "\\textbf{")):
         verified, _, apart = text.partition(title)
         assert best_mark + "60.0" in verified and "99.9" not in verified
         assert "99.9" in apart and best_mark not in apart and "Self-reported. Checked: what could be; each" in apart
@@ -276,24 +276,22 @@ def test_costs_that_nobody_recomputed_are_marked_everywhere():
     learned = next(entry("PACS", method) for method in METHODS if method[0] == "Quantized")
     board = board_of([learned, one, other])
     line = next(line for line in board.rankings[0].lines if line.entry.name == "Quantized")
-    assert board_formats.bitops_text(line) == "65.6G ‡" and "‡" not in board_formats.part_text(
-        line, "macs", "dense_macs"
-    )
-    assert board_formats.unverified_axes(line) == ["bitops"]
+    assert texts.bitops_text(line) == "65.6G ‡" and "‡" not in texts.part_text(line, "macs", "dense_macs")
+    assert texts.unverified_axes(line) == ["bitops"]
     text = page.html_text(board)
     assert text.count('data-unverified="bitops"') == 2 and text.count('data-unverified=""') == 4  # under two rules
     assert text.count("65.6G ‡") == 2 and "bitops 65,600,000,000 ‡;" in text and text.count("‡ not recomputed") == 2
-    markdown, latex = board_formats.markdown_text(board), board_formats.latex_text(board)
+    markdown, latex = tables.markdown_text(board), tables.latex_text(board)
     assert markdown.count("65.6G ‡") == 2 and markdown.count("- ‡ not recomputed") == 2
     assert latex.count("65.6G $^\\ddagger$") == 2 and "‡" not in latex
-    rows = csv.DictReader(io.StringIO(board_formats.csv_text(board)))
+    rows = csv.DictReader(io.StringIO(data.csv_text(board)))
     assert {row["name"]: row["unverified"] for row in rows} == {"Quantized": "bitops", one.name: "", other.name: ""}
-    document = json.loads(board_formats.json_text(board))
+    document = json.loads(data.json_text(board))
     told = {row["name"]: row["unverified"] for row in document["rankings"][0]["rows"]}
     assert told == {"Quantized": ["bitops"], one.name: [], other.name: []}
     # Where nobody is quantized BitOPs come from the MACs, and so does their mark.
     assert "‡ not recomputed" not in page.html_text(board_of([one])).partition("<script>")[0]
-    assert board_formats.unverified_axes(board_of([replace(one, unverified=("macs",))]).rankings[0].lines[0]) == [
+    assert texts.unverified_axes(board_of([replace(one, unverified=("macs",))]).rankings[0].lines[0]) == [
         "macs", "bitops"
     ]  # fmt: skip
 
@@ -302,15 +300,15 @@ def test_costs_that_nobody_recomputed_are_marked_everywhere():
 
 
 def test_same_entries_same_bytes(built, tmp_path):
-    page.build(write(tmp_path / "entries", many()[::-1]), tmp_path / "out", list(page.FILES))
-    for _, name in page.FILES.values():
+    build.build(write(tmp_path / "entries", many()[::-1]), tmp_path / "out", list(build.FILES))
+    for _, name in build.FILES.values():
         assert (tmp_path / "out" / name).read_bytes() == (built / name).read_bytes(), name
 
 
 def test_no_entries(main, tmp_path):
     (tmp_path / "entries").mkdir()
     printed = main("leaderboard", "build", "--entries_dir", "entries", "--output_dir", "out").stdout
-    assert printed.splitlines() == [f"wrote out/{name}" for _, name in page.FILES.values()]
+    assert printed.splitlines() == [f"wrote out/{name}" for _, name in build.FILES.values()]
     assert "There are no entries yet." in (tmp_path / "out" / "index.html").read_text()
     assert "There are no entries yet." in (tmp_path / "out" / "leaderboard.md").read_text()
     assert json.loads((tmp_path / "out" / "leaderboard.json").read_text())["entries"] == []
@@ -556,10 +554,10 @@ def test_page_escapes_every_text(hostile_board):
 
 
 def test_json_and_csv_keep_every_text(hostile_board):
-    document = json.loads(board_formats.json_text(hostile_board))
+    document = json.loads(data.json_text(hostile_board))
     wanted = set(texts_in([entries.as_json(one) for one in hostile_board.entries]))
     assert wanted <= set(texts_in(document["entries"]))
-    lines = list(csv.DictReader(io.StringIO(board_formats.csv_text(hostile_board))))
+    lines = list(csv.DictReader(io.StringIO(data.csv_text(hostile_board))))
     assert {one.name for one in hostile_board.entries} == {row["name"] for row in lines}
 
 
@@ -573,9 +571,9 @@ def test_texts_are_no_markup_in_the_other_formats():
     entries.text_of(one)  # an entry may be called so
     board = board_of([one])
     markdown, latex, table = (
-        board_formats.markdown_text(board),
-        board_formats.latex_text(board),
-        board_formats.csv_text(board),
+        tables.markdown_text(board),
+        tables.latex_text(board),
+        data.csv_text(board),
     )
     assert "\n# b" not in markdown and "a\\\\n\\\\n# b \\| c" in markdown
     assert "\\<img src=x\\>\\[x\\](javascript:1)" in markdown
@@ -605,7 +603,7 @@ def board_with(environments: list[str]):
     ],
 )  # fmt: skip
 def test_markdown_shows_texts_as_they_are(text, written):
-    markdown = board_formats.markdown_text(board_with([text, "b", "c", "d"]))
+    markdown = tables.markdown_text(board_with([text, "b", "c", "d"]))
     (header,) = (line for line in markdown.splitlines() if line.startswith("| Method"))
     cells = [cell.strip() for cell in re.split(r" \| ", header.strip("| "))] if "| b" not in text else [header]
     assert written in cells[2 if "| b" not in text else 0]
@@ -616,7 +614,7 @@ def test_markdown_shows_texts_as_they_are(text, written):
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", " =1", "\uff1d1", "\x001"])
 def test_csv_texts_are_no_formulas(text):
-    written = board_formats.csv_text(board_with([text, "x;=1+1", "c", "d"]))
+    written = data.csv_text(board_with([text, "x;=1+1", "c", "d"]))
     rows = list(csv.DictReader(io.StringIO(written, newline="")))
     assert [row["environment"] for row in rows][:2] == [f"'{text}", "x;=1+1"]
     # Divided by semicolons, a text is one cell still; numbers stay numbers.
@@ -626,7 +624,7 @@ def test_csv_texts_are_no_formulas(text):
 
 def test_latex_texts_are_no_commands():
     names = ["\\input{x}", "a & b % c", "$x^2_1$ #1 ~", "\\\\[1cm] {\\bf"]
-    latex = board_formats.latex_text(board_with(names))
+    latex = tables.latex_text(board_with(names))
     (header,) = (line for line in latex.splitlines() if line.startswith("Method"))
     assert header.startswith(
         "Method & Rank & \\textbackslash{}input\\{x\\} & a \\& b \\% c & "

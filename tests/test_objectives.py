@@ -7,8 +7,8 @@ import torch
 from golden.make_objective_updates import CLASSES, DOMAINS, INPUT_SHAPE, OVERRIDES, trace
 
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.algorithms.coral import coral_distance
-from domainbed_sfp.algorithms.irm import irm_penalty
+from domainbed_sfp.algorithms.objectives.coral import coral_distance
+from domainbed_sfp.algorithms.objectives.irm import irm_penalty
 from domainbed_sfp.training.hparams import resolve_hparams
 
 

@@ -16,11 +16,12 @@ from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.networks.convolutions import SameConv2d
-from domainbed_sfp.pruning.accounting import count_positions, measure_cost, sparsities_of
-from domainbed_sfp.pruning.masks import Masks, keep_highest, lower_channels
+from domainbed_sfp.pruning.costs import count_positions, measure_cost, sparsities_of
+from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups
+from domainbed_sfp.pruning.masks import keep_highest, lower_channels
 from domainbed_sfp.pruning.schedules import CubicSchedule
 from domainbed_sfp.pruning.scores import channel_magnitude, prunable_weights, random_like, weight_magnitude
-from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
+from domainbed_sfp.pruning.state import Masks
 from domainbed_sfp.training import hparams
 
 
@@ -39,17 +40,17 @@ def test_cubic_schedule_rises_and_arrives_within_the_run(sparsity, a, b, total):
 
 
 @pytest.mark.parametrize(
-    "case, part",
+    "overrides, part",
     [
-        ((1.0, 0.1, 0.5), "1.0"),
-        ((-0.1, 0.1, 0.5), "-0.1"),
-        ((0.5, 0.6, 0.5), "ends before"),
-        ((0.5, 0.1, 1.5), "prune_end"),
+        ({"sparsity": 1.0}, "'sparsity'.*1.0"),
+        ({"sparsity": -0.1}, "'sparsity'.*-0.1"),
+        ({"prune_start": 0.6, "prune_end": 0.5}, "ends before"),
+        ({"prune_end": 1.5}, "'prune_end'.*1.5"),
     ],
 )
-def test_impossible_schedules_are_refused(case, part):
+def test_impossible_schedules_are_refused(overrides, part):
     with pytest.raises(UserError, match=part):
-        CubicSchedule(*case)
+        _train("Magnitude", 1, **overrides)
 
 
 def test_keep_highest_by_hand():
@@ -600,7 +601,7 @@ def test_masks_of_an_algorithm_that_brings_its_own_are_counted_with_residual_str
     network = torch.nn.Module()
     network.featurizer = networks.make_featurizer((3, 32, 32), values)
     network.classifier = torch.nn.Linear(network.featurizer.n_outputs, 7)
-    network.hparams = {"granularity": "channel"}
+    network.granularity = "channel"
     parameters = dict(network.named_parameters())
     for streams in (False, True):
         groups = channel_groups(network.featurizer, network.classifier, residual_streams=True)

@@ -12,10 +12,11 @@ from torch import nn
 
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.algorithms.network_slimming import NetworkSlimming
-from domainbed_sfp.algorithms.pruning_at_initialization import balanced_batch
-from domainbed_sfp.algorithms.rigl import RigLSchedule, drop_and_grow, layer_densities
+from domainbed_sfp.algorithms.pruning.at_initialization import balanced_batch
+from domainbed_sfp.algorithms.pruning.network_slimming import NetworkSlimming
+from domainbed_sfp.algorithms.pruning.rigl import RigLSchedule, drop_and_grow, layer_densities
 from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups
 from domainbed_sfp.pruning.masks import keep_highest
 from domainbed_sfp.pruning.schedules import OneShotSchedule, RoundSchedule
 from domainbed_sfp.pruning.scores import (
@@ -27,7 +28,6 @@ from domainbed_sfp.pruning.scores import (
     prunable_weights,
     weight_taylor,
 )
-from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
 from domainbed_sfp.training import hparams
 
 STEPS = 20
@@ -329,7 +329,7 @@ def test_taylor_averages_over_steps(granularity):
 
 
 def test_slimming_adds_the_subgradient_until_it_prunes():
-    algorithm = _make("NetworkSlimming", slimming_penalty=0.25, prune_at=0.5)
+    algorithm = _make("NetworkSlimming", slimming_penalty=0.25)
     scale = algorithm.featurizer.bn1.weight
     scale.data[:3] = torch.tensor([2.0, -0.5, 0.0])
     for step, penalty in ((STEPS // 2, [0.35, -0.15, 0.1]), (STEPS // 2 + 1, [0.1, 0.1, 0.1])):
@@ -343,7 +343,8 @@ def test_slimming_adds_the_subgradient_until_it_prunes():
 
 def test_slimming_prunes_at_a_global_percentile():
     """Half of all 448 scales: those below the median, wherever they are."""
-    algorithm = _make("NetworkSlimming", slimming_penalty=0.0, lr=0.0, sparsity=0.5, prune_at=0.0)
+    algorithm = _make("NetworkSlimming", slimming_penalty=0.0, lr=0.0, sparsity=0.5)
+    algorithm.step = STEPS // 2  # where it prunes
     values = torch.randperm(448, generator=torch.Generator().manual_seed(3)) - 224.0
     norms = [algorithm.featurizer.bn0, algorithm.featurizer.bn1, algorithm.featurizer.bn2, algorithm.featurizer.bn3]
     values = values + 0.25  # no two of the same magnitude
@@ -357,7 +358,7 @@ def test_slimming_prunes_at_a_global_percentile():
 
 
 def test_slimming_is_one_shot():
-    algorithm = _make("NetworkSlimming", prune_at=0.5)
+    algorithm = _make("NetworkSlimming")
     history = []
     for step in range(STEPS):
         _update(algorithm, step)
@@ -413,7 +414,7 @@ def test_slimming_refuses_what_has_no_scales(monkeypatch):
         def features(self, x):
             return torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean((2, 3))
 
-    with pytest.raises(UserError, match=r"'granularity'.*'channel'.*got 'weight'"):
+    with pytest.raises(UserError, match="'granularity' of NetworkSlimming is 'weight': it is built in as 'channel'"):
         _make("NetworkSlimming", granularity="weight")
     monkeypatch.setattr(networks, "make_featurizer", lambda shape, values: Plain())
     with pytest.raises(UserError, match="Plain has none on a removable channel"):
@@ -464,8 +465,6 @@ def test_layer_densities_by_hand():
     assert layer_densities(shapes, 1.0, "erk") == {"a": 1.0, "b": 1.0}
     with pytest.raises(UserError, match="first layer"):
         layer_densities(shapes, 0.05, "uniform")
-    with pytest.raises(UserError, match="did you mean 'erk'"):
-        layer_densities(shapes, 0.5, "erg")
 
 
 @pytest.mark.parametrize("distribution", ["erk", "uniform"])
@@ -521,7 +520,7 @@ def test_rigl_moves_by_the_dense_gradient():
 
 
 def test_rigl_refuses_channels():
-    with pytest.raises(UserError, match=r"'granularity'.*'weight'.*got 'channel'"):
+    with pytest.raises(UserError, match="'granularity' of RigL is 'channel': it is built in as 'weight'"):
         _make("RigL", granularity="channel")
     for name in ("drop_fraction", "update_interval", "update_end"):
         with pytest.raises(UserError, match=f"{name}.*1.5"):
@@ -538,18 +537,12 @@ def test_round_schedule_by_hand():
         [0, 0, 0.5, 0.5, 0.75, 0.875, 0.875]
     )
     assert schedule.steps(2) == [0, 1, 1] and schedule.at(1, 2) == 0.875 and schedule.at(0, 2) == pytest.approx(0.5)
-    with pytest.raises(UserError, match=r"rounds.*0"):
-        RoundSchedule(0.5, 0, 0.6)
-    with pytest.raises(UserError, match=r"sparsity.*1\.0"):
-        RoundSchedule(1.0, 3, 0.6)
 
 
 def test_one_shot_schedule_by_hand():
     schedule = OneShotSchedule(0.5, 0.25)
     assert [schedule.at(step, 20) for step in (0, 4, 5, 19)] == [0, 0, 0.5, 0.5]
     assert OneShotSchedule(0.5, 1.0).first_step(20) == 19
-    with pytest.raises(UserError, match="prune_at"):
-        OneShotSchedule(0.5, 1.5)
 
 
 @pytest.mark.parametrize("granularity", ["weight", "channel"])
@@ -627,10 +620,8 @@ def test_lottery_tickets_refuse_to_rewind_past_the_first_pruning():
     "name, hparam, value",
     [
         ("GraSP", "grasp_temperature", 0.0),
-        ("GraSP", "grasp_samples", 0),
         ("Taylor", "taylor_momentum", 1.0),
         ("NetworkSlimming", "slimming_penalty", -1.0),
-        ("NetworkSlimming", "prune_at", 1.5),
         ("SNIP", "sparsity", 1.0),
         ("LotteryTicket", "rounds", 0),
     ],
@@ -640,7 +631,6 @@ def test_impossible_values_are_refused(name, hparam, value):
         _make(name, **{hparam: value})
 
 
-@pytest.mark.parametrize("name, hparam", [("MRM", "mask_end"), ("DCWP", "mask_end"), ("LotteryTicket", "prune_end")])
-def test_an_end_that_leaves_no_retraining_is_refused(name, hparam):
-    with pytest.raises(UserError, match=f"'{hparam}'.*steps to train what is kept"):
-        _make(name, **{hparam: 1.0})
+def test_an_end_that_leaves_no_retraining_is_refused():
+    with pytest.raises(UserError, match=r"'prune_end'.*steps to train what is kept"):
+        _make("LotteryTicket", prune_end=1.0)

@@ -25,7 +25,7 @@ from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.data.images import degradations
 from domainbed_sfp.data.images.augmentation import IMAGENET_MEAN, IMAGENET_STD, normalize
 from domainbed_sfp.data.loaders import MinibatchLoader
-from domainbed_sfp.deploy import exported, packed
+from domainbed_sfp.deploy import files, packed
 from domainbed_sfp.networks.precision import choose_precision
 from domainbed_sfp.plugins import contract
 from domainbed_sfp.quantization.bitops import BitOps, fit_shifts, starting_mean
@@ -319,7 +319,7 @@ def test_a_policy_pools_over_positions_wherever_channels_are():
 
 def test_dqmq_reads_linear_layers_on_maps_with_channels_last():
     pytest.importorskip("timm", reason="timm is not installed")
-    overrides = {"backbone": "test_convnext", "weights": "none", "image_size": 32, "policy_start": 0.0}
+    overrides = {"backbone": "test_convnext", "weights": "none", "image_size": 32}
     algorithm = registry.get("DQMQ").cls(
         (3, 32, 32), 4, 2, hparams.resolve_hparams("DQMQ", "PACS", overrides=overrides)
     )
@@ -581,18 +581,18 @@ def test_the_policy_starts_on_its_budget():
             mean = starting_mean(bitops, fraction * 640, sigma)
             expected = log_probabilities(torch.tensor([mean]), torch.tensor([sigma]).log(), bits).exp() @ bits**2
             assert expected.item() * 10 == pytest.approx(fraction * 640, rel=1e-3)
-    algorithm = make("DQMQ", target_bitops=0.3, policy_sigma=0.3)
+    algorithm = make("DQMQ", target_bitops=0.3)
     for policy in algorithm.policies().values():
         mean, log_sigma = policy.distribution(torch.randn(5, policy.features, 3, 3))
-        assert mean.tolist() == pytest.approx([starting_mean(algorithm.bitops, algorithm.budget, 0.3)] * 5)
-        assert log_sigma.exp().tolist() == pytest.approx([0.3] * 5)
+        assert mean.tolist() == pytest.approx([starting_mean(algorithm.bitops, algorithm.budget, 0.5)] * 5)
+        assert log_sigma.exp().tolist() == pytest.approx([0.5] * 5)
 
 
 @pytest.mark.parametrize("name", ["DQMQ", "StaticMixedPrecision"])
 def test_widths_settle_and_the_network_trains_as_it_is_evaluated(name):
-    """From `policy_end` on no policy moves, batches keep to the budget, and evaluations in between change nothing."""
+    """From half of the run on no policy moves, batches keep to the budget, and evaluations in between change nothing."""
     algorithm, watched = (
-        contract.make(name, total_steps=12, overrides={"target_bitops": 0.3, "policy_end": 0.5, "backbone": "mnist_cnn_bn"})
+        contract.make(name, total_steps=12, overrides={"target_bitops": 0.3, "backbone": "mnist_cnn_bn"})
         for _ in range(2)
     )  # fmt: skip
     drawing = contract.run(algorithm, 0, 6)
@@ -678,9 +678,8 @@ def test_budget_is_met_on_held_out_data(name):
         ("DQMQ", {"target_bitops": 0.05}, "no assignment takes 0.05"),
         ("DQMQ", {"target_bitops": 1.5}, r"a fraction in (0, 1], got 1.5"),
         ("DQMQ", {"reinforce": 0.1, "objective": "Mixup"}, "objective 'Mixup' does not minimise"),
-        ("DQMQ", {"policy_start": 0.5, "policy_end": 0.5}, "ends before it begins: policy_start 0.5, policy_end 0.5"),
-        ("DQMQ", {"policy_end": 1.5}, "a fraction in (0, 1], got 1.5"),
-        ("DQMQ", {"policy_sigma": 0.0}, "'policy_sigma'"),
+        ("DQMQ", {"policy_end": 0.6}, "'policy_end' of DQMQ is 0.6: it is built in as 0.5 now"),
+        ("DQMQ", {"policy_lr": 0.0}, "'policy_lr'"),
         ("DQMQ", {"degrade": 1.5}, "a probability in [0, 1], got 1.5"),
     ],
 )
@@ -920,7 +919,7 @@ def test_one_loader_reads_pruned_and_quantized_networks(tmp_path):
     packed.save(tmp_path / "network.safetensors", algorithm)
     with torch.no_grad():
         expected = packed.load(tmp_path / "network.safetensors")(x)
-        assert torch.equal(exported.load(tmp_path / "network.safetensors")(x), expected)
+        assert torch.equal(files.load(tmp_path / "network.safetensors")(x), expected)
 
 
 def test_networks_that_cannot_be_quantized():

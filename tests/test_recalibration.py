@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from domainbed_sfp.algorithms import scheduled_pruning
+from domainbed_sfp.algorithms.pruning import scheduled as scheduled_pruning
 from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
 from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import train as training

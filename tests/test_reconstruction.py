@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.algorithms.obs import removal_errors
+from domainbed_sfp.algorithms.pruning.obs import removal_errors
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.pruning.masks import Masks
+from domainbed_sfp.pruning.groups import ChannelGroup
 from domainbed_sfp.pruning.reconstruction import (
     InputMoments,
     ReaderInputs,
@@ -18,7 +18,7 @@ from domainbed_sfp.pruning.reconstruction import (
     channel_rows,
     reconstruct,
 )
-from domainbed_sfp.pruning.structure import ChannelGroup
+from domainbed_sfp.pruning.state import Masks
 from domainbed_sfp.training.hparams import resolve_hparams
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def sweep(tmp_path_factory):
     directory.register(jobs)
     for job in jobs:
         args = job.settings(None, directory.job_dir(job), skip_model_save=False)
-        args.save_model_every_checkpoint = True
+        args = replace(args, save_model_every_checkpoint=True)
         with contextlib.redirect_stdout(io.StringIO()):
             training.train(args)
     return root
@@ -144,7 +145,7 @@ def test_at_the_same_place_every_field_of_every_record_counts(records, name, val
         ({"precision": "bf16"}, True),
         ({"bitops": 1.0}, True),
         ({"dense_macs": 1}, True),
-        ({"hparams": {}}, True),
+        ({"hparams": {}}, False),  # versions differ in what they name; `check_hparams` holds them to the seeds' draw
         ({"standing": "reference"}, True),
         ({"final_compression": False}, True),
         ({"surprise": 1.0}, True),

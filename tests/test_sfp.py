@@ -11,12 +11,15 @@ from torch import nn
 
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.algorithms.sfp import SFP, _by_image, _channel_means, _key
+from domainbed_sfp.algorithms.sfp.algorithm import SFP
+from domainbed_sfp.algorithms.sfp.hparams import choices
+from domainbed_sfp.algorithms.sfp.removal import Removal, cleared_layers
+from domainbed_sfp.algorithms.sfp.statistics import by_image, channel_means
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data.loaders import Minibatch
 from domainbed_sfp.plugins import contract
-from domainbed_sfp.pruning import spurious
-from domainbed_sfp.pruning.spurious import DECAY, ConditionalMoments, remove_directions, spurious_directions
+from domainbed_sfp.pruning import directions as spurious
+from domainbed_sfp.pruning.directions import DECAY, ConditionalMoments, remove_directions, spurious_directions
 from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import hparams
 from domainbed_sfp.training import train as training
@@ -163,12 +166,12 @@ def test_removal_is_exact_where_inputs_are_pruned(any_direction):
     algorithm = make(total=40, removal_layers="all", backbone="mnist_cnn_bn")
     train(algorithm, 40)
     checked = 0
-    for name in algorithm.layers:
-        if name not in algorithm.masks() or not algorithm._rank(name):
+    for name in algorithm.removal.channels:
+        if name not in algorithm.masks() or not len(algorithm.removal.directions(name)):
             continue
-        weight = algorithm._layer(name).weight
+        weight = algorithm.get_parameter(name)
         alive = algorithm.masks()[name].any(0).flatten(1).any(1)
-        directions = getattr(algorithm, f"directions {_key(name)}")[: algorithm._rank(name)] * alive
+        directions = algorithm.removal.directions(name) * alive
         if alive.all() or torch.linalg.svdvals(directions).min() < 0.1:
             continue
         remaining = torch.einsum("kc,ochw->okhw", directions, weight)
@@ -177,25 +180,20 @@ def test_removal_is_exact_where_inputs_are_pruned(any_direction):
     assert checked
 
 
-@pytest.mark.parametrize("vectors, axis", [("relative", True), ("absolute", False)])
-def test_relative_vectors_find_the_axis_however_bright_the_flagged_are(vectors, axis):
+@pytest.mark.parametrize("relative", [True, False])
+def test_relative_vectors_find_the_axis_however_bright_the_flagged_are(relative):
     """Colour is red or green by the label in flagged samples, the other way round in the others; flagged samples of one
     class are three times as bright."""
-    algorithm = make(removal_vectors=vectors)
-    algorithm.diagnostics = {}
+    removal = Removal({"conv.weight": nn.Conv2d(3, 4, 1)}, 2, 0.6, relative)
     labels = torch.arange(16) % 2
     flagged = torch.arange(16) < 8
     color = labels ^ ~flagged
     brightness = torch.where(flagged & (labels == 0), 3.0, 1.0)
     x = F.one_hot(color, 3).float() * brightness[:, None]
-    algorithm.loss_counts.fill_(2)
-    algorithm.flag_counts.fill_(1)
-    inputs = {algorithm.layers[0]: x[:, :, None, None].expand(-1, -1, 8, 8)}
-    batches = [(x[:8], labels[:8]), (x[8:], labels[8:])]
-    algorithm._take_statistics(batches, [flagged[:8], flagged[8:]], inputs)
-    algorithm._renew_directions()
-    (direction,) = getattr(algorithm, f"directions {_key(algorithm.layers[0])}")[:1]
-    assert bool(direction[:2].sum().abs() < 1e-5) is axis and direction[2].abs() < 1e-5
+    removal.take("conv.weight", x, labels, flagged)
+    removal.renew()
+    (direction,) = removal.directions("conv.weight")
+    assert bool(direction[:2].sum().abs() < 1e-5) is relative and direction[2].abs() < 1e-5
 
 
 def test_linear_layers_lose_directions_too():
@@ -220,9 +218,14 @@ def test_removed_directions_cannot_be_heard():
 def make(name="SFP", total=20, **overrides) -> SFP:
     values = hparams.resolve_hparams(name, "FullColoredDigits", overrides=overrides)
     torch.manual_seed(0)
-    algorithm = registry.get(name).cls((3, 8, 8), 4, 2, values)
+    algorithm = registry.get(name).make((3, 8, 8), 4, 2, values)
     algorithm.total_steps = total
     return algorithm
+
+
+def flag(algorithm, losses, batches):
+    """The flags and numbers to log for a reference whose loss on sample i of each domain is `losses[i]`."""
+    return algorithm.flagging.flag(FixedLogits(losses)(torch.cat([x for x, _ in batches])), batches)
 
 
 def batch(n=8, aligned=True, side=8):
@@ -256,47 +259,41 @@ def test_samples_below_the_domains_mean_are_flagged():
     losses = [0.1, 0.2, 3.0, 0.1, 0.3, 2.0, 0.1, 0.2]  # mean 0.75
     for kappa, expected in ((1.0, {0, 1, 3, 4, 6, 7}), (0.35, {0, 1, 3, 6, 7})):
         algorithm = make(flag_kappa=kappa)
-        algorithm.reference, algorithm.diagnostics = FixedLogits(losses), {}
-        flags = algorithm._flag([batch(), batch()])
+        flags, metrics = flag(algorithm, losses, [batch(), batch()])
         assert [set(torch.nonzero(f).flatten().tolist()) for f in flags] == [expected, expected]
         for domain in (0, 1):
-            assert algorithm._thresholds(domain).tolist() == pytest.approx([0.75 * kappa] * 4, abs=1e-4)
-        assert algorithm.diagnostics["flag_threshold_domain0"] == pytest.approx(0.75 * kappa, abs=1e-4)
-        assert algorithm.diagnostics["flagged_domain0"] == len(expected) / 8
+            assert algorithm.flagging.thresholds(domain).tolist() == pytest.approx([0.75 * kappa] * 4, abs=1e-4)
+        assert metrics["flag_threshold_domain0"] == pytest.approx(0.75 * kappa, abs=1e-4)
+        assert metrics["flagged_domain0"] == len(expected) / 8
     truth = {i for i in range(8) if i % 3}
-    assert algorithm.diagnostics["flag_precision_domain0"] == pytest.approx(len(expected & truth) / len(expected))
-    assert algorithm.diagnostics["flag_recall_domain0"] == pytest.approx(len(expected & truth) / len(truth))
+    assert metrics["flag_precision_domain0"] == pytest.approx(len(expected & truth) / len(expected))
+    assert metrics["flag_recall_domain0"] == pytest.approx(len(expected & truth) / len(truth))
 
 
 def test_each_class_may_have_a_threshold_of_its_own():
     losses = [0.1, 0.2, 3.0, 0.1, 0.3, 2.0, 0.1, 0.2]  # of classes 0, 1, 2, 3, 0, 1, 2, 3
     algorithm = make(flag_threshold="class")
-    algorithm.reference, algorithm.diagnostics = FixedLogits(losses), {}
-    flags = algorithm._flag([batch(), batch()])
-    assert algorithm._thresholds(0).tolist() == pytest.approx([0.2, 1.1, 1.55, 0.15], abs=1e-4)
+    flags, _ = flag(algorithm, losses, [batch(), batch()])
+    assert algorithm.flagging.thresholds(0).tolist() == pytest.approx([0.2, 1.1, 1.55, 0.15], abs=1e-4)
     assert [torch.nonzero(f).flatten().tolist() for f in flags] == [[0, 1, 3, 6]] * 2
     # A class that a batch lacks keeps its threshold; in the others each sample counts, earlier ones 3 percent less.
-    algorithm.reference = FixedLogits([1.2, 0.2])
-    algorithm._flag([batch(2)])
+    flag(algorithm, [1.2, 0.2], [batch(2)])
     expected = [(0.97 * 0.4 + 1.2) / (0.97 * 2 + 1), (0.97 * 2.2 + 0.2) / (0.97 * 2 + 1), 1.55, 0.15]
-    assert algorithm._thresholds(0).tolist() == pytest.approx(expected, abs=1e-4)
+    assert algorithm.flagging.thresholds(0).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_first_batch_does_not_rule_the_threshold():
     algorithm = make()
-    algorithm.diagnostics = {}
     for losses in ([3.0], *[[1.0]] * 40):
-        algorithm.reference = FixedLogits(losses)
-        algorithm._flag([batch(), batch()])
+        flag(algorithm, losses, [batch(), batch()])
     left = 0.97**40 / sum(0.97**k for k in range(41))
-    assert algorithm._thresholds(1)[0].item() == pytest.approx(1 + 2 * left, abs=1e-3)
+    assert algorithm.flagging.thresholds(1)[0].item() == pytest.approx(1 + 2 * left, abs=1e-3)
 
 
 def test_a_class_not_seen_yet_has_the_domains_threshold():
     algorithm = make(flag_threshold="class")
-    algorithm.reference, algorithm.diagnostics = FixedLogits([0.2, 0.4]), {}
-    algorithm._flag([batch(2), batch(2)])
-    assert algorithm._thresholds(0).tolist() == pytest.approx([0.2, 0.4, 0.3, 0.3], abs=1e-4)
+    flag(algorithm, [0.2, 0.4], [batch(2), batch(2)])
+    assert algorithm.flagging.thresholds(0).tolist() == pytest.approx([0.2, 0.4, 0.3, 0.3], abs=1e-4)
 
 
 def test_random_flags_are_as_many_and_oracle_flags_are_the_truth():
@@ -304,42 +301,39 @@ def test_random_flags_are_as_many_and_oracle_flags_are_the_truth():
     seen = set()
     for seed in range(20):
         algorithm = make(flag_policy="random")
-        algorithm.reference, algorithm.diagnostics = FixedLogits(losses), {}
         torch.manual_seed(seed)
-        flags = algorithm._flag([batch(), batch()])[0]
+        flags = flag(algorithm, losses, [batch(), batch()])[0][0]
         assert flags.sum() == 6
         seen.add(tuple(flags.tolist()))
     assert len(seen) > 5
     algorithm = make(flag_policy="oracle")
-    algorithm.reference, algorithm.diagnostics = FixedLogits(losses), {}
-    assert algorithm._flag([batch(), batch()])[1].tolist() == [i % 3 > 0 for i in range(8)]
+    assert flag(algorithm, losses, [batch(), batch()])[0][1].tolist() == [i % 3 > 0 for i in range(8)]
     with pytest.raises(UserError, match="knows its aligned samples"):
-        algorithm._flag([batch(aligned=False)])
+        flag(algorithm, losses, [batch(aligned=False)])
 
 
 def test_risk_weights_by_hand():
     algorithm = make("SFPWeighted", risk_weight=20.0)
-    algorithm.loss_counts.fill_(10)
-    algorithm.flag_counts.fill_(7)
+    algorithm.flagging.loss_counts.fill_(10)
+    algorithm.flagging.flag_counts.fill_(7)
     first, second = batch(4), batch(4)
     flags = [torch.tensor([True, True, False, True]), torch.tensor([True, False, True, True])]
-    loss, metrics = algorithm._weighted_loss([first, second], flags)
+    loss, metrics = algorithm.weighted_loss([first, second], flags)
     losses = F.cross_entropy(
         algorithm.predict(torch.cat([first[0], second[0]])), torch.cat([first[1], second[1]]), reduction="none"
     )
     expected = (losses[[0, 1, 3, 4, 6, 7]].sum() + 20 * losses[[2, 5]].sum()) / 46
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and metrics["loss"] == pytest.approx(loss.item())
-    algorithm.flag_counts[1] = 10  # all flagged of late: no contrast, and nobody there weighs more
+    algorithm.flagging.flag_counts[1] = 10  # all flagged of late: no contrast, and nobody there weighs more
     expected = (losses[[0, 1, 3, 4, 5, 6, 7]].sum() + 20 * losses[2]) / 27
-    assert algorithm._weighted_loss([first, second], flags)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert algorithm.weighted_loss([first, second], flags)[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("backbone", ["mnist_cnn", "efficientnet_lite0"])  # the latter pads before it convolves
 def test_soft_penalty_is_the_share_that_the_layer_passes_on(backbone):
     algorithm = make(removal="soft", backbone=backbone, weights="none")
-    (name,) = algorithm.layers
-    stored = getattr(algorithm, f"directions {name.replace('.', '/')}")
-    stored[0] = torch.tensor([1.0, 0.0, 0.0])
+    (name,) = algorithm.removal.channels
+    algorithm.removal.stored[name][0] = torch.tensor([1.0, 0.0, 0.0])
     x = torch.randn(5, 3, 8, 8)
     only_red = x.clone()
     only_red[:, 1:] = 0
@@ -349,22 +343,20 @@ def test_soft_penalty_is_the_share_that_the_layer_passes_on(backbone):
         passed_on = passed_on - layer.bias.view(1, -1, 1, 1)
     # Over channels, mean over samples and positions, of which a strided layer has fewer.
     expected = passed_on.square().sum(1).mean() / x.square().sum(1).mean()
-    assert algorithm._projection(name, x).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert algorithm.removal.passed_on(name, layer, x).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_regularised_layers():
-    assert make().layers == ["featurizer.conv1.weight"]
-    assert make(removal="none").layers == []
-    assert len(make(removal_layers="all").layers) == 4
+    assert list(make().removal.channels) == ["featurizer.conv1.weight"]
+    assert not make(removal="none").removal.channels
+    assert len(make(removal_layers="all").removal.channels) == 4
     values = hparams.resolve_hparams(
         "SFP", "PACS", overrides={"backbone": "efficientnet_lite0", "image_size": 64, "weights": "none"}
     )
-    lite = registry.get("SFP").cls((3, 64, 64), 7, 3, values)
-    assert lite.layers == ["featurizer.network.conv_stem.weight"]
-    lite.hparams["removal_layers"] = "last"
-    assert (
-        lite._regularised_layers()[-1] == "featurizer.network.conv_head.weight" and len(lite._regularised_layers()) == 8
-    )
+    lite = registry.get("SFP").make((3, 64, 64), 7, 3, values)
+    assert list(lite.removal.channels) == ["featurizer.network.conv_stem.weight"]
+    last = list(cleared_layers(lite.featurizer, lite.groups, "last"))
+    assert last[-1] == "featurizer.network.conv_head.weight" and len(last) == 8
 
 
 @pytest.mark.parametrize(
@@ -372,17 +364,14 @@ def test_regularised_layers():
     [
         ({"flag_policy": "lose"}, "did you mean 'loss'"),
         ({"removal": "strict"}, "removal of SFP"),
-        ({"granularity": "weight"}, "'channel'"),
-        ({"objective": "Mixup"}, "mixes them"),
-        ({"risk_weight": 5.0, "objective": "VREx"}, "'VREx' has none"),
-        ({"statistics_every": 0}, "at least 1"),
+        ({"granularity": "weight"}, "hparam 'granularity' of SFP is 'weight': it is built in as 'channel' now"),
+        ({"objective": "VREx"}, "built in as 'ERM' now"),
+        ({"prune_residual_streams": 0}, "built in as False now"),
         ({"risk_weight": 0}, "a number above 0"),
         ({"flag_kappa": -1.0}, "a number above 0"),
         ({"removal_rank": -3}, "share in"),
-        ({"removal_energy": 7}, "a share in"),
-        ({"removal_spares": "classes"}, "did you mean 'class_means'"),
+        ({"removal_energy": 0.3}, "`commit`"),
         ({"removal_strength": -5.0}, "at least 0"),
-        ({"refresh": -2}, "a fraction in"),
     ],
 )
 def test_bad_hparams(overrides, part):
@@ -409,18 +398,18 @@ def test_no_contrast_is_an_error_whatever_the_score(name, overrides):
 
 def test_a_domain_without_contrast_is_told_once_and_left_out():
     algorithm = make()
-    algorithm.diagnostics = {}
-    x, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 4
-    inputs = {algorithm.layers[0]: x}
-    batches = [(x[:8], labels[:8]), (x[8:], labels[8:])]
+    algorithm.step = algorithm.schedule.first_step(algorithm.total_steps)
+    batches = [batch(), batch()]
+    # Of the first domain all are flagged; of the second five of eight, the first of each class and one more.
     flags = [torch.ones(8, dtype=torch.bool), torch.arange(8) < 5]
-    algorithm.loss_counts.fill_(2)
-    algorithm.flag_counts.copy_(torch.tensor([[2.0] * 4, [2.0, 1.0, 1.0, 1.0]]))
+    algorithm.flagging.flag = lambda logits, minibatches: (flags, {})
+    algorithm.flagging.loss_counts.fill_(2)
+    algorithm.flagging.flag_counts.copy_(torch.tensor([[2.0] * 4, [2.0, 1.0, 1.0, 1.0]]))
     with pytest.warns(UserWarning, match="100% of the samples of training domain 0") as told:
         for _ in range(3):
-            algorithm._take_statistics(batches, flags, inputs)
-    moments = algorithm._moments(algorithm.layers[0], algorithm.layer_moments)
-    assert len(told) == 1 and algorithm._has_contrast().tolist() == [False, True]
+            algorithm.compute_loss(batches)
+    moments = algorithm.removal.moments_of("featurizer.conv1.weight")
+    assert len(told) == 1 and algorithm.flagging.has_contrast().tolist() == [False, True]
     seen = sum(0.97**k for k in range(3))
     assert moments.counts[1].tolist() == pytest.approx([2 * seen, seen, seen, seen])
     assert moments.counts[0].tolist() == pytest.approx([0, seen, seen, seen])
@@ -429,8 +418,8 @@ def test_a_domain_without_contrast_is_told_once_and_left_out():
 def test_directions_are_renewed_unless_the_network_is_pretrained(monkeypatch, any_direction):
     """40 steps: the reference is kept at step 6, directions come every second step from 8 on, or once."""
     renewed: list[int] = []
-    real = SFP._renew_directions
-    monkeypatch.setattr(SFP, "_renew_directions", lambda self: (renewed.append(self.step), real(self))[1])
+    real = Removal.renew
+    monkeypatch.setattr(Removal, "renew", lambda self: (renewed.append(algorithm.step), real(self))[1])
     for layers in ("first", "all"):
         renewed.clear()
         algorithm = make(total=40, removal_layers=layers)
@@ -443,7 +432,7 @@ def test_directions_are_renewed_unless_the_network_is_pretrained(monkeypatch, an
     algorithm = make(total=40)
     algorithm.is_pretrained = True
     train(algorithm, 20)
-    assert renewed == [8] and algorithm._rank(algorithm.layers[0]) == 2
+    assert renewed == [8] and len(algorithm.removal.directions("featurizer.conv1.weight")) == 2
 
 
 @pytest.mark.parametrize(
@@ -476,28 +465,28 @@ def test_the_soft_penalty_runs_in_bf16_on_inner_layers(any_direction):
         torch.manual_seed(step)
         metrics = algorithm.update([batch(side=32), batch(side=32)])
     directions = {name: value for name, value in metrics.items() if name.startswith("directions_")}
-    assert len(directions) == len(algorithm.layers) == 5 and max(directions.values()) > 0
+    assert len(directions) == len(algorithm.removal.channels) == 5 and max(directions.values()) > 0
 
 
 def test_features_that_end_with_channels_have_the_mean_of_their_positions():
     x = torch.arange(24.0).view(2, 3, 4)
     linear = torch.nn.Linear(4, 1)
-    assert _channel_means(x, linear, 4).tolist() == x.mean(1).tolist()
-    assert _channel_means(x.view(2, 1, 3, 4), linear, 4).tolist() == x.mean(1).tolist()
+    assert channel_means(x, linear, 4).tolist() == x.mean(1).tolist()
+    assert channel_means(x.view(2, 1, 3, 4), linear, 4).tolist() == x.mean(1).tolist()
     # A flattened map: two positions of each of two channels.
-    assert _channel_means(x[:, 0], linear, 2).tolist() == [[0.5, 2.5], [12.5, 14.5]]
-    assert _channel_means(x.view(2, 3, 2, 2), torch.nn.Conv2d(3, 1, 1), 3).tolist() == x.mean(2).tolist()
+    assert channel_means(x[:, 0], linear, 2).tolist() == [[0.5, 2.5], [12.5, 14.5]]
+    assert channel_means(x.view(2, 3, 2, 2), torch.nn.Conv2d(3, 1, 1), 3).tolist() == x.mean(2).tolist()
 
 
-def test_what_windows_read_is_told_apart_by_image():
+def test_what_windows_read_is_told_apartby_image():
     """Two images of three windows each, one after the other: the means are those of an image."""
     x = torch.arange(2 * 3 * 4 * 5.0).view(6, 4, 5)
-    linear = _by_image(x, torch.nn.Linear(5, 1), 2)
-    assert torch.equal(_channel_means(linear, torch.nn.Linear(5, 1), 5), x.view(2, 12, 5).mean(1))
+    linear = by_image(x, torch.nn.Linear(5, 1), 2)
+    assert torch.equal(channel_means(linear, torch.nn.Linear(5, 1), 5), x.view(2, 12, 5).mean(1))
     maps = torch.arange(2 * 3 * 4 * 5 * 6.0).view(6, 4, 5, 6)
     conv = torch.nn.Conv2d(4, 1, 1)
-    assert torch.equal(_channel_means(_by_image(maps, conv, 2), conv, 4), maps.view(2, 3, 4, 30).mean((1, 3)))
-    assert _by_image(x, conv, 6) is x
+    assert torch.equal(channel_means(by_image(maps, conv, 2), conv, 4), maps.view(2, 3, 4, 30).mean((1, 3)))
+    assert by_image(x, conv, 6) is x
 
 
 @pytest.mark.parametrize(
@@ -536,7 +525,23 @@ def test_directions_of_normalised_photographs_are_not_those_of_vectors_of_length
     """There the origin is grey: light and dark would be opposite vectors."""
     given = {"backbone": "resnet18", "weights": "none", "image_size": side}
     algorithm = SFP((3, side, side), 4, 2, hparams.resolve_hparams("SFP", "PACS", overrides=given))
-    assert algorithm.removal_vectors == expected
+    assert algorithm.decisions()["removal_vectors"] == expected
+
+
+@pytest.mark.parametrize(
+    "pretrained, side, expected",
+    [
+        (False, 28, ("first", "relative", "class_conditional")),
+        (False, 29, ("first", "absolute", "class_conditional")),
+        (True, 28, ("last", "absolute", "taylor")),
+        (True, 224, ("last", "absolute", "taylor")),
+    ],
+)
+def test_what_is_left_open_follows_from_pretraining_and_image_size(pretrained, side, expected):
+    names = ("removal_layers", "removal_vectors", "channel_score")
+    assert tuple(choices(dict.fromkeys(names, "auto"), pretrained, side)[name] for name in names) == expected
+    said = {"removal_layers": "all", "removal_vectors": "absolute", "channel_score": "unflagged"}
+    assert choices(said, pretrained, side) == said
 
 
 def test_sfp_prunes_a_network_with_channels_last():
@@ -552,9 +557,8 @@ def test_sfp_prunes_a_network_with_channels_last():
     "overrides",
     [
         {"backbone": "mnist_cnn_bn"},
-        {"backbone": "mnist_cnn", "objective": "CORAL"},
-        # Here several layers read a channel: those of a residual stream, or squeeze-and-excitation's.
-        {"backbone": "resnet18", "weights": "none", "prune_residual_streams": True},
+        {"backbone": "mnist_cnn"},
+        # Here several layers read a channel: squeeze-and-excitation's too.
         {"backbone": "timm:mobilenetv3_small_050", "weights": "none", "lr": 1e-5},
     ],
     ids=lambda overrides: overrides["backbone"],
@@ -585,14 +589,14 @@ def test_score_of_unflagged_samples_is_the_square_of_gates_derivatives(overrides
                 rows = rows.repeat_interleave(x.shape[1] // rows.shape[1], 1)
                 return x * rows.view(*rows.shape, *[1] * (x.dim() - 2))
 
-            handles.append(algorithm._layer(name).register_forward_pre_hook(gate))
+            handles.append(algorithm.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(gate))
     loss, _ = super(SFP, algorithm).compute_loss(minibatches)
     loss.backward()
     for handle in handles:
         handle.remove()
     algorithm.zero_grad()
 
-    before = {group.name: getattr(algorithm, f"unflagged {_key(group.name)}").clone() for group in algorithm.groups}
+    before = {group.name: algorithm.score([])[group.name] for group in algorithm.groups}
     algorithm.step = algorithm.schedule.first_step(algorithm.total_steps) + 4 * 4  # one on which statistics are due
     loss, _ = algorithm.compute_loss(minibatches)
     loss.backward()
@@ -624,7 +628,7 @@ def test_taylor_score_is_that_of_taylor():
 @pytest.mark.parametrize(
     "overrides",
     [{"removal": "soft"}, {"removal": "none"}, {"removal_layers": "all"}, {"channel_score": "taylor"},
-     {"channel_score": "unflagged", "flag_threshold": "class", "removal": "none"}, {"flag_policy": "random"}, {"flag_policy": "oracle"}, {"sparsity": 0.0}, {"objective": "VREx"}],
+     {"channel_score": "unflagged", "flag_threshold": "class", "removal": "none"}, {"flag_policy": "random"}, {"flag_policy": "oracle"}, {"sparsity": 0.0}],
 )  # fmt: skip
 def test_contract_of_ablations(overrides, monkeypatch):
     plain = contract.make

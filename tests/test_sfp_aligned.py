@@ -70,7 +70,7 @@ def test_samples_count_in_the_reconstruction_as_asked():
     flags = torch.cat(unflagged.flags)
     weights = unflagged.sample_weights(batches(7))
     assert flags.any() and (weights[flags] == 1).all() and (weights[~flags] == 2).all()
-    losses = hard.loss_sums.sum(1) / hard.loss_counts.sum(1)
+    losses = hard.flagging.loss_sums.sum(1) / hard.flagging.loss_counts.sum(1)
     assert torch.allclose(hard.sample_weights(batches(7)), losses.repeat_interleave(32))
 
 

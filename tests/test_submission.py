@@ -33,7 +33,7 @@ from domainbed_sfp.leaderboard.entries import store
 from domainbed_sfp.leaderboard.facts import facts_of
 from domainbed_sfp.leaderboard.submit import submit
 from domainbed_sfp.leaderboard.validation.outcomes import Comparison, Rerun
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs import mask_files, records
 from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
@@ -755,7 +755,7 @@ def test_records_of_two_algorithms(copy):
 
 
 def test_an_algorithm_that_is_not_installed_is_self_reported(made, monkeypatch):
-    monkeypatch.delitem(registry._algorithms, "Magnitude")
+    monkeypatch.delitem(registry.ALGORITHMS.entries, "Magnitude")
     outcome = validation.validate(made)
     assert outcome.tier == "self-reported" and "unknown algorithm 'Magnitude'" in outcome.unchecked[0]
     # Not one of its costs has been counted anew.
@@ -978,7 +978,7 @@ def test_masks_that_no_network_has_are_not_unpacked(copy, monkeypatch):
 
 def test_a_network_that_is_too_large_is_not_built(made, monkeypatch):
     monkeypatch.setattr(layout, "MOST_PARAMETERS", 300_000)
-    monkeypatch.setattr(accounting, "count_positions", lambda *args: pytest.fail("the network was built"))
+    monkeypatch.setattr(costs, "count_positions", lambda *args: pytest.fail("the network was built"))
     words = "line 1.hparams.backbone: expected a network of at most 300,000 parameters, found 371,712"
     assert any(line.startswith("records/") and line.endswith(words) for line in problems(made))
 

@@ -175,7 +175,7 @@ def test_a_stop_at_any_moment_loses_and_repeats_nothing(tmp_path, monkeypatch, a
 
 
 def test_an_unforeseen_error_is_in_err_txt(tmp_path, monkeypatch):
-    from domainbed_sfp.algorithms.erm import ERM
+    from domainbed_sfp.algorithms.objectives.erm import ERM
     from domainbed_sfp.runs.settings import RunSettings
     from domainbed_sfp.training import train as training
 

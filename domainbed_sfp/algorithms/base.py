@@ -32,6 +32,9 @@ class Algorithm(nn.Module):
     # DomainBed's default holds where nobody does.
     total_steps: int = 5001
 
+    # What masks remove, "weight" or "channel", where no hparam of that name says it; None for a method without masks.
+    granularity: str | None = None
+
     # True for a method that learns from unlabelled images of the test environment: the leaderboard ranks it apart.
     transductive: bool = False
 
@@ -53,6 +56,7 @@ class Algorithm(nn.Module):
         self.num_classes = num_classes
         self.num_domains = num_domains
         self.hparams = dict(hparams)
+        self.granularity = self.hparams.get("granularity", self.granularity)
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
         """One training step on a list of (x [N, C, H, W], y [N]) per environment; returns numbers to log."""
@@ -70,6 +74,10 @@ class Algorithm(nn.Module):
     def measurements(self) -> dict[str, float]:
         """What the algorithm has measured of the samples that `predict` has seen in evaluation mode since the last
         call; recorded for each environment as `env{i}_NAME`. Nothing by default."""
+        return {}
+
+    def decisions(self) -> dict[str, str]:
+        """What hparams that leave it open came to, by their names: a field of the records. Nothing by default."""
         return {}
 
     def costs(self) -> dict[str, float]:

@@ -22,8 +22,8 @@ _SHARED_ARGS = ("holdout_fraction", "uda_holdout_fraction", "task")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What one run computes."""
+class JobKey:
+    """What tells a job of a grid from the others; its run is what a launcher made of it."""
 
     dataset: str
     method: Method
@@ -37,8 +37,8 @@ class Account:
     """`runs` are the usable ones, one per job; `missing` gives each other job's reason; `notes` tell what was
     done to the records on the way."""
 
-    runs: dict[Job, Run] = field(default_factory=dict)
-    missing: dict[Job, str] = field(default_factory=dict)
+    runs: dict[JobKey, Run] = field(default_factory=dict)
+    missing: dict[JobKey, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -103,7 +103,7 @@ def rows_of_algorithms(runs: Iterable[Run]) -> dict[tuple[str, str], list[str]]:
     return rows
 
 
-def _labelled(runs: Sequence[Run]) -> tuple[list[Job], dict[str, dict[Method, str]]]:
+def _labelled(runs: Sequence[Run]) -> tuple[list[JobKey], dict[str, dict[Method, str]]]:
     """What each run computes, and the names of the rows of each data set."""
     same = alike(map(_method_of, runs))
     jobs = [_job_of(run, same) for run in runs]
@@ -111,7 +111,7 @@ def _labelled(runs: Sequence[Run]) -> tuple[list[Job], dict[str, dict[Method, st
 
 
 def explain_missing(
-    missing: dict[Job, str], labels: dict[Method, str], environments: Sequence[str], limit: int = 12
+    missing: dict[JobKey, str], labels: dict[Method, str], environments: Sequence[str], limit: int = 12
 ) -> list[str]:
     """One line per row and reason, with jobs that share test environments, trials and hparams seeds told
     together."""
@@ -159,11 +159,11 @@ def number_ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
-def _merge_repeats(runs: Sequence[Run], same: Mapping[Method, Method], notes: list[str]) -> dict[Job, Run]:
-    in_directory: dict[tuple[Job, str], list[Run]] = {}
+def _merge_repeats(runs: Sequence[Run], same: Mapping[Method, Method], notes: list[str]) -> dict[JobKey, Run]:
+    in_directory: dict[tuple[JobKey, str], list[Run]] = {}
     for run in runs:
         in_directory.setdefault((_job_of(run, same), run.directory), []).append(run)
-    found: dict[Job, Run] = {}
+    found: dict[JobKey, Run] = {}
     repeated: Counter[str] = Counter()
     superseded: list[str] = []
     for (job, directory), stretches in in_directory.items():
@@ -249,20 +249,20 @@ def _method_of(run: Run) -> Method:
         ) from error
 
 
-def _job_of(run: Run, same: Mapping[Method, Method]) -> Job:
+def _job_of(run: Run, same: Mapping[Method, Method]) -> JobKey:
     test_envs = tuple(sorted(run.test_envs))
-    return Job(run.dataset, same[_method_of(run)], test_envs, run.hparams_seed, run.trial_seed)
+    return JobKey(run.dataset, same[_method_of(run)], test_envs, run.hparams_seed, run.trial_seed)
 
 
-def _grid(found: dict[Job, Run]) -> dict[Job, str]:
-    jobs: list[Job] = []
+def _grid(found: dict[JobKey, Run]) -> dict[JobKey, str]:
+    jobs: list[JobKey] = []
     for dataset in dict.fromkeys(job.dataset for job in found):
         here = [job for job in found if job.dataset == dataset]
         axes = {
             name: sorted({getattr(job, name) for job in here}) for name in ("test_envs", "hparams_seed", "trial_seed")
         }
         jobs += [
-            Job(dataset, method, test_envs, hparams_seed, trial_seed)
+            JobKey(dataset, method, test_envs, hparams_seed, trial_seed)
             for method in dict.fromkeys(job.method for job in here)
             for test_envs in axes["test_envs"]
             for trial_seed in axes["trial_seed"]
@@ -281,12 +281,12 @@ def _method_listed(entry: dict[str, Any]) -> Method:
 
 
 def _listed(
-    found: dict[Job, Run],
+    found: dict[JobKey, Run],
     entries: Sequence[tuple[dict[str, Any], Method]],
     same: Mapping[Method, Method],
     root: Path,
     notes: list[str],
-) -> dict[Job, str]:
+) -> dict[JobKey, str]:
     by_directory = {run.directory: job for job, run in found.items()}
     # A run may record the steps that sweep.json leaves to the data set's default: jobs of one data set
     # that are listed alike share the method that any one of their runs shows.
@@ -299,7 +299,7 @@ def _listed(
     for entry, method in listed:
         seeds = entry["hparams_seed"], entry["trial_seed"]
         method = shown.get((entry["dataset"], method), method)
-        job = Job(entry["dataset"], method, tuple(sorted(entry["test_envs"])), *seeds)
+        job = JobKey(entry["dataset"], method, tuple(sorted(entry["test_envs"])), *seeds)
         directory = root / entry["name"]
         if directory.exists() or job not in expected:
             state = "started, no record yet" if directory.exists() else "not started"

@@ -17,9 +17,10 @@ import pandas as pd
 from domainbed_sfp.analysis.account import row_labels, take_account
 from domainbed_sfp.analysis.comparison import Comparison, Summary
 from domainbed_sfp.analysis.comparison import compare as compare_rows
+from domainbed_sfp.analysis.report import build_report
 from domainbed_sfp.analysis.rows import Cell, Row
 from domainbed_sfp.analysis.selection import RULES, TRAINING_DOMAIN, Rule
-from domainbed_sfp.analysis.tables import Report, Table, build_report, one_a_dataset
+from domainbed_sfp.analysis.tables import Report, Table, one_a_dataset
 from domainbed_sfp.core.errors import UserError, unknown_name
 from domainbed_sfp.runs.records import COST_FIELDS, Run, load_records
 

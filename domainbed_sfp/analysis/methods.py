@@ -21,7 +21,7 @@ class Method:
 
 def alike(methods: Iterable[Method]) -> dict[Method, Method]:
     """For each method the one that stands for it: those whose settings have the same values are one, however their
-    numbers are written (8 and 8.0, in records of earlier versions). It has the float, where one is written so."""
+    numbers are written (8 and 8.0, as DomainBed's records may have them). It has the float, where one is written so."""
     methods = list(dict.fromkeys(methods))
     spellings: dict[tuple[str, str, str], str] = {}
     for method in methods:

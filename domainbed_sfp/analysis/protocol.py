@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from domainbed_sfp.analysis.account import Job, number_ranges, steps_of
+from domainbed_sfp.analysis.account import JobKey, number_ranges, steps_of
 from domainbed_sfp.analysis.selection import Rule
 from domainbed_sfp.core.domainbed_facts import SMALL_IMAGES
 from domainbed_sfp.core.version import __version__
@@ -133,7 +133,7 @@ class Protocol:
         }
 
 
-def protocol_of(runs: dict[Job, Run], rule: Rule) -> Protocol:
+def protocol_of(runs: dict[JobKey, Run], rule: Rule) -> Protocol:
     counts = Counter(conditions_of(run) for run in runs.values()).most_common()
     commits = {run.facts["commit"] for run in runs.values() if run.facts.get("commit")}
     return Protocol(
@@ -147,7 +147,7 @@ def protocol_of(runs: dict[Job, Run], rule: Rule) -> Protocol:
     )
 
 
-def _common_overrides(runs: Iterable[Job]) -> tuple[tuple[str, str], ...]:
+def _common_overrides(runs: Iterable[JobKey]) -> tuple[tuple[str, str], ...]:
     told = {"steps", "backbone", "weights", "image_size", "resnet18", "resnet50_augmix", "freeze_bn", *_USUAL}
     given = [{setting for setting in job.method.settings if setting[0] not in told} for job in runs]
     return tuple(sorted(set.intersection(*given))) if given else ()

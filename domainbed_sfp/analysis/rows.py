@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from domainbed_sfp.analysis.account import Job
+from domainbed_sfp.analysis.account import JobKey
 from domainbed_sfp.analysis.methods import Method
 from domainbed_sfp.analysis.published import PublishedRow
 from domainbed_sfp.analysis.selection import Choice, Rule, choose
@@ -91,7 +91,9 @@ def average_of(cells: Sequence[Cell | None]) -> Cell | None:
     return Cell(float(np.mean([cell.accuracy for cell in whole])), error, len(per_trial))
 
 
-def measured_row(label: str, method: Method, rule: Rule, runs: dict[Job, Run], columns: Iterable[int | Source]) -> Row:
+def measured_row(
+    label: str, method: Method, rule: Rule, runs: dict[JobKey, Run], columns: Iterable[int | Source]
+) -> Row:
     """The row of a method: a cell for each environment, or for each of a table of sources."""
     mine = [(job, run) for job, run in runs.items() if job.method == method]
     cells = tuple(_cell(mine, rule, column) for column in columns)
@@ -115,7 +117,7 @@ def summed_up(row: Row, tested: Sequence[int]) -> Row:
     )
 
 
-def _cell(runs: list[tuple[Job, Run]], rule: Rule, column: int | Source) -> Cell | None:
+def _cell(runs: list[tuple[JobKey, Run]], rule: Rule, column: int | Source) -> Cell | None:
     by_trial: dict[int, list[Run]] = {}
     env = column.env if isinstance(column, Source) else column
     for job, run in runs:

@@ -64,6 +64,6 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
 
 
 def _leaderboard_build(args: argparse.Namespace) -> int:
-    from domainbed_sfp.leaderboard.site import page
+    from domainbed_sfp.leaderboard.site import build
 
-    return page.run(args)
+    return build.run(args)

@@ -6,12 +6,14 @@ one never shifts another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from domainbed_sfp.core.errors import LARGEST, UserError, unknown_name
 from domainbed_sfp.core.seeds import seed_hash
 
 Sampler = Callable[[np.random.RandomState], Any]
@@ -56,6 +58,7 @@ class Hparam:
 
     foreign: a field of DomainBed's records that has no effect here; it cannot be set.
     photographs: the default on sets of photographs, where it is another than on MNIST-like ones.
+    earlier: what runs did before there was this hparam, whose records do not name it; None: it was always there.
     """
 
     default: Any
@@ -64,6 +67,7 @@ class Hparam:
     foreign: bool = False
     valid: Range | None = None
     photographs: Any = None
+    earlier: Any = None
 
     def on(self, small_images: bool) -> Hparam:
         """The same hparam with its default on MNIST-like images, or on photographs."""
@@ -80,3 +84,37 @@ class Hparam:
 
 # Records have these fields so that DomainBed's tools read them.
 FOREIGN = "no effect here"
+
+
+def checked_value(algorithm: str, name: str, value: Any, hparam: Hparam) -> Any:
+    """`value` if it is in range, of the default's kind: whole floats become integers, integers floats."""
+    default = hparam.default
+    if isinstance(default, bool):
+        matches, expected = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        whole = isinstance(value, float) and value.is_integer()
+        matches, expected = (isinstance(value, int) or whole) and not isinstance(value, bool), "a whole number"
+        value = int(value) if matches else value
+        if matches and abs(value) > LARGEST:
+            matches, expected = False, f"a whole number of at most {LARGEST}"
+    elif isinstance(default, float):
+        matches, expected = _is_finite_number(value), "a number"
+        value = float(value) + 0.0 if matches else value  # which turns -0.0 into 0.0
+    else:
+        matches, expected = isinstance(value, type(default)), f"a {type(default).__name__}"
+    if not matches:
+        raise UserError(f"hparam {name!r} of {algorithm}: expected {expected}, got {value!r:.80}")
+    if hparam.valid is not None and not hparam.valid.holds(value):
+        if hparam.valid.choices:
+            raise unknown_name(f"{name} of {algorithm}", value, hparam.valid.choices)
+        raise UserError(f"hparam {name!r} of {algorithm}: expected {hparam.valid.words}, got {value!r}")
+    return value
+
+
+def _is_finite_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float reaches
+        return False

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms.base import Algorithm
-from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
+from domainbed_sfp.algorithms.quantization.base import QuantizedAlgorithm
 from domainbed_sfp.core.errors import UserError, unknown_name
 from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.core.version import __version__
@@ -28,7 +28,7 @@ from domainbed_sfp.deploy import shrink
 from domainbed_sfp.deploy.exported import HEADER, Description, ExportedNetwork, rebuild, to_bytes
 from domainbed_sfp.deploy.finished_runs import TrainedRun, load_run
 from domainbed_sfp.networks.channel_gates import fold_constant_gates, gate_widths
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
 
 FORMATS = ("safetensors", "onnx")
 
@@ -58,7 +58,7 @@ class Compact:
     masked: nn.Module
     network: ExportedNetwork
     description: Description
-    cost: accounting.Cost
+    cost: costs.Cost
     removed: int
     stored_zeros: int
 
@@ -76,8 +76,8 @@ def compact(run: TrainedRun) -> Compact:
     network, dead = shrink.remove_channels(masked, masks, shape)
     network.requires_grad_(False)
     fold_constant_gates(network)
-    positions = accounting.count_positions(algorithm, shape, algorithm.predict)
-    cost = accounting.measure_cost(algorithm.deployed_parameters(), positions, masks)
+    positions = costs.count_positions(algorithm, shape, algorithm.predict)
+    cost = costs.measure_cost(algorithm.deployed_parameters(), positions, masks)
     zeros = sum(int((~mask).sum()) for mask in shrink.surviving_masks(masks, dead).values())
     description = Description(
         backbone=networks.backbone_name(shape, run.hparams),

@@ -61,7 +61,7 @@ def load_run(folder: str | os.PathLike[str]) -> TrainedRun:
     steps = args.get("steps") or get_dataset_class(args["dataset"]).N_STEPS
     try:
         with networks.without_weights():
-            algorithm: Algorithm = info.cls(shape, saved["model_num_classes"], saved["model_num_domains"], hparams)
+            algorithm: Algorithm = info.make(shape, saved["model_num_classes"], saved["model_num_domains"], hparams)
     except KeyError as error:
         raise UserError(
             f"{str(model)!r} was saved by another version of {args['algorithm']}: it has no hparam {error}; use the "

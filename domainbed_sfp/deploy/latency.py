@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from domainbed_sfp import networks
-from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
+from domainbed_sfp.algorithms.quantization.base import QuantizedAlgorithm
 from domainbed_sfp.core import console, provenance
 from domainbed_sfp.core.device import choose_device
 from domainbed_sfp.core.errors import UserError

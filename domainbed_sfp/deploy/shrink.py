@@ -1,7 +1,7 @@
 """Takes dead channels out of a network for good.
 
 What belongs to a channel is derived twice, independently: by this package from the network's traced graph
-(`pruning.structure`), which is what masks are made from, and by torch-pruning (Fang et al. 2023, arXiv 2301.12900)
+(`pruning.groups`), which is what masks are made from, and by torch-pruning (Fang et al. 2023, arXiv 2301.12900)
 from autograd's. torch-pruning cuts, and only where both agree. Nothing else in this package uses it.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.deploy.exported import ExportedNetwork, GroupNormOfSurvivors, replace_group_norm, stored_tensors
-from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
+from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Algorithm
-from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
+from domainbed_sfp.algorithms.quantization.base import QuantizedAlgorithm
 from domainbed_sfp.deploy import packed, shrink
 
 

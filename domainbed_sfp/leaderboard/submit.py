@@ -24,8 +24,9 @@ from domainbed_sfp.leaderboard import summary, validation
 from domainbed_sfp.leaderboard.bundle import layout, signing, weights
 from domainbed_sfp.leaderboard.bundle.places import without_places
 from domainbed_sfp.leaderboard.bundle.tree import sums_text
+from domainbed_sfp.leaderboard.documents.bundle_schema import RECORD_SCHEMA, SUBMISSION_SCHEMA
 from domainbed_sfp.leaderboard.documents.problems import problems_of
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.runs import mask_files, records
 from domainbed_sfp.runs.layout import RESULTS
 from domainbed_sfp.training.hparams import checked_overrides
@@ -151,21 +152,21 @@ def _row(account: Account, wanted: str, input_dir: str) -> tuple[str, list[str]]
     return label, sorted(run.directory for run in runs.values())
 
 
-def _take_records(folder: Path, part: Path) -> SubmittedRun:
+def _take_records(folder: Path, part: Path) -> BundleRun:
     """A run's records into the bundle, without the paths of this machine."""
     parsed = []
     for number, record in enumerate(records.read_records(folder, warn), start=1):
         plain = _finite(record)
         _forget_places(plain)
         where = str(folder / RESULTS)
-        for problem in problems_of(where, plain, layout.RECORD_SCHEMA, f"line {number}"):
+        for problem in problems_of(where, plain, RECORD_SCHEMA, f"line {number}"):
             raise UserError(
                 f"{problem.line()}; a bundle needs runs of `domainbed-sfp train` or `sweep`, of this version"
             )
         parsed.append(plain)
     lines = [json.dumps(record, sort_keys=True, allow_nan=False) + "\n" for record in parsed]
     write_atomically(part / layout.RECORDS / f"{folder.name}.jsonl", "".join(lines))
-    return SubmittedRun(folder.name, parsed, records.run_of(folder.name, parsed))
+    return BundleRun(folder.name, parsed, records.run_of(folder.name, parsed))
 
 
 def _forget_places(record: dict[str, Any]) -> None:
@@ -182,7 +183,7 @@ def _forget_places(record: dict[str, Any]) -> None:
         args["hparams"] = json.dumps(plain, sort_keys=True)
 
 
-def _selected(runs: list[SubmittedRun]) -> list[tuple[SubmittedRun, int]]:
+def _selected(runs: list[BundleRun]) -> list[tuple[BundleRun, int]]:
     """Every checkpoint that a selection rule chooses, as run and step."""
     by_name, found = {run.name: run for run in runs}, {}
     for dataset in sorted({run.run.dataset for run in runs}):
@@ -193,7 +194,7 @@ def _selected(runs: list[SubmittedRun]) -> list[tuple[SubmittedRun, int]]:
     return list(found.values())
 
 
-def _take_masks(input_dir: Path, run: SubmittedRun, step: int, part: Path) -> None:
+def _take_masks(input_dir: Path, run: BundleRun, step: int, part: Path) -> None:
     """The masks of a selected checkpoint."""
     record = next(one for one in run.records if one["step"] == step)
     if "masks" not in record:
@@ -216,8 +217,8 @@ def _take_masks(input_dir: Path, run: SubmittedRun, step: int, part: Path) -> No
         ) from None
 
 
-def _check_name(document: Mapping[str, Any], runs: Sequence[SubmittedRun]) -> None:
-    for problem in problems_of("submission", document, layout.SUBMISSION_SCHEMA):
+def _check_name(document: Mapping[str, Any], runs: Sequence[BundleRun]) -> None:
+    for problem in problems_of("submission", document, SUBMISSION_SCHEMA):
         raise UserError(
             f"{problem.line()}; --name gives the leaderboard's name" if problem.field == "name" else problem.line()
         )

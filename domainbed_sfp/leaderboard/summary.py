@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.analysis.account import Account, Job
+from domainbed_sfp.analysis.account import Account, JobKey
 from domainbed_sfp.analysis.methods import Method
 from domainbed_sfp.analysis.protocol import conditions_of
+from domainbed_sfp.analysis.report import build_report
 from domainbed_sfp.analysis.rows import Row
 from domainbed_sfp.analysis.selection import RULES, Choice
-from domainbed_sfp.analysis.tables import build_report
 from domainbed_sfp.core.overrides import recorded_overrides
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.leaderboard import names
-from domainbed_sfp.leaderboard.bundle.layout import FORMAT, OPTIONAL
+from domainbed_sfp.leaderboard.documents.bundle_schema import FORMAT, OPTIONAL
 from domainbed_sfp.leaderboard.documents.entry import EntryCell, Result, Trial, result_as_json
 from domainbed_sfp.runs.records import Run
 
 
 @dataclass(frozen=True)
-class SubmittedRun:
+class BundleRun:
     """A run of a bundle: its file's name without the suffix, its records as parsed and as columns."""
 
     name: str
@@ -41,7 +41,7 @@ class SubmittedRun:
         return run.dataset, run.test_envs, run.hparams_seed, run.trial_seed
 
 
-def digests_of(runs: Sequence[SubmittedRun]) -> list[str]:
+def digests_of(runs: Sequence[BundleRun]) -> list[str]:
     """What tells runs from others whatever they are called: SHA-256 of each one's accuracies on what it trained on, in
     all records, sorted. They decide nothing, so that who raises others leaves them. A run in which they never move is
     left out: networks that have collapsed can give the same ones."""
@@ -65,7 +65,7 @@ def wrong_name(name: str, runs: Sequence[Run]) -> tuple[str, str] | None:
     return names.wrong_name(name, runs[0].algorithm, registry.names(), settings)
 
 
-def document_of(name: str, runs: Sequence[SubmittedRun], claimed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def document_of(name: str, runs: Sequence[BundleRun], claimed: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The submission.json of runs of one method.
 
     What only the registry knows is taken from `claimed` where the algorithm is not registered here; without it, that is
@@ -150,7 +150,7 @@ def results_of(runs: Sequence[Run]) -> dict[str, tuple[Result, list[Choice]]]:
         # One method for all: where settings differ, that is told elsewhere.
         method = Method(run.algorithm, ())
         if final:
-            account.runs[Job(run.dataset, method, run.test_envs, run.hparams_seed, run.trial_seed)] = run.at(final)
+            account.runs[JobKey(run.dataset, method, run.test_envs, run.hparams_seed, run.trial_seed)] = run.at(final)
     found = {}
     for table in build_report(account, RULES).tables:
         if table.sources:  # runs that no protocol of the leaderboard has

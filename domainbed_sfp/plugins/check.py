@@ -19,7 +19,7 @@ from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.plugins import contract
-from domainbed_sfp.pruning.structure import channel_groups
+from domainbed_sfp.pruning.groups import channel_groups
 from domainbed_sfp.training.hparams import resolve_hparams
 
 
@@ -99,13 +99,17 @@ def run_backbone(name: str, image_size: int) -> int:
     able = 0
     for algorithm in registry.names():
         info = registry.get(algorithm)
-        if "granularity" not in info.hparams:
+        granularity = (
+            info.hparams["granularity"].default
+            if "granularity" in info.hparams
+            else getattr(info.cls, "granularity", None)
+        )
+        if granularity is None:
             continue
-        granularity = info.hparams["granularity"].default
         try:
             with networks.without_weights(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                info.cls(shape, 2, 2, {**resolve_hparams(algorithm, _PHOTOGRAPHS), **chosen})
+                info.make(shape, 2, 2, {**resolve_hparams(algorithm, _PHOTOGRAPHS), **chosen})
         except UserError as error:
             print(f"{algorithm} ({granularity}): no, {error}")
         else:

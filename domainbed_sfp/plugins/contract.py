@@ -30,7 +30,7 @@ from domainbed_sfp.data.base import Dataset
 from domainbed_sfp.data.loaders import Minibatch
 from domainbed_sfp.data.sets.digits import FullColoredDigits
 from domainbed_sfp.deploy import shrink
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs import checkpoints, records
 from domainbed_sfp.runs.layout import RESULTS
 from domainbed_sfp.runs.settings import RunSettings
@@ -48,7 +48,7 @@ def make(name: str, total_steps: int = STEPS, overrides: Mapping[str, Any] | Non
     """A small instance of algorithm `name` for 8 x 8 images, freshly initialised from seed 0."""
     values = hparams.resolve_hparams(name, "FullColoredDigits", overrides=overrides)
     seed_everything(0)
-    algorithm: Algorithm = registry.get(name).cls(INPUT_SHAPE, CLASSES, DOMAINS, values)
+    algorithm: Algorithm = registry.get(name).make(INPUT_SHAPE, CLASSES, DOMAINS, values)
     algorithm.total_steps = total_steps
     return algorithm
 
@@ -221,7 +221,7 @@ def check_masks(name: str) -> None:
         )
         assert not parameters[key][~mask].any(), f"{key} has dead weights that are not zero"
         assert mask.any(), f"{key} is wiped out"
-    claimed, removed = algorithm.sparsity(), accounting.sparsities_of(algorithm, algorithm.masks()) or {"weight": 0.0}
+    claimed, removed = algorithm.sparsity(), costs.sparsities_of(algorithm, algorithm.masks()) or {"weight": 0.0}
     counts = ", ".join(f"{value:.4f} of each {unit}" for unit, value in removed.items())
     assert any(abs(claimed - value) < 1e-6 for value in removed.values()), (
         f"sparsity() claims {claimed:.4f}, the masks remove {counts}"
@@ -317,17 +317,15 @@ def _check_surgery(algorithm: Algorithm, x: Tensor, expected: Tensor) -> None:
     pruned, dead = shrink.remove_channels(algorithm.export(), masks, INPUT_SHAPE)
     with torch.no_grad():
         assert torch.allclose(pruned(x), expected, atol=1e-4), "logits differ once dead channels are taken out"
-    positions = accounting.count_positions(algorithm, INPUT_SHAPE, algorithm.predict)
-    claimed = accounting.measure_cost(algorithm.deployed_parameters(), positions, masks)
+    positions = costs.count_positions(algorithm, INPUT_SHAPE, algorithm.predict)
+    claimed = costs.measure_cost(algorithm.deployed_parameters(), positions, masks)
     # Masked single weights stay as zeros, which only the accounting leaves out.
     left = shrink.surviving_masks(masks, dead)
-    found = accounting.measure_cost(
-        dict(pruned.named_parameters()), accounting.count_positions(pruned, INPUT_SHAPE), left
-    )
+    found = costs.measure_cost(dict(pruned.named_parameters()), costs.count_positions(pruned, INPUT_SHAPE), left)
     names = ("surviving_parameters", "macs")
     told = [(getattr(claimed, key), getattr(found, key)) for key in names]
     assert all(one == other for one, other in told), f"{names}: claimed and found without dead channels {told}"
-    if algorithm.hparams.get("granularity") == "channel" and algorithm.sparsity():
+    if algorithm.granularity == "channel" and algorithm.sparsity():
         zeros = sum(int((~mask).sum()) for mask in left.values())
         assert dead and not zeros, f"{zeros} masked weights of dead channels cannot be taken out"
 

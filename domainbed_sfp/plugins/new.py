@@ -45,7 +45,7 @@ _ALGORITHM = '''"""{algorithm}: replace this line by what it does and where it c
 from __future__ import annotations
 
 from domainbed_sfp.algorithms.base import Minibatches
-from domainbed_sfp.algorithms.scheduled_pruning import PRUNING_HPARAMS, ScheduledPruning
+from domainbed_sfp.algorithms.pruning.scheduled import PRUNING_HPARAMS, ScheduledPruning
 from domainbed_sfp.training.hparams import NOT_NEGATIVE, Hparam
 from domainbed_sfp.pruning.scores import Scores
 from domainbed_sfp.algorithms.registry import register

@@ -7,44 +7,17 @@ sigmoid(sharpness * (logit + n)). It exceeds 1/2 with probability sigmoid(logit)
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from domainbed_sfp.pruning.structure import ChannelGroup
+from domainbed_sfp.pruning.groups import ChannelGroup
 
 # Keeps the noise within +-11.5, so that a probability of 0 or 1 (see `log_odds`) is never overruled by it.
 SMALLEST_UNIFORM = 1e-5
 # Keeps the log-odds of 0 and 1 finite.
 SMALLEST_ODDS = 1e-6
-
-
-class Gates(nn.Module):
-    """Trainable numbers by unit name.
-
-    Args:
-        shapes: the shape of the numbers of every name.
-        value: the value all begin with.
-    """
-
-    def __init__(self, shapes: Mapping[str, torch.Size], value: float) -> None:
-        super().__init__()
-        self.names = list(shapes)
-        for name, shape in shapes.items():
-            self.register_parameter(self._parameter(name), nn.Parameter(torch.full(shape, value)))
-
-    @staticmethod
-    def _parameter(name: str) -> str:
-        return name.replace(".", "/")  # torch forbids dots in parameter names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return getattr(self, self._parameter(name))
-
-    def as_dict(self) -> dict[str, Tensor]:
-        """The parameters themselves, by unit name."""
-        return {name: self[name] for name in self.names}
 
 
 def logistic_noise(like: Tensor) -> Tensor:
@@ -87,28 +60,6 @@ def projection_shift(scores: Tensor, total: float) -> float:
         v = v + excess / moving if moving else low
         # Every third step halves the interval, whatever Newton's steps do.
         if not low < v < high or iteration % 3 == 2:
-            v = (low + high) / 2
-    return v
-
-
-def density_shift(logits: Sequence[Tensor], density: float) -> float:
-    """The v with which sigmoid(logit - v) is `density` on average over all logits, in (0, 1), to within 1e-4.
-
-    By Newton's method between bounds that close: the mean falls with v.
-    """
-    together = torch.cat([value.flatten() for value in logits]).double()
-    odds = math.log(density) - math.log1p(-density)
-    low, high = float(together.min()) - odds, float(together.max()) - odds
-    v = (low + high) / 2
-    for _ in range(60):
-        probabilities = torch.sigmoid(together - v)
-        excess = float(probabilities.mean()) - density
-        if abs(excess) <= 1e-4:
-            break
-        low, high = (v, high) if excess > 0 else (low, v)
-        slope = float((probabilities * (1 - probabilities)).mean())
-        v += excess / max(slope, 1e-12)
-        if not low < v < high:
             v = (low + high) / 2
     return v
 

@@ -1,60 +1,14 @@
-"""Masks: which weights live. A mask checks itself: right shape, binary, no layer wiped out."""
+"""Which units stay, by their scores, and what that says of the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.pruning.structure import ChannelGroup
-
-
-class Masks(nn.Module):
-    """Bool masks by parameter name, kept as buffers so that they travel with a state dict.
-
-    Args:
-        shapes: the shape of every parameter that may be masked.
-    """
-
-    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
-        super().__init__()
-        self.names = list(shapes)
-        for name, shape in shapes.items():
-            self.register_buffer(self._buffer(name), torch.ones(shape, dtype=torch.bool))
-
-    @staticmethod
-    def _buffer(name: str) -> str:
-        return name.replace(".", "/")  # torch forbids dots in buffer names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return getattr(self, self._buffer(name))
-
-    def set(self, name: str, mask: Tensor) -> None:
-        """Replaces one mask. Raises UserError for an unknown name, another shape, or a layer wiped out;
-        TypeError for a mask that is not bool."""
-        if name not in self.names:
-            raise UserError(f"mask {name!r} is of another network: it has no such parameter")
-        current = self[name]
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask of {name!r}: expected bool, got {mask.dtype}")
-        if mask.shape != current.shape:
-            raise UserError(
-                f"mask {name!r} is of another network: shape {tuple(mask.shape)}, expected {tuple(current.shape)}"
-            )
-        if not mask.any():
-            raise UserError(f"pruning would wipe out {name!r}: none of its {mask.numel()} weights is left")
-        current.copy_(mask)
-
-    def as_dict(self) -> dict[str, Tensor]:
-        """Copies of all masks by parameter name."""
-        return {name: self[name].clone() for name in self.names}
-
-    @torch.no_grad()
-    def zero_dead(self, parameters: Mapping[str, Tensor]) -> None:
-        """Zeroes the dead weights of `parameters`, in place."""
-        torch._foreach_mul_([parameters[name] for name in self.names], [self[name] for name in self.names])
+from domainbed_sfp.pruning.groups import ChannelGroup
 
 
 def keep_highest(

@@ -1,25 +1,17 @@
-"""Rankings of a layer's channels: votes, losses that teach them, and how far two of them agree.
+"""Rankings of a layer's channels: votes, the loss that teaches them, and how far two of them agree.
 
 Scores are logits [N, C], a sample a row and a channel a column, the higher the better. A ranking is a permutation [C]
-of channel numbers, best first. All losses are means over samples, divided by what equal scores cost, so that they
-begin at 1 and compare across layers of any width; a layer of a single channel has nothing to rank and costs 0.
+of channel numbers, best first. The loss is a mean over samples, divided by what equal scores cost, so that it begins
+at 1 and compares across layers of any width; a layer of a single channel has nothing to rank and costs 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from domainbed_sfp.core.errors import unknown_name
-
-VOTING_RULES = ("majority", "borda", "mean")
-
-# Pairwise losses look at this many pairs of channels at most: all pairs of 128 channels, a random draw in wider layers.
-MAX_PAIRS = 128 * 127 // 2
 
 
 def list_mle(scores: Tensor, ranking: Tensor) -> Tensor:
@@ -34,63 +26,11 @@ def list_mle(scores: Tensor, ranking: Tensor) -> Tensor:
     return (remaining - ordered).sum(1).mean() / math.lgamma(len(ranking) + 1)
 
 
-def ranknet(scores: Tensor, ranking: Tensor) -> Tensor:
-    """RankNet (Burges et al. 2005): mean of log(1 + exp(worse - better)) over pairs of channels, over log 2."""
-    if len(ranking) < 2:
-        return scores.new_zeros(())
-    return F.softplus(-_leads(scores, ranking)).mean() / math.log(2)
-
-
-def hinge(scores: Tensor, ranking: Tensor) -> Tensor:
-    """Mean of max(0, 1 - (better - worse)) over pairs of channels.
-
-    Over all pairs and not over neighbours only: in a wide layer, margins of 1 between neighbours ask for scores as
-    far apart as the layer is wide, and swapping distant channels costs next to nothing.
-    """
-    if len(ranking) < 2:
-        return scores.new_zeros(())
-    return F.relu(1 - _leads(scores, ranking)).mean()
-
-
-RANK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"listmle": list_mle, "ranknet": ranknet, "hinge": hinge}
-
-
-def _leads(scores: Tensor, ranking: Tensor) -> Tensor:
-    """By how much the better of two channels is ahead: [N, pairs]."""
-    count = len(ranking)
-    if count * (count - 1) // 2 <= MAX_PAIRS:
-        better, worse = torch.triu_indices(count, count, 1, device=scores.device)
-    else:
-        # Uniform over pairs, so that the mean is estimated without bias; drawn on the CPU for every device alike.
-        first, second = torch.randint(count, (MAX_PAIRS,)), torch.randint(count - 1, (MAX_PAIRS,))
-        second = second + (second >= first)
-        better = torch.minimum(first, second).to(scores.device)
-        worse = torch.maximum(first, second).to(scores.device)
-    return _columns(scores, ranking[better]) - _columns(scores, ranking[worse])
-
-
-def _columns(scores: Tensor, index: Tensor) -> Tensor:
-    """scores[:, index], differentiated in a fixed order of additions: on several CPU threads indexing has none, on CUDA
-    `index_select` has none."""
-    return scores.index_select(1, index) if scores.device.type == "cpu" else scores[:, index]
-
-
-def ballots(scores: Tensor, rule: str, kept: int) -> Tensor:
-    """What every sample gives to every channel: [N, C], float64.
-
-    majority: 1 to each of its `kept` best; borda: C - 1 to the best, one less to each next; mean: its attention
-    2 sigmoid(score). Of equal scores the channel that comes first is the better. Raises UserError for another rule.
-    """
-    given = torch.zeros_like(scores, dtype=torch.float64)
+def ballots(scores: Tensor, kept: int) -> Tensor:
+    """What every sample gives to every channel, 1 to each of its `kept` best: [N, C], float64. Of equal scores the
+    channel that comes first is the better."""
     local = scores.argsort(dim=1, descending=True, stable=True)
-    if rule == "majority":
-        return given.scatter_(1, local[:, :kept], 1.0)
-    if rule == "borda":
-        points = torch.arange(scores.shape[1] - 1, -1, -1, dtype=torch.float64, device=scores.device)
-        return given.scatter_(1, local, points.expand_as(given))
-    if rule == "mean":
-        return 2 * torch.sigmoid(scores.double())
-    raise unknown_name("voting", rule, VOTING_RULES)
+    return torch.zeros_like(scores, dtype=torch.float64).scatter_(1, local[:, :kept], 1.0)
 
 
 class RankingVote(nn.Module):
@@ -101,8 +41,7 @@ class RankingVote(nn.Module):
     Args:
         environments: how many there are.
         channels: C.
-        rule: one of VOTING_RULES.
-        kept: how many channels a majority vote names.
+        kept: how many channels a vote names.
     """
 
     given: Tensor
@@ -110,11 +49,8 @@ class RankingVote(nn.Module):
     voters: Tensor
     ranking: Tensor
 
-    def __init__(self, environments: int, channels: int, rule: str, kept: int) -> None:
+    def __init__(self, environments: int, channels: int, kept: int) -> None:
         super().__init__()
-        if rule not in VOTING_RULES:
-            raise unknown_name("voting", rule, VOTING_RULES)
-        self.rule = rule
         self.kept = kept
         self.register_buffer("given", torch.zeros(environments, channels, dtype=torch.float64))
         self.register_buffer("attention", torch.zeros(environments, channels, dtype=torch.float64))
@@ -124,7 +60,7 @@ class RankingVote(nn.Module):
     @torch.no_grad()
     def count(self, environment: int, scores: Tensor) -> None:
         """Takes the votes of an environment's samples from their scores [N, C]."""
-        self.given[environment] += ballots(scores, self.rule, self.kept).sum(0)
+        self.given[environment] += ballots(scores, self.kept).sum(0)
         self.attention[environment] += 2 * torch.sigmoid(scores.double()).sum(0)
         self.voters[environment] += len(scores)
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from domainbed_sfp.core.hparam import Hparam, one_of
 from domainbed_sfp.networks.folding import find_pairs
-from domainbed_sfp.pruning.masks import Masks
-from domainbed_sfp.pruning.structure import ChannelGroup
+from domainbed_sfp.pruning.groups import ChannelGroup
+from domainbed_sfp.pruning.state import Masks, attribute_name
 
 RECONSTRUCTION = Hparam(
     "none",
     doc="channel: what becomes of removed channels: the remaining ones take over what can be said by them "
     "(least_squares), or nothing does (none)",
     valid=one_of("least_squares", "none"),
+    earlier="none",
 )
 
 # Averages of input moments forget with this factor at every update.
@@ -42,14 +43,10 @@ class InputMoments(nn.Module):
         super().__init__()
         self.names = list(channels)
         for name, count in channels.items():
-            self.register_buffer(self._buffer(name), torch.zeros(count + 1, count + 1))
-
-    @staticmethod
-    def _buffer(name: str) -> str:
-        return name.replace(".", "/")  # torch forbids dots in buffer names
+            self.register_buffer(attribute_name(name), torch.zeros(count + 1, count + 1))
 
     def __getitem__(self, name: str) -> Tensor:
-        return getattr(self, self._buffer(name))
+        return getattr(self, attribute_name(name))
 
     @torch.no_grad()
     def update(self, name: str, x: Tensor, weights: Tensor | None = None, other: Tensor | None = None) -> None:

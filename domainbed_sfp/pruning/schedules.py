@@ -58,29 +58,8 @@ class Schedule(Protocol):
         """The fraction removed at `step`."""
 
 
-def check_sparsity(sparsity: float) -> None:
-    """Raises UserError for a fraction removed outside [0, 1)."""
-    if not 0 <= sparsity < 1:
-        raise UserError(f"hparam 'sparsity': expected a fraction removed in [0, 1), got {sparsity}")
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Raises UserError if the hparam `name` is no fraction of the run."""
-    if not 0 <= value <= 1:
-        raise UserError(f"hparam {name!r}: expected a fraction of the run in [0, 1], got {value}")
-
-
-def check_retraining(name: str, value: float) -> None:
-    """Raises UserError if the hparam `name`, where pruning ends as a fraction of the run, leaves nothing of the run:
-    for methods that rewind or freeze weights, whose outcome would hardly have been trained."""
-    if value == 1:
-        raise UserError(f"hparam {name!r}: {value} leaves no step to train what is kept; expected less than 1")
-
-
 def check_span(start: float, end: float) -> None:
-    """Raises UserError unless hparams `prune_start` and `prune_end` are fractions of the run, in this order."""
-    check_fraction("prune_start", start)
-    check_fraction("prune_end", end)
+    """Raises UserError where hparam `prune_end` is before `prune_start`."""
     if end < start:
         raise UserError(f"the pruning schedule ends before it begins: prune_start {start}, prune_end {end}")
 
@@ -95,7 +74,7 @@ class CubicSchedule:
             removed at once.
 
     Raises:
-        UserError: for a sparsity outside [0, 1), or a schedule that ends before it begins.
+        UserError: for a schedule that ends before it begins.
     """
 
     sparsity: float
@@ -103,7 +82,6 @@ class CubicSchedule:
     end: float
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
         check_span(self.start, self.end)
 
     @classmethod
@@ -135,15 +113,11 @@ class OneShotSchedule:
 
     Args:
         sparsity: fraction removed, in [0, 1).
-        start: t0 as a fraction of the run, the hparam `prune_at`.
+        start: t0 as a fraction of the run.
     """
 
     sparsity: float
     start: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
-        check_fraction("prune_at", self.start)
 
     def first_step(self, total_steps: int) -> int:
         return min(round(self.start * total_steps), total_steps - 1)
@@ -191,12 +165,6 @@ class RoundSchedule(_Rounds):
     rounds: int
     end: float
 
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
-        check_fraction("prune_end", self.end)
-        if self.rounds < 1:
-            raise UserError(f"hparam 'rounds': expected at least 1, got {self.rounds}")
-
     def step_of(self, index: int, total_steps: int) -> int:
         return min(round(self.end * total_steps * (index + 1) / self.rounds), total_steps - 1)
 
@@ -221,10 +189,7 @@ class StairSchedule(_Rounds):
     end: float
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
         check_span(self.start, self.end)
-        if self.rounds < 1:
-            raise UserError(f"hparam 'prune_rounds': expected at least 1, got {self.rounds}")
 
     def step_of(self, index: int, total_steps: int) -> int:
         gap = (self.end - self.start) / max(1, self.rounds - 1)

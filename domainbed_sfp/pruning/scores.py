@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.networks.introspection import uses_weight_as_is
-from domainbed_sfp.pruning.structure import ChannelGroup
+from domainbed_sfp.pruning.groups import ChannelGroup
 
 # By parameter name (one score a weight) or by channel group (one score a channel).
 Scores = dict[str, Tensor]

@@ -7,6 +7,7 @@ runs lie once they are packed into one file. The fields are DomainBed's (`step`,
 
     sparsity               fraction of the prunable weights removed
     granularity            "weight" or "channel"
+    decisions              what the method has decided where an hparam leaves it open ("auto"), by hparam
     final_compression      whether this checkpoint is compressed as far as the run goes; absent means yes
     masks                  digest of the final masks, the name of their file in the run's folder masks/
     parameters, surviving_parameters, dense_macs, macs

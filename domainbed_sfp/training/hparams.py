@@ -4,12 +4,20 @@ the algorithm, its objective and its data set, and how a run's values follow fro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from domainbed_sfp.core.errors import LARGEST, UserError, unknown_name
-from domainbed_sfp.core.hparam import AT_LEAST_ONE, FOREIGN, FRACTION, NOT_NEGATIVE, PROBABILITY, Hparam, Sampler
+from domainbed_sfp.core.errors import UserError, unknown_name
+from domainbed_sfp.core.hparam import (
+    AT_LEAST_ONE,
+    FOREIGN,
+    FRACTION,
+    NOT_NEGATIVE,
+    PROBABILITY,
+    Hparam,
+    Sampler,
+    checked_value,
+)
 from domainbed_sfp.core.seeds import seed_hash
 
 
@@ -83,13 +91,16 @@ def hparam_table(algorithm: str, dataset: str, overrides: Mapping[str, Any] | No
 
 def checked_overrides(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     """`overrides` as a run takes them, each of its hparam's kind: 8 for 8.0 samples, a rate of 0.0 for 0. Two that say
-    the same are then the same. Raises UserError for an unknown name or a value of another kind."""
-    overrides = dict(overrides or {})
+    the same are then the same; retired ones are left out (see `registry.AlgorithmInfo`). Raises UserError for an
+    unknown name or a value of another kind."""
+    from domainbed_sfp.algorithms import registry
+
+    overrides = registry.get(algorithm).without_retired(overrides or {})
     table = hparam_table(algorithm, dataset, overrides)
     for name in overrides:
         if name not in table:
             raise unknown_name(f"hparam of {algorithm}", name, sorted(table))
-    return {name: _checked(algorithm, name, value, table[name]) for name, value in overrides.items()}
+    return {name: checked_value(algorithm, name, value, table[name]) for name, value in overrides.items()}
 
 
 def resolve_hparams(
@@ -116,37 +127,3 @@ def resolve_hparams(
             raise UserError(f"hparam {name!r} cannot be set: {table[name].doc}")
         values[name] = value
     return values
-
-
-def _checked(algorithm: str, name: str, value: Any, hparam: Hparam) -> Any:
-    """`value` if it is in range, of the default's kind: whole floats become integers, integers floats."""
-    default = hparam.default
-    if isinstance(default, bool):
-        matches, expected = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        whole = isinstance(value, float) and value.is_integer()
-        matches, expected = (isinstance(value, int) or whole) and not isinstance(value, bool), "a whole number"
-        value = int(value) if matches else value
-        if matches and abs(value) > LARGEST:
-            matches, expected = False, f"a whole number of at most {LARGEST}"
-    elif isinstance(default, float):
-        matches, expected = _is_finite_number(value), "a number"
-        value = float(value) + 0.0 if matches else value  # which turns -0.0 into 0.0
-    else:
-        matches, expected = isinstance(value, type(default)), f"a {type(default).__name__}"
-    if not matches:
-        raise UserError(f"hparam {name!r} of {algorithm}: expected {expected}, got {value!r:.80}")
-    if hparam.valid is not None and not hparam.valid.holds(value):
-        if hparam.valid.choices:
-            raise unknown_name(f"{name} of {algorithm}", value, hparam.valid.choices)
-        raise UserError(f"hparam {name!r} of {algorithm}: expected {hparam.valid.words}, got {value!r}")
-    return value
-
-
-def _is_finite_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that no float reaches
-        return False

@@ -10,7 +10,7 @@ import torch
 from domainbed_sfp.core import provenance
 from domainbed_sfp.core.seeds import seed_everything, seed_hash
 from domainbed_sfp.deploy.size import exported_bytes
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs import mask_files
 from domainbed_sfp.training.console import Console
 from domainbed_sfp.training.evaluation import evaluate, evaluate_degraded
@@ -49,7 +49,7 @@ def measure(setup: Setup, state: State, prepare: bool = True) -> dict[str, Any]:
         for env_i in settings.test_envs:
             made[f"env{env_i}_degraded"] = evaluate_degraded(algorithm, setup.dataset, env_i, setup.device)
     masks = algorithm.masks()
-    made.update(asdict(accounting.measure_cost(algorithm.deployed_parameters(), setup.positions, masks)))
+    made.update(asdict(costs.measure_cost(algorithm.deployed_parameters(), setup.positions, masks)))
     made.update(algorithm.costs())
     made.update(
         exported_bytes=exported_bytes(algorithm),
@@ -82,6 +82,7 @@ def _facts(setup: Setup) -> dict[str, Any]:
         "code": setup.code,
         "left_out": setup.left_out or None,
         "weights_digest": setup.weights_digest,
-        "granularity": setup.hparams.get("granularity"),
+        "granularity": setup.algorithm.granularity,
+        "decisions": setup.algorithm.decisions() or None,
     }
     return {**facts, **{name: value for name, value in optional.items() if value is not None}}

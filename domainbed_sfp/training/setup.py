@@ -23,7 +23,7 @@ from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import Split, split_environment
 from domainbed_sfp.networks.introspection import batchnorm_of_one_value
 from domainbed_sfp.networks.precision import channels_last_is_faster, choose_precision, set_precision
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs.settings import RunSettings, check_test_envs
 from domainbed_sfp.training.console import print_head
 from domainbed_sfp.training.folder import refuse_other_data
@@ -142,7 +142,7 @@ def prepare(settings: RunSettings, folder: Path) -> Setup:
         left_out=left_out,
     )  # fmt: skip
     set_precision(algorithm, setup.precision, channels_last_is_faster(algorithm, device))
-    setup.positions = accounting.count_positions(algorithm, dataset.input_shape, algorithm.predict)
+    setup.positions = costs.count_positions(algorithm, dataset.input_shape, algorithm.predict)
     _refuse_single_samples(algorithm, hparams["batch_size"])
     return setup
 
@@ -214,7 +214,7 @@ def _build(
 ) -> Algorithm:
     seed_everything(settings.seed)
     domains = len(dataset) - len(settings.test_envs)
-    algorithm: Algorithm = info.cls(dataset.input_shape, dataset.num_classes, domains, hparams)
+    algorithm: Algorithm = info.make(dataset.input_shape, dataset.num_classes, domains, hparams)
     algorithm.total_steps = settings.steps or get_dataset_class(settings.dataset).N_STEPS
     return algorithm.to(device)
 

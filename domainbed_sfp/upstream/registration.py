@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from domainbed_sfp.algorithms import registry
@@ -33,11 +33,27 @@ def register_algorithms(checkout: Checkout, names: Sequence[str], steps: int | N
     module = checkout.algorithms
     for name in names:
         original = registry.get(name).cls
-        attributes: dict[str, Any] = {"__module__": module.__name__, "__doc__": original.__doc__}
+        attributes: dict[str, Any] = {
+            "__module__": module.__name__,
+            "__doc__": original.__doc__,
+            "__init__": _with_checked_hparams(name),
+        }
         if steps is not None:
             attributes["total_steps"] = steps
         setattr(module, name, type(name, (original,), attributes))
         module.ALGORITHMS.append(name)
+
+
+def _with_checked_hparams(name: str) -> Callable[..., None]:
+    """The constructor of algorithm `name`, for hparams that nobody has checked yet."""
+    info = registry.get(name)
+
+    def construct(
+        self: Any, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
+    ) -> None:
+        info.cls.__init__(self, input_shape, num_classes, num_domains, info.checked(hparams))  # type: ignore[misc]
+
+    return construct
 
 
 def register_hparams(checkout: Checkout, names: Collection[str], overrides: Mapping[str, Any]) -> None:

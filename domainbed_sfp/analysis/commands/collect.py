@@ -21,8 +21,9 @@ from domainbed_sfp.analysis.render.domainbed import domainbed_text
 from domainbed_sfp.analysis.render.latex import latex_text
 from domainbed_sfp.analysis.render.markdown import markdown_text
 from domainbed_sfp.analysis.render.top_hparams import top_hparams_text
+from domainbed_sfp.analysis.report import build_report
 from domainbed_sfp.analysis.selection import RULES, TRAINING_DOMAIN, Rule
-from domainbed_sfp.analysis.tables import Report, build_report
+from domainbed_sfp.analysis.tables import Report
 from domainbed_sfp.core.errors import UserError, unknown_name
 from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.runs.records import Run, load_records

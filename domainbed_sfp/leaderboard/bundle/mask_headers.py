@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from domainbed_sfp.leaderboard.documents.entry_schema import COUNT, list_of, object_of
-from domainbed_sfp.leaderboard.documents.problems import Problem, parse, problems_of
+from domainbed_sfp.leaderboard.documents.parsing import parse
+from domainbed_sfp.leaderboard.documents.problems import Problem, problems_of
 
 # Bytes of names and shapes: a thousand layers have a tenth of it.
 LONGEST_HEADER = 2**20

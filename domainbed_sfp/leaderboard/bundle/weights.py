@@ -15,7 +15,8 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.tensor_files import load_tensors
 from domainbed_sfp.leaderboard.bundle.layout import model_file
 from domainbed_sfp.leaderboard.documents.entry_schema import object_of
-from domainbed_sfp.leaderboard.documents.problems import parse, problems_of
+from domainbed_sfp.leaderboard.documents.parsing import parse
+from domainbed_sfp.leaderboard.documents.problems import problems_of
 from domainbed_sfp.runs.checkpoints import without_aliases
 
 # Bytes of names, shapes and plain values.

@@ -12,7 +12,8 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.leaderboard.bundle.plain_files import open_plain
 from domainbed_sfp.leaderboard.documents.entry import Entry, as_json, from_json, slug, text_of
-from domainbed_sfp.leaderboard.documents.problems import Problem, parse, shown
+from domainbed_sfp.leaderboard.documents.parsing import parse
+from domainbed_sfp.leaderboard.documents.problems import Problem, shown
 from domainbed_sfp.leaderboard.entries import consistency
 from domainbed_sfp.leaderboard.tiers import RERUN_VERIFIED, TIERS
 

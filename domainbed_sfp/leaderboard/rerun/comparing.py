@@ -16,7 +16,8 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
-from domainbed_sfp.leaderboard.bundle.layout import RECORD_SCHEMA, RECORDS
+from domainbed_sfp.leaderboard.bundle.layout import RECORDS
+from domainbed_sfp.leaderboard.documents.bundle_schema import RECORD_SCHEMA
 from domainbed_sfp.leaderboard.documents.entry_schema import AGREEMENTS
 from domainbed_sfp.leaderboard.documents.problems import Problem, shown
 from domainbed_sfp.leaderboard.validation.outcomes import Comparison
@@ -34,8 +35,9 @@ MEAN_TOLERANCE = 1.0
 
 # What says where a record was made, and how long it took.
 PLACE = ("environment", "commit", "code")
-# Files beside the data are as many as a copy of it happens to have.
-_APART = {*VOLATILE_FIELDS, *PLACE, "args", "left_out"}
+# Files beside the data are as many as a copy of it happens to have. What was asked for is checked before anything is
+# computed (`validation.settings`), and versions differ in what they name of it.
+_APART = {*VOLATILE_FIELDS, *PLACE, "args", "hparams", "decisions", "left_out"}
 # What training decides: a channel more or less. The rest of a record's own fields is the same anywhere.
 _SIZES = re.compile(r"surviving_parameters|macs|exported_bytes|(env\d+_)?(bitops|mean_bits)")
 _SIZE_TOLERANCE = 0.05

@@ -8,7 +8,7 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard.documents.problems import Problem
 from domainbed_sfp.leaderboard.rerun.comparing import TOLERANCE, compare
 from domainbed_sfp.leaderboard.rerun.place import Place, args_of, as_recorded, hours_of, reason_not_to, sizes_of
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation import Validation
 from domainbed_sfp.leaderboard.validation.context import records_of
 from domainbed_sfp.leaderboard.validation.outcomes import FirstSteps
@@ -32,7 +32,7 @@ def check_first_steps(outcome: Validation, place: Place) -> None:
                 outcome.problems += _check(run, place, outcome.step_0)
 
 
-def _check(run: SubmittedRun, place: Place, found: FirstSteps) -> list[Problem]:
+def _check(run: BundleRun, place: Place, found: FirstSteps) -> list[Problem]:
     try:
         with tempfile.TemporaryDirectory() as folder, as_recorded(run):
             again = training.first_record(args_of(run, place, folder))

@@ -12,7 +12,7 @@ from domainbed_sfp.leaderboard.bundle.weights import unpack
 from domainbed_sfp.leaderboard.documents.problems import Problem
 from domainbed_sfp.leaderboard.rerun.comparing import compare_model
 from domainbed_sfp.leaderboard.rerun.place import Place, args_of, as_recorded, hours_of, reason_not_to, sizes_of
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation import Validation
 from domainbed_sfp.leaderboard.validation.outcomes import Models
 from domainbed_sfp.training import train as training
@@ -43,7 +43,7 @@ def check_models(outcome: Validation, tree: Tree, place: Place) -> None:
                 outcome.unverified[dataset] = []
 
 
-def _check(run: SubmittedRun, number: int, tree: Tree, place: Place, found: Models) -> Iterator[Problem]:
+def _check(run: BundleRun, number: int, tree: Tree, place: Place, found: Models) -> Iterator[Problem]:
     record = run.records[number - 1]
     file = model_file(run.name, record["step"])
     try:

@@ -20,7 +20,7 @@ from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.leaderboard.bundle.places import WEIGHTS
 from domainbed_sfp.leaderboard.documents.problems import shown
 from domainbed_sfp.leaderboard.facts import facts_of, split_sizes
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.runs.settings import RunSettings, known_settings
 
 # Multiply-accumulate operations a second, as a core or a GPU does them with all that is around them, and seconds that a
@@ -49,7 +49,7 @@ def place_of(args: argparse.Namespace) -> Place:
     return Place(args.data_dir, args.cache_dir, hours)
 
 
-def reason_not_to(run: SubmittedRun, place: Place) -> str | None:
+def reason_not_to(run: BundleRun, place: Place) -> str | None:
     """Why a run cannot be computed here at all, whatever its records say; None where it can."""
     if run.run.algorithm not in registry.names():
         return f"{run.run.algorithm} is not installed here; install the package that has it"
@@ -72,7 +72,7 @@ def reason_not_to(run: SubmittedRun, place: Place) -> str | None:
     return None
 
 
-def hours_of(runs: Sequence[SubmittedRun], steps: int | None, evaluations: int | None) -> float:
+def hours_of(runs: Sequence[BundleRun], steps: int | None, evaluations: int | None) -> float:
     """About how long runs take here. None takes each run's own number of steps, or of records."""
     speed = GPU_SPEED if torch.cuda.is_available() else CPU_SPEED
     seconds = 0.0
@@ -88,7 +88,7 @@ def hours_of(runs: Sequence[SubmittedRun], steps: int | None, evaluations: int |
     return seconds / 3600
 
 
-def sizes_of(run: SubmittedRun) -> dict[str, int]:
+def sizes_of(run: BundleRun) -> dict[str, int]:
     """How many samples each split of a run has, by the name of its accuracy; nothing where that is not known here."""
     facts, args = facts_of(run.run.dataset), run.run.args
     return {
@@ -102,7 +102,7 @@ def sizes_of(run: SubmittedRun) -> dict[str, int]:
     }
 
 
-def args_of(run: SubmittedRun, place: Place, folder: str) -> RunSettings:
+def args_of(run: BundleRun, place: Place, folder: str) -> RunSettings:
     """The arguments that compute a run again, into `folder`, in the arithmetic of its records."""
     known = known_settings(run.run.args)
     known |= {"data_dir": place.data_dir, "output_dir": folder, "cache_dir": place.cache_dir, "device": "auto"}
@@ -111,7 +111,7 @@ def args_of(run: SubmittedRun, place: Place, folder: str) -> RunSettings:
 
 
 @contextlib.contextmanager
-def as_recorded(run: SubmittedRun) -> Iterator[None]:
+def as_recorded(run: BundleRun) -> Iterator[None]:
     """As many threads as the records were made with, where the machine has them (sums depend on their number), and
     nothing printed."""
     usual, count = torch.get_num_threads(), run.records[0]["environment"].get("threads")

@@ -14,7 +14,7 @@ from domainbed_sfp.leaderboard.documents.problems import Problem
 from domainbed_sfp.leaderboard.rerun.comparing import check_means, compare
 from domainbed_sfp.leaderboard.rerun.drawing import draw
 from domainbed_sfp.leaderboard.rerun.place import Place, args_of, as_recorded, here, hours_of, reason_not_to, sizes_of
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation import Validation
 from domainbed_sfp.leaderboard.validation.context import records_of
 from domainbed_sfp.leaderboard.validation.outcomes import Comparison, Rerun
@@ -64,7 +64,7 @@ def train_again(outcome: Validation, again: Rerun, place: Place) -> None:
         again.disagreed += len(outcome.problems) - before
 
 
-def _compute(run: SubmittedRun, place: Place, tolerance: float, selected: frozenset[int]) -> Comparison:
+def _compute(run: BundleRun, place: Place, tolerance: float, selected: frozenset[int]) -> Comparison:
     try:
         with tempfile.TemporaryDirectory() as folder:
             with as_recorded(run):

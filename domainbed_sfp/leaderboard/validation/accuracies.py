@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from domainbed_sfp.leaderboard.documents.problems import Problem, shown
 from domainbed_sfp.leaderboard.facts import Facts, facts_of, split_sizes
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 
 # Fractions are written with all their digits; this much a sum in another order may differ.
@@ -18,7 +18,7 @@ ROUNDING = 1e-9
 UNSEEN_ERRORS = 6
 
 
-def check_accuracies(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+def check_accuracies(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
     """Data set, accuracies and epochs fit each other."""
     facts, first, file = facts_of(run.run.dataset), run.records[0], records_of(run)
     if facts is None or None in facts.sizes:
@@ -54,7 +54,7 @@ def check_accuracies(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         yield Problem(file, "line 1.hparams.batch_size", words, f"{batch:,}")
 
 
-def _splits(run: SubmittedRun, facts: Facts) -> dict[int, Mapping[str, int]]:
+def _splits(run: BundleRun, facts: Facts) -> dict[int, Mapping[str, int]]:
     """The sizes of the splits of each environment whose size is known."""
     args = run.run.args
     return {
@@ -64,7 +64,7 @@ def _splits(run: SubmittedRun, facts: Facts) -> dict[int, Mapping[str, int]]:
     }
 
 
-def _unseen(run: SubmittedRun, env: int, n_in: int, n_out: int) -> Iterator[Problem]:
+def _unseen(run: BundleRun, env: int, n_in: int, n_out: int) -> Iterator[Problem]:
     """Both splits of a test environment are unseen and drawn at random: their accuracies differ by chance alone."""
     for number, record in enumerate(run.records, start=1):
         one, other = (record.get(f"env{env}_{split}_acc") for split in ("in", "out"))
@@ -81,7 +81,7 @@ def _unseen(run: SubmittedRun, env: int, n_in: int, n_out: int) -> Iterator[Prob
             return
 
 
-def _shares(run: SubmittedRun, env: int, sizes: Mapping[str, int]) -> Iterator[Problem]:
+def _shares(run: BundleRun, env: int, sizes: Mapping[str, int]) -> Iterator[Problem]:
     """Every accuracy is a whole number of samples."""
     for split, count in sizes.items():
         name = f"env{env}_{split}_acc"
@@ -101,7 +101,7 @@ def _is_share(value: float, count: int) -> bool:
     return 0 <= value <= 1 and abs(round(value * count) / count - value) < 1e-12
 
 
-def _epochs(run: SubmittedRun, smallest: int) -> Iterator[Problem]:
+def _epochs(run: BundleRun, smallest: int) -> Iterator[Problem]:
     """Epochs are counted by the smallest environment."""
     batch = run.run.hparams.get("batch_size")
     if not smallest or type(batch) is not int or not 0 < batch <= 2**53:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from domainbed_sfp.leaderboard.documents.problems import Problem, counted
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation.accuracies import ROUNDING
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.networks import Expected
@@ -18,7 +18,7 @@ OF_BITS = ("bitops", "bitops_8bit", "mean_bits")
 _OF_AN_ENVIRONMENT = re.compile(rf"env.*_({'|'.join(OF_BITS)})")
 
 
-def check_bits(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+def check_bits(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
     """A quantized network has its bit operations in every record, of every environment; nothing else has any."""
     expected = bundle.expected.get(run.name)
     if expected is None:
@@ -38,7 +38,7 @@ def _is_of_bits(name: str) -> bool:
     return name in OF_BITS or _OF_AN_ENVIRONMENT.fullmatch(name) is not None
 
 
-def _wrong(run: SubmittedRun, record: Mapping[str, Any], name: str, is_there: bool, expected: Expected) -> str | None:
+def _wrong(run: BundleRun, record: Mapping[str, Any], name: str, is_there: bool, expected: Expected) -> str | None:
     """What a field of bits must be instead, None where it is right."""
     value, whose = record.get(name), run.run.algorithm
     if value is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from domainbed_sfp.leaderboard.documents.problems import Problem, shown
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.networks import key_of
 from domainbed_sfp.runs.records import SPARSITY_ASKED
@@ -20,7 +20,7 @@ OF_THE_MODEL = ("sparsity", "masks", "surviving_parameters", "macs")
 OF_THE_NETWORK = ("parameters", "dense_macs", "bitops_8bit")
 
 
-def check_final_flags(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+def check_final_flags(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
     """Compression is final from the step on that the hparams say; where they do not, from one step on, to the end."""
     expected, flags = bundle.expected.get(run.name), [record["final_compression"] for record in run.records]
     if expected is not None and expected.final_step is not None:
@@ -41,7 +41,7 @@ def check_final_flags(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
 
 def check_same_final_step(bundle: Bundle) -> Iterator[Problem]:
     """Where hparams do not say when compression is final, it is so at the same step in all runs of the same ones."""
-    seen: dict[str, tuple[int, SubmittedRun]] = {}
+    seen: dict[str, tuple[int, BundleRun]] = {}
     for run in bundle.runs:
         expected = bundle.expected.get(run.name)
         if expected is not None and expected.final_step is not None:
@@ -53,7 +53,7 @@ def check_same_final_step(bundle: Bundle) -> Iterator[Problem]:
             yield Problem(records_of(run), "final_compression", words, f"true from step {step:,} on")
 
 
-def check_model_stays(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+def check_model_stays(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
     """The dense network is the same in all records, and the compressed one in all at final compression; only those name
     masks."""
     expected, finished = bundle.expected.get(run.name), None
@@ -79,7 +79,7 @@ def _differ(one: Any, other: Any) -> bool:
     return one != other
 
 
-def check_sparsity(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+def check_sparsity(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
     """At final compression the sparsity is what the hparams ask for, and masks are named that have it."""
     expected, asked = bundle.expected.get(run.name), run.run.hparams.get("sparsity")
     if expected is not None and expected.sparsity is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from domainbed_sfp.leaderboard.bundle.layout import RECORDS
 from domainbed_sfp.leaderboard.bundle.tree import Tree
 from domainbed_sfp.leaderboard.documents.problems import Problem
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation.networks import Expected, Network, key_of
 
 
@@ -27,7 +27,7 @@ class Bundle:
 
     tree: Tree
     claimed: dict[str, Any] | None = None
-    runs: list[SubmittedRun] = field(default_factory=list)
+    runs: list[BundleRun] = field(default_factory=list)
     is_whole: bool = True
     is_excessive: bool = False
     unfit: set[str] = field(default_factory=set)
@@ -43,7 +43,7 @@ class Bundle:
         if what not in self.unchecked:
             self.unchecked.append(what)
 
-    def network_of(self, run: SubmittedRun) -> Network:
+    def network_of(self, run: BundleRun) -> Network:
         """The run's network built anew, see there for what it raises; the last one is kept."""
         key = key_of(run)
         if self._last is None or self._last[0] != key:
@@ -60,9 +60,9 @@ class Bundle:
 
 
 Check = Callable[[Bundle], Iterator[Problem]]
-RunCheck = Callable[[Bundle, SubmittedRun], Iterator[Problem]]
+RunCheck = Callable[[Bundle, BundleRun], Iterator[Problem]]
 
 
-def records_of(run: SubmittedRun) -> str:
+def records_of(run: BundleRun) -> str:
     """The file of a run's records, by its name in the bundle."""
     return f"{RECORDS}/{run.name}.jsonl"

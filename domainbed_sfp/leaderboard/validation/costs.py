@@ -9,13 +9,13 @@ from domainbed_sfp.leaderboard import summary
 from domainbed_sfp.leaderboard.bundle.layout import MASKS
 from domainbed_sfp.leaderboard.documents.problems import Problem, counted, shown
 from domainbed_sfp.leaderboard.facts import facts_of
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation import settled
 from domainbed_sfp.leaderboard.validation.compression import SPARSITY_ROUNDING
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.masks import Masks, check_units, masks_of, read_masks
 from domainbed_sfp.leaderboard.validation.networks import Network
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs.records import COST_FIELDS
 
 
@@ -44,7 +44,7 @@ def check_costs(bundle: Bundle) -> Iterator[Problem]:
             yield Problem(name, "", "masks of a checkpoint that a selection rule chooses", "others")
 
 
-def _network(bundle: Bundle, run: SubmittedRun) -> Network | None:
+def _network(bundle: Bundle, run: BundleRun) -> Network | None:
     """The run's network, None where it cannot be built here or its number of classes is not known."""
     if facts_of(run.run.dataset) is None:
         bundle.cannot(f"costs on {run.run.dataset}: its number of classes is not known here")
@@ -72,7 +72,7 @@ def chosen_checkpoints(bundle: Bundle) -> set[tuple[str, int]]:
 
 
 def _of_a_checkpoint(
-    bundle: Bundle, run: SubmittedRun, number: int, network: Network | None, recomputed: set[str]
+    bundle: Bundle, run: BundleRun, number: int, network: Network | None, recomputed: set[str]
 ) -> Iterator[Problem]:
     """The masks of a chosen checkpoint and its costs. `recomputed` loses the names of those that do not follow."""
     file = masks_of(run, number)
@@ -92,20 +92,20 @@ def _of_a_checkpoint(
 
 def _known_costs(network: Network, masks: Masks) -> dict[str, float | int | None]:
     """The costs that follow from a network and its masks, by their names in a record."""
-    cost = accounting.measure_cost(network.deployed, network.positions, masks)
+    cost = costs.measure_cost(network.deployed, network.positions, masks)
     known = {name: getattr(cost, name) for name in ("parameters", "surviving_parameters", "dense_macs", "macs")}
     return known | settled.settled(network.algorithm, network.costs, masks)
 
 
 def _differing_costs(
-    run: SubmittedRun, number: int, network: Network, masks: Masks, known: Mapping[str, float | int | None], file: str
+    run: BundleRun, number: int, network: Network, masks: Masks, known: Mapping[str, float | int | None], file: str
 ) -> Iterator[Problem]:
     where, record = records_of(run), run.records[number - 1]
     for name in known.keys() & record.keys():
         if (expected := known[name]) != record[name]:
             words = "null" if expected is None else f"{expected:,}"
             yield Problem(where, f"line {number}.{name}", f"{words}, by {file}", counted(record[name]))
-    removed = accounting.sparsities_of(network.algorithm, masks) or {"weight": 0.0}
+    removed = costs.sparsities_of(network.algorithm, masks) or {"weight": 0.0}
     if all(abs(value - record["sparsity"]) > SPARSITY_ROUNDING for value in removed.values()):
         words = " or ".join(f"{value:.6g} of the {unit}s" for unit, value in removed.items())
         yield Problem(where, f"line {number}.sparsity", f"{words}, by {file}", shown(record["sparsity"]))

@@ -11,7 +11,7 @@ from domainbed_sfp.leaderboard import summary
 from domainbed_sfp.leaderboard.bundle import layout as layout
 from domainbed_sfp.leaderboard.bundle.layout import RECORDS, SUBMISSION
 from domainbed_sfp.leaderboard.documents.problems import Problem, shown
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 
 
@@ -37,7 +37,7 @@ def check_file_names(bundle: Bundle) -> Iterator[Problem]:
 def check_copies(bundle: Bundle) -> Iterator[Problem]:
     """No run is another's under a new name: trials split the samples anew, and every job has a seed of its own. A run
     whose numbers never move is let pass: a network that has collapsed can give the same ones twice."""
-    seen: dict[tuple[Any, ...], SubmittedRun] = {}
+    seen: dict[tuple[Any, ...], BundleRun] = {}
     for run in bundle.runs:
         accuracies = [(*inner, *outer) for inner, outer in zip(run.run.in_acc.tolist(), run.run.out_acc.tolist())]
         losses = [(record.get("loss"),) for record in run.records]
@@ -73,7 +73,7 @@ def check_grid(bundle: Bundle) -> Iterator[Problem]:
         yield from _missing_jobs(dataset, grids, jobs)
 
 
-def _grid(runs: Sequence[SubmittedRun]) -> dict[str, Any]:
+def _grid(runs: Sequence[BundleRun]) -> dict[str, Any]:
     return {
         "environments": runs[0].records[0]["environments"],
         "test_envs": sorted({run.run.test_envs for run in runs}),
@@ -82,7 +82,7 @@ def _grid(runs: Sequence[SubmittedRun]) -> dict[str, Any]:
     }
 
 
-def _differing_conditions(runs: Sequence[SubmittedRun]) -> Iterator[Problem]:
+def _differing_conditions(runs: Sequence[BundleRun]) -> Iterator[Problem]:
     for run in runs:
         expected = summary.conditions(runs[0].run)
         for name, value in summary.conditions(run.run).items():

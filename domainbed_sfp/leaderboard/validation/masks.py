@@ -9,29 +9,29 @@ from contextlib import suppress
 import torch
 
 from domainbed_sfp.algorithms.base import ObjectiveAlgorithm
-from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
+from domainbed_sfp.algorithms.pruning.scheduled import ScheduledPruning
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard.bundle import mask_headers
 from domainbed_sfp.leaderboard.bundle.layout import MASKS
 from domainbed_sfp.leaderboard.documents.problems import Problem
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.networks import Network
+from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups
 from domainbed_sfp.pruning.masks import lower_channels
-from domainbed_sfp.pruning.structure import ChannelGroup, channel_groups
 from domainbed_sfp.runs import mask_files
 
 Masks = Mapping[str, torch.Tensor]
 
 
-def masks_of(run: SubmittedRun, number: int) -> str | None:
+def masks_of(run: BundleRun, number: int) -> str | None:
     """The file of a record's masks, by its name in the bundle; None where the record names none."""
     digest = run.records[number - 1].get("masks")
     return None if digest is None else f"{MASKS}/{digest}{mask_files.SUFFIX}"
 
 
 def read_masks(
-    bundle: Bundle, run: SubmittedRun, number: int, network: Network | None, file: str
+    bundle: Bundle, run: BundleRun, number: int, network: Network | None, file: str
 ) -> tuple[Masks | None, list[Problem]]:
     """The masks of a record, None and why where they are not the network's. What it cannot have is not unpacked."""
     where, record = records_of(run), run.records[number - 1]
@@ -74,7 +74,7 @@ def check_units(file: str, network: Network, masks: Masks) -> Iterator[Problem]:
             return
     algorithm = network.algorithm
     alive: dict[str, torch.Tensor] = dict(masks)
-    if algorithm.hparams.get("granularity") == "channel":
+    if algorithm.granularity == "channel":
         groups = _groups(network)
         alive = {group.name: _living(masks, group) for group in groups}
         found = list(_partly_masked(file, network, groups, masks, alive))

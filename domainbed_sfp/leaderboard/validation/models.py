@@ -1,4 +1,4 @@
-"""The models in a bundle are those of its selected checkpoints; `leaderboard.models` evaluates them."""
+"""The models in a bundle are those of its selected checkpoints; `rerun.models` evaluates them."""
 
 from __future__ import annotations
 

@@ -14,16 +14,16 @@ from torch import Tensor
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.base import Algorithm, final_step_of
-from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
-from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
+from domainbed_sfp.algorithms.pruning.scheduled import ScheduledPruning
+from domainbed_sfp.algorithms.quantization.base import QuantizedAlgorithm
 from domainbed_sfp.core import provenance
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.leaderboard.bundle import layout as layout
 from domainbed_sfp.leaderboard.facts import facts_of
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation.settled import Limits, limits, settle
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
 from domainbed_sfp.training import hparams
 
 # Of a data set whose number of classes is not known here: what hparams and schedule decide does not depend on it.
@@ -46,7 +46,7 @@ class Expected:
     at final compression name masks, None where only training can tell. sparsity: at final compression, None where
     training decides it. measured: names of the costs that the algorithm gives beyond parameters and MACs. limits:
     between what they lie, by whether compression is final. code: of the algorithm's package, None for this project's
-    own.
+    own. decisions: what the algorithm decides where hparams leave it open.
     """
 
     final_step: int | None
@@ -55,6 +55,7 @@ class Expected:
     measured: frozenset[str]
     limits: Mapping[bool, Limits]
     code: str | None
+    decisions: Mapping[str, str]
 
 
 class Network:
@@ -65,7 +66,7 @@ class Network:
         UserError: where it cannot be built here.
     """
 
-    def __init__(self, run: SubmittedRun) -> None:
+    def __init__(self, run: BundleRun) -> None:
         self.shape = tuple(run.records[0]["input_shape"])
         facts = facts_of(run.run.dataset)
         self.classes = facts.classes if facts else SOME_CLASSES
@@ -77,7 +78,7 @@ class Network:
             self.algorithm = self._build(run)
         self.algorithm.total_steps = run.run.args["steps"] or get_dataset_class(run.run.dataset).N_STEPS
 
-    def _build(self, run: SubmittedRun) -> Algorithm:
+    def _build(self, run: BundleRun) -> Algorithm:
         """Raises Refused where the defaults can be met on this backbone, and the run's hparams cannot."""
         try:
             return self._make(run.run.hparams)
@@ -92,7 +93,7 @@ class Network:
         raise Refused(refused)
 
     def _make(self, values: Mapping[str, Any]) -> Algorithm:
-        return self.info.cls(self.shape, self.classes, self.domains, values)
+        return self.info.make(self.shape, self.classes, self.domains, values)
 
     @cached_property
     def code(self) -> str | None:
@@ -102,7 +103,7 @@ class Network:
     @cached_property
     def positions(self) -> dict[str, int]:
         """How often each weight is used for one image."""
-        return accounting.count_positions(self.algorithm, self.shape, self.algorithm.predict)
+        return costs.count_positions(self.algorithm, self.shape, self.algorithm.predict)
 
     @cached_property
     def deployed(self) -> dict[str, Tensor]:
@@ -133,16 +134,16 @@ class Network:
         final, measured = final_step_of(algorithm), frozenset(self.costs)
         has_masks = None if self.mask_shapes is None else bool(self.mask_shapes)
         if (code := self.code) is not None:  # its author may have changed what a base class of this project's does
-            return Expected(final, has_masks, None, measured, {True: {}, False: {}}, code)
+            return Expected(final, has_masks, None, measured, {True: {}, False: {}}, code, algorithm.decisions())
         bounds = {is_final: limits(algorithm, self.costs, is_final) for is_final in (True, False)}
-        return Expected(final, has_masks, _final_sparsity(algorithm), measured, bounds, None)
+        return Expected(final, has_masks, _final_sparsity(algorithm), measured, bounds, None, algorithm.decisions())
 
 
 # Hparams that choose the network, whatever the method is.
 _OF_THE_NETWORK = ("backbone", "weights", "image_size", "resnet18", "resnet50_augmix", "nonlinear_classifier")
 
 
-def key_of(run: SubmittedRun) -> str:
+def key_of(run: BundleRun) -> str:
     """The same for two runs exactly where their networks and schedules are."""
     first, args = run.records[0], run.run.args
     parts = [args["algorithm"], args["dataset"], args["steps"], run.run.hparams, first["input_shape"]]

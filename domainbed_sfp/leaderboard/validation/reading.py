@@ -10,8 +10,10 @@ from typing import Any
 from domainbed_sfp.leaderboard.bundle import layout as layout
 from domainbed_sfp.leaderboard.bundle import tree
 from domainbed_sfp.leaderboard.bundle.layout import RECORDS, SUBMISSION
-from domainbed_sfp.leaderboard.documents.problems import MOST_PROBLEMS, Problem, parse, problems_of, shown
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.documents.bundle_schema import RECORD_SCHEMA, SUBMISSION_SCHEMA
+from domainbed_sfp.leaderboard.documents.parsing import parse
+from domainbed_sfp.leaderboard.documents.problems import MOST_PROBLEMS, Problem, problems_of, shown
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation.context import Bundle
 from domainbed_sfp.runs.records import run_of
 from domainbed_sfp.runs.settings import is_place
@@ -22,7 +24,7 @@ GRID_EXCESS = 2
 # Fields that all records of a run share; of the arguments, those that say what is computed.
 SHARED = (
     "args", "hparams", "environments", "input_shape", "data_digest", "code", "standing", "precision", "granularity",
-    "weights_digest",
+    "decisions", "weights_digest",
 )  # fmt: skip
 # And those that are alike in most records: kept once.
 REPEATED = frozenset((*SHARED, "environment"))
@@ -45,7 +47,7 @@ def read_submission(bundle: Bundle) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem(SUBMISSION, "", "a JSON document", str(error))
         return
-    found = list(problems_of(SUBMISSION, document, layout.SUBMISSION_SCHEMA))
+    found = list(problems_of(SUBMISSION, document, SUBMISSION_SCHEMA))
     yield from found
     if not found:
         bundle.claimed = document
@@ -81,7 +83,7 @@ def _planned(claimed: Mapping[str, Any]) -> int:
     return sum(math.prod(len(protocol[axis]) for axis in axes) for protocol in protocols)
 
 
-def _read_run(bundle: Bundle, file: str, most_values: int) -> Generator[Problem, None, tuple[SubmittedRun | None, int]]:
+def _read_run(bundle: Bundle, file: str, most_values: int) -> Generator[Problem, None, tuple[BundleRun | None, int]]:
     """The run of a file, None where its records cannot be understood; and how many values it holds."""
     parsed, values = yield from _read_lines(bundle, file, most_values)
     if parsed is None:
@@ -92,7 +94,7 @@ def _read_run(bundle: Bundle, file: str, most_values: int) -> Generator[Problem,
         return None, values
     name = file.removeprefix(RECORDS + "/").removesuffix(".jsonl")
     try:
-        return SubmittedRun(name, parsed, run_of(name, [dict(record) for record in parsed])), values
+        return BundleRun(name, parsed, run_of(name, [dict(record) for record in parsed])), values
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         yield Problem(file, "", "records of a run", str(error))
         return None, values
@@ -117,7 +119,7 @@ def _read_lines(bundle: Bundle, file: str, most_values: int) -> Generator[Proble
             yield Problem(file, where, "a JSON object", str(error))
             is_fit, told = False, told + 1
             continue
-        if found := list(problems_of(file, record, layout.RECORD_SCHEMA, where)):
+        if found := list(problems_of(file, record, RECORD_SCHEMA, where)):
             yield from found
             is_fit, told = False, told + len(found)
             continue

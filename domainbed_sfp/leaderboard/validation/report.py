@@ -12,7 +12,7 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.leaderboard import tracks
 from domainbed_sfp.leaderboard.bundle.tree import Tree
 from domainbed_sfp.leaderboard.documents.problems import Problem, printable
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.tiers import (
     MODEL_VERIFIED,
     RECORDS_VERIFIED,
@@ -36,7 +36,7 @@ class Validation:
     unchecked: list[str] = field(default_factory=list)
     unverified: dict[str, list[str]] = field(default_factory=dict)
     submission: dict[str, Any] | None = None
-    runs: list[SubmittedRun] = field(default_factory=list)
+    runs: list[BundleRun] = field(default_factory=list)
     sums: str = ""
     tree: Tree | None = None
     step_0: FirstSteps | None = None

@@ -8,7 +8,7 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.leaderboard.bundle import layout as layout
 from domainbed_sfp.leaderboard.documents.problems import Problem, shown
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation.accuracies import check_accuracies
 from domainbed_sfp.leaderboard.validation.bits import check_bits
 from domainbed_sfp.leaderboard.validation.compression import check_final_flags, check_model_stays, check_sparsity
@@ -29,7 +29,7 @@ def check_runs(bundle: Bundle) -> Iterator[Problem]:
             yield from check(bundle, run)
 
 
-def check_steps(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+def check_steps(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
     """A record at every checkpoint, and no other."""
     args, cls = run.run.args, get_dataset_class(run.run.dataset)
     steps, every = args["steps"] or cls.N_STEPS, args["checkpoint_freq"] or cls.CHECKPOINT_FREQ
@@ -51,7 +51,7 @@ def check_steps(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         yield Problem(records_of(run), f"line {differ + 1}.step", f"{told[0]} ({rule})", told[1])
 
 
-def check_cost_bounds(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+def check_cost_bounds(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
     """What survives is no more than there was."""
     for number, record in enumerate(run.records, start=1):
         for part, whole in (("surviving_parameters", "parameters"), ("macs", "dense_macs")):
@@ -60,7 +60,7 @@ def check_cost_bounds(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
                 yield Problem(records_of(run), f"line {number}.{part}", words, f"{record[part]:,}")
 
 
-def check_times(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+def check_times(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
     """Time does not run backwards."""
     earlier = 0.0
     for number, record in enumerate(run.records, start=1):

@@ -10,15 +10,16 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.seeds import seed_hash
 from domainbed_sfp.leaderboard.bundle import layout as layout
 from domainbed_sfp.leaderboard.bundle.places import WEIGHTS, without_places
-from domainbed_sfp.leaderboard.documents.problems import Problem, parse, shown
-from domainbed_sfp.leaderboard.summary import SubmittedRun
+from domainbed_sfp.leaderboard.documents.parsing import parse
+from domainbed_sfp.leaderboard.documents.problems import Problem, shown
+from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation.context import Bundle, records_of
 from domainbed_sfp.leaderboard.validation.networks import Expected, Refused, TooLarge, key_of
 from domainbed_sfp.runs.settings import RunSettings, check_settings, known_settings
 from domainbed_sfp.training import hparams
 
 
-def check_arguments(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+def check_arguments(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
     """The seed is DomainBed's hash of what the run is, and `train` takes the arguments."""
     args = run.run.args
     seed = seed_hash(args["dataset"], args["algorithm"], args["test_envs"], args["hparams_seed"], args["trial_seed"])
@@ -31,7 +32,7 @@ def check_arguments(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         yield Problem(records_of(run), "line 1.args", "settings that `train` takes", str(error))
 
 
-def check_hparams(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+def check_hparams(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
     """The hparams are the draw of the run's seeds under the overrides that it declares, and a network can be built by
     them. What that says of the records is kept in `bundle.expected`."""
     file, args = records_of(run), run.run.args
@@ -43,9 +44,14 @@ def check_hparams(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         return
     yield from _places(file, overrides, run.run.hparams)
     try:
-        registry.get(args["algorithm"])
+        info = registry.get(args["algorithm"])
     except UserError as error:
         bundle.cannot(f"hparams, masks and costs of {args['algorithm']}: {error}; install the package that has it")
+        return
+    try:
+        own = info.current(run.run.hparams)
+    except UserError as error:
+        bundle.cannot(f"hparams, masks and costs of {args['algorithm']}: {error}")
         return
     try:
         drawn = hparams.resolve_hparams(
@@ -55,21 +61,26 @@ def check_hparams(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         bundle.unfit.add(run.name)
         yield Problem(file, "line 1.args.hparams", _in_ranges(run), str(error))
         return
-    differing = list(_differing(bundle, run, drawn, overrides))
+    differing = list(_differing(bundle, run, drawn, own, overrides))
     yield from differing
     if not differing:
         yield from _expect(bundle, run)
 
 
-def check_fields(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+def check_fields(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
     """The fields of records that follow from arguments, hparams and the algorithm's registration."""
     first, file, expected = run.records[0], records_of(run), bundle.expected.get(run.name)
-    granularity = run.run.hparams.get("granularity")
+    granularity, said_by = run.run.hparams.get("granularity"), "as in hparams"
+    if granularity is None and run.run.algorithm in registry.names():
+        granularity, said_by = getattr(registry.get(run.run.algorithm).cls, "granularity", None), "as of the method"
     if first.get("granularity") != granularity:
-        words = "no such field" if granularity is None else f"{shown(granularity)}, as in hparams"
+        words = "no such field" if granularity is None else f"{shown(granularity)}, {said_by}"
         yield Problem(file, "line 1.granularity", words, shown(first.get("granularity")))
     if (asked := run.run.args["precision"]) not in ("auto", first["precision"]):
         yield Problem(file, "line 1.precision", f"{shown(asked)}, as in args", shown(first["precision"]))
+    if expected and first.get("decisions", expected.decisions) != expected.decisions:
+        words = f"{shown(expected.decisions)}, as {run.run.algorithm} decides it"
+        yield Problem(file, "line 1.decisions", words, shown(first["decisions"]))
     yield from _devices(run)
     weights = run.run.hparams.get("weights")
     if "weights_digest" in first and weights in WEIGHTS:
@@ -88,7 +99,7 @@ def check_fields(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         yield Problem(file, "line 1.code", words, shown(first.get("code")) if "code" in first else "nothing")
 
 
-def _devices(run: SubmittedRun) -> Iterator[Problem]:
+def _devices(run: BundleRun) -> Iterator[Problem]:
     """A record says of its machine what it was asked for; "auto" asks for nothing."""
     for number, record in enumerate(run.records, start=1):
         asked, found = record["args"]["device"], record["environment"].get("device")
@@ -114,14 +125,18 @@ def _places(file: str, overrides: Mapping[str, Any], own: Mapping[str, Any]) -> 
                 yield Problem(file, f"line 1.{where}.{name}", words, shown(values[name]))
 
 
-def _in_ranges(run: SubmittedRun) -> str:
+def _in_ranges(run: BundleRun) -> str:
     return f"hparams of {run.run.algorithm}, in their ranges"
 
 
 def _differing(
-    bundle: Bundle, run: SubmittedRun, drawn: Mapping[str, Any], overrides: Mapping[str, Any]
+    bundle: Bundle,
+    run: BundleRun,
+    drawn: Mapping[str, Any],
+    own: Mapping[str, Any],
+    overrides: Mapping[str, Any],
 ) -> Iterator[Problem]:
-    args, own = run.run.args, run.run.hparams
+    args = run.run.args
     seeds = f"the draw of hparams_seed {args['hparams_seed']} and trial_seed {args['trial_seed']}"
     for name in sorted({*drawn, *own}):
         there, found = drawn.get(name), own.get(name)
@@ -140,7 +155,7 @@ def _kind(value: Any) -> type:
     return float if type(value) is int else type(value)
 
 
-def _expect(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
+def _expect(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
     """Builds the run's network, or finds one of the same settings among the earlier ones."""
     key = key_of(run)
     if key not in bundle.by_settings:
@@ -149,7 +164,7 @@ def _expect(bundle: Bundle, run: SubmittedRun) -> Iterator[Problem]:
         bundle.expected[run.name] = expected
 
 
-def _expectation(bundle: Bundle, run: SubmittedRun) -> Generator[Problem, None, Expected | None]:
+def _expectation(bundle: Bundle, run: BundleRun) -> Generator[Problem, None, Expected | None]:
     try:
         return bundle.network_of(run).expected()
     except TooLarge as error:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from domainbed_sfp.algorithms.base import Algorithm
-from domainbed_sfp.algorithms.quantized import QuantizedAlgorithm
+from domainbed_sfp.algorithms.quantization.base import QuantizedAlgorithm
 from domainbed_sfp.deploy.size import exported_bytes
 from domainbed_sfp.quantization.policy import WIDTHS
 from domainbed_sfp.quantization.quantizers import WIDEST
@@ -21,7 +21,7 @@ def settle(algorithm: Algorithm) -> Mapping[str, float]:
     """Brings a quantized algorithm as it begins to the widths that its hparams give the finished model; its `costs()`
     then."""
     if isinstance(algorithm, QuantizedAlgorithm):
-        algorithm.set_extra_state({"step": algorithm.total_steps})
+        algorithm.set_extra_state({**algorithm.get_extra_state(), "step": algorithm.total_steps})
         for layer in algorithm.layers.values():  # as the first batch leaves it: its step size is exported too
             layer.input_steps.is_ready = True
     return algorithm.costs()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp.analysis.account import Account, Job, explain_missing, row_labels, take_account
+from domainbed_sfp.analysis.account import Account, JobKey, explain_missing, row_labels, take_account
 from domainbed_sfp.analysis.comparison import compare
 from domainbed_sfp.analysis.methods import label_methods
 from domainbed_sfp.analysis.render import chosen
@@ -15,8 +15,9 @@ from domainbed_sfp.analysis.render.grids import Grid, grids_of
 from domainbed_sfp.analysis.render.html import figures, svg
 from domainbed_sfp.analysis.render.html.self_contained import content_policy, packaged_text
 from domainbed_sfp.analysis.render.looks import short_label
+from domainbed_sfp.analysis.report import build_report
 from domainbed_sfp.analysis.selection import RULES, TRAINING_DOMAIN
-from domainbed_sfp.analysis.tables import Report, build_report, environment_names
+from domainbed_sfp.analysis.tables import Report, environment_names
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.version import __version__
 from domainbed_sfp.runs.records import Run, Warn, load_records, read_records
@@ -117,7 +118,7 @@ def _missing(account: Account) -> list[str]:
     return told
 
 
-def _numbers(jobs: Sequence[Job], dataset: str) -> tuple[str, ...]:
+def _numbers(jobs: Sequence[JobKey], dataset: str) -> tuple[str, ...]:
     most = max(env for job in jobs if job.dataset == dataset for env in job.test_envs)
     return tuple(f"env{env}" for env in range(most + 1))
 

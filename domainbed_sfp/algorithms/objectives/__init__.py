@@ -1,0 +1,1 @@
+"""The training objectives, each an algorithm of its own too."""

@@ -1,0 +1,1 @@
+"""The quantizing methods, one file each; their bases are in `base`."""
