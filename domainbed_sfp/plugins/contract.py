@@ -37,11 +37,11 @@ from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import hparams
 from domainbed_sfp.training import train as training
 
-INPUT_SHAPE, CLASSES, DOMAINS, BATCH = (3, 8, 8), 4, 3, 8
+INPUT_SHAPE, CLASSES, DOMAINS, BATCH = (3, 8, 8), 4, 3, 4
 STEPS = 16
 
 # Of a whole run through the training loop: samples of the data set, and those a batch takes from each environment.
-RUN_SAMPLES, RUN_BATCH = 240, 16
+RUN_SAMPLES, RUN_BATCH = 120, 8
 
 
 def make(name: str, total_steps: int = STEPS, overrides: Mapping[str, Any] | None = None) -> Algorithm:
@@ -296,7 +296,7 @@ def check_never_touches_the_test_environment(name: str) -> None:
             arguments = RunSettings(dataset="FullColoredDigits", algorithm=name, test_envs=[1], steps=12)
             batch = json.dumps({"batch_size": RUN_BATCH})
             training.train(
-                replace(arguments, hparams=batch, checkpoint_freq=3, output_dir=folder, skip_model_save=True)
+                replace(arguments, hparams=batch, checkpoint_freq=4, output_dir=folder, skip_model_save=True)
             )
             record = json.loads((Path(folder) / RESULTS).read_text().splitlines()[-1])
         volatile = {*records.VOLATILE_FIELDS, "args"}
