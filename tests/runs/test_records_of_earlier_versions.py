@@ -14,7 +14,7 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.tensor_files import load_tensors
 from domainbed_sfp.training.hparams import checked_overrides, resolve_hparams
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def recorded_hparams() -> dict[str, dict[str, dict]]:
