@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from domainbed_sfp.analysis.frames import compare, read_records, select, table
     from domainbed_sfp.core.errors import UserError
     from domainbed_sfp.core.hparam import Hparam
-    from domainbed_sfp.deploy.exported import load as load_exported
+    from domainbed_sfp.deploy.files import load as load_exported
     from domainbed_sfp.deploy.finished_runs import load_algorithm as load_run
     from domainbed_sfp.pruning.state import Masks
     from domainbed_sfp.runs.settings import RunSettings
@@ -50,7 +50,7 @@ _FACE: dict[str, tuple[str, str | None]] = {
     "UserError": ("core.errors", "UserError"),
     "algorithms": ("algorithms", None),
     "compare": ("analysis.frames", "compare"),
-    "load_exported": ("deploy.exported", "load"),
+    "load_exported": ("deploy.files", "load"),
     "load_run": ("deploy.finished_runs", "load_algorithm"),
     "plot": ("analysis.figures.notebook", None),
     "read_records": ("analysis.frames", "read_records"),

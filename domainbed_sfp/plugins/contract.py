@@ -36,6 +36,7 @@ from domainbed_sfp.data.sets.digits import FullColoredDigits
 from domainbed_sfp.deploy import shrink
 from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs import checkpoints, records
+from domainbed_sfp.runs.layout import RESULTS
 from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import hparams
 from domainbed_sfp.training import train as training
@@ -315,7 +316,7 @@ def check_never_touches_the_test_environment(name: str) -> None:
             training.train(
                 replace(arguments, hparams=batch, checkpoint_freq=3, output_dir=folder, skip_model_save=True)
             )
-            record = json.loads((Path(folder) / records.RESULTS).read_text().splitlines()[-1])
+            record = json.loads((Path(folder) / RESULTS).read_text().splitlines()[-1])
         volatile = {*records.VOLATILE_FIELDS, "args"}
         return {key: value for key, value in record.items() if key not in volatile and not key.startswith("env1_")}
 
