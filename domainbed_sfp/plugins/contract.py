@@ -26,7 +26,6 @@ from torch import Tensor
 
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.base import Algorithm, final_step_of
-from domainbed_sfp.algorithms.pruning.scheduled import ScheduledPruning
 from domainbed_sfp.core.errors import did_you_mean
 from domainbed_sfp.core.seeds import seed_everything, seed_hash
 from domainbed_sfp.data import base
@@ -363,24 +362,6 @@ CHECKS: dict[str, Callable[[str], None]] = {
         check_never_touches_the_test_environment,
     )
 }
-
-
-def warnings_of(name: str) -> Iterator[str]:
-    """What of algorithm `name` is within the contract, and not what its author will have meant."""
-    if not issubclass(registry.get(name).cls, ScheduledPruning):
-        return
-    algorithm = make(name, overrides={"backbone": "mnist_cnn_bn"})
-    assert isinstance(algorithm, ScheduledPruning)
-    run(algorithm, 0, STEPS // 2)
-    before = {key: value.clone() for key, value in _tensors(algorithm).items()}
-    algorithm.train().score(minibatches(STEPS // 2))
-    for key, value in _tensors(algorithm).items():
-        if key.endswith(("running_mean", "running_var")) and not torch.equal(value, before[key]):
-            yield (
-                f"score() moves BatchNorm's statistics ({key}): it runs the network in training mode, and evaluations "
-                "see that; run a copy of it (copy.deepcopy), or call eval() before and train() after"
-            )
-            return
 
 
 @torch.no_grad()
