@@ -31,6 +31,7 @@ from domainbed_sfp.core.errors import did_you_mean
 from domainbed_sfp.core.seeds import seed_everything, seed_hash
 from domainbed_sfp.data import base
 from domainbed_sfp.data.base import Dataset
+from domainbed_sfp.data.loaders import Minibatch
 from domainbed_sfp.data.sets.digits import FullColoredDigits
 from domainbed_sfp.deploy import shrink
 from domainbed_sfp.plugins.easy_batches import BATCH, CLASSES, DOMAINS, INPUT_SHAPE, minibatches
