@@ -69,7 +69,6 @@ def trained(tmp_path_factory) -> Path:
 def as_if_saved_by_an_earlier_version(folder: Path, **hparams) -> None:
     saved = load_tensors(folder / "model.pkl")
     saved["model_hparams"] = {**saved["model_hparams"], **registry.get("SFP").retired, **hparams}
-    saved["model_hparams"].pop("reconstruction", None)
     torch.save(saved, folder / "model.pkl")
 
 
