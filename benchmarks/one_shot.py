@@ -23,21 +23,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from domainbed_sfp.algorithms.scheduled_pruning import ScheduledPruning
 
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
+from domainbed_sfp.algorithms.pruning.scheduled import ScheduledPruning
 from domainbed_sfp.analysis.render.grids import ABSENT
 from domainbed_sfp.core import provenance, runtime
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.files import write_output
-from domainbed_sfp.core.hparam import parse_overrides
+from domainbed_sfp.core.overrides import parse_overrides
 from domainbed_sfp.core.seeds import seed_everything, seed_hash
 from domainbed_sfp.data import Dataset, get_dataset_class
 from domainbed_sfp.data.images.augmentation import normalize
 from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import split_environment
-from domainbed_sfp.pruning import accounting
+from domainbed_sfp.pruning import costs
 from domainbed_sfp.pruning.reconstruction import Reconstruction
 from domainbed_sfp.training import hparams
 
@@ -148,8 +148,8 @@ class Bench:
         first = self.args.steps
         pruned = copy.deepcopy(self.dense) if case == DENSE else self.pruned(case)
         masks = pruned.masks()
-        positions = accounting.count_positions(pruned, self.dataset.input_shape, pruned.predict)
-        cost = accounting.measure_cost(pruned.deployed_parameters(), positions, masks)
+        positions = costs.count_positions(pruned, self.dataset.input_shape, pruned.predict)
+        cost = costs.measure_cost(pruned.deployed_parameters(), positions, masks)
         at_once, finetuned = self.accuracies(pruned), None
         if case in FINETUNED:
             self.train(pruned, range(first + 1, first + 1 + self.args.finetune))

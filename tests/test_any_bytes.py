@@ -27,7 +27,7 @@ from domainbed_sfp.analysis.commands import collect
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.overrides import parse_overrides
 from domainbed_sfp.data.images.cache import cached_images
-from domainbed_sfp.deploy import exported, finished_runs
+from domainbed_sfp.deploy import exported, files, finished_runs, packed
 from domainbed_sfp.leaderboard import validation
 from domainbed_sfp.leaderboard.documents import entry as entries
 from domainbed_sfp.leaderboard.site import build
@@ -256,14 +256,14 @@ DESCRIPTION = {
 @EXAMPLES
 @given(
     text=texts_of(DESCRIPTION).map(lambda data: data.decode(errors="replace")),
-    header=st.sampled_from([exported.HEADER, exported.QUANTIZED_HEADER, "domainbed_sfp"]),
+    header=st.sampled_from([exported.HEADER, packed.HEADER, "domainbed_sfp"]),
     damage=st.none() | st.integers(0, 80),
 )
 def test_exported_files_and_checkpoints(tmp_path, text, header, damage):
     data = save({"classifier.weight": torch.zeros(2, 128)}, metadata={header: text})
     path = tmp_path / "file.safetensors"
     path.write_bytes(data if damage is None else data[:damage] + b"\xff" + data[damage + 1 :])
-    answered(lambda: exported.load(path))
+    answered(lambda: files.load(path))
     answered(lambda: exported.read_description(path))
     answered(lambda: checkpoints.read_state(path))
     answered(lambda: checkpoints.load_checkpoint(path, _erm()))

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.deploy import export, exported, finished_runs, latency, shrink
+from domainbed_sfp.deploy import export, exported, files, finished_runs, latency, shrink
 from domainbed_sfp.networks.backbones import BACKBONES
 from domainbed_sfp.pruning import costs
 from domainbed_sfp.pruning.groups import channel_groups
@@ -120,7 +120,7 @@ def test_without_dead_channels_the_logits_stay_and_the_costs_are_those_claimed(b
     assert sum(counts.values()) == sum(
         8 * 2 * 4 * module.num_channels for module in rebuilt.modules() if isinstance(module, exported.GroupNormOfSurvivors)
     )  # fmt: skip
-    stored = sum(value.numel() * value.element_size() for value in network.stored_tensors(rebuilt).values())
+    stored = sum(value.numel() * value.element_size() for value in exported.stored_tensors(rebuilt).values())
     assert shrink.exported_bytes(network, masks) == stored
     assert not any((~one).any() for one in shrink.surviving_masks(masks, dead).values())
 
@@ -253,7 +253,7 @@ def test_export_writes_what_a_plain_script_can_load(run, main, tmp_path):
     printed = main("export", run, "--output", "net.safetensors").stdout
     assert "224 channels taken out" in printed and "96 real images" in printed
     code = (
-        "import sys, torch; from domainbed_sfp.deploy import exported; net = exported.load('net.safetensors');"
+        "import sys, torch; from domainbed_sfp.deploy import files; net = files.load('net.safetensors');"
         "loaded = [m for m in sys.modules if m.startswith(('domainbed_sfp.algorithms', 'domainbed_sfp.training.train',"
         "'torch_pruning', 'domainbed_sfp.algorithms.registry'))]; assert not loaded, loaded;"
         "torch.save(net(torch.linspace(-1, 2, 2 * 192).view(2, 3, 8, 8)), 'logits.pt')"
@@ -351,7 +351,7 @@ def test_photographs_are_normalised_and_a_network_without_masks_is_whole(main, t
     description = exported.read_description(tmp_path / "net.safetensors")
     assert description.normalization == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     x = images(32)
-    network, algorithm = exported.load(tmp_path / "net.safetensors"), finished_runs.load_run(tmp_path / "run").algorithm
+    network, algorithm = files.load(tmp_path / "net.safetensors"), finished_runs.load_run(tmp_path / "run").algorithm
     with torch.no_grad():
         assert torch.allclose(network(x), algorithm.predict(x), atol=1e-5)
 
@@ -369,9 +369,9 @@ def test_files_that_are_no_export_are_refused(tmp_path):
         return path
 
     tensors = pruned.state_dict()
-    exported.load(written(tensors))
+    files.load(written(tensors))
     with pytest.raises(UserError, match="cannot be read"):
-        exported.load(tmp_path / "nothing.safetensors")
+        files.load(tmp_path / "nothing.safetensors")
     for values, part in (
         ({"format": 2}, "expected format 1"), ({"input_shape": [3, 8]}, "input shape"), ({"num_classes": "ten"}, "whole"),
         ({"backbone": "resnet19"}, "resnet19"), ({"backbone": "resnet18", "group_norms": {}}, "fit backbone 'resnet18'"),
@@ -379,15 +379,15 @@ def test_files_that_are_no_export_are_refused(tmp_path):
         ({"group_norms": {"featurizer.bn0": [9] * 8}}, "8 channels a group"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=part):
-            exported.load(written(tensors, **values))
+            files.load(written(tensors, **values))
     with pytest.raises(UserError, match=r"do not fit.*featurizer\.conv1\.bias"):
-        exported.load(written({name: value for name, value in tensors.items() if name != "featurizer.conv1.bias"}))
+        files.load(written({name: value for name, value in tensors.items() if name != "featurizer.conv1.bias"}))
     save_file(tensors, path)
     with pytest.raises(UserError, match="not a network exported"):
-        exported.load(path)
+        files.load(path)
     path.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="not a network exported"):
-        exported.load(path)
+        files.load(path)
 
 
 # Errors of the command ----------------------------------------------------------------------------------------------
@@ -417,8 +417,8 @@ class _Foreign:
     """What a file of tensors must not hold."""
 
 
-def _without_granularity(values: dict) -> dict:
-    return {name: value for name, value in values.items() if name != "granularity"}
+def _without_lr(values: dict) -> dict:
+    return {name: value for name, value in values.items() if name != "lr"}
 
 
 def _mask_of_another(state: dict) -> dict:
@@ -439,7 +439,7 @@ def _mask_of_another(state: dict) -> dict:
         (_edit_model(model_dict=_mask_of_another), "is of another network than its hparams say"),
         (_edit_model(model_hparams=lambda h: {**h, "backbone": "mnist_cnn_bn"}), "is of another network"),
         (_edit_model(args=lambda a: {**a, "algorithm": "Magnitud"}), "did you mean 'Magnitude'?"),
-        (_edit_model(model_hparams=_without_granularity), "another version of Magnitude: it has no hparam 'granularity'"),
+        (_edit_model(model_hparams=_without_lr), "another version of Magnitude: it has no hparam 'lr'"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("command", [("export", "--output", "net"), ("latency",)])

@@ -18,8 +18,7 @@ from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.pruning import global_pru
 from domainbed_sfp.algorithms.pruning.global_pru import GlobalPru
 from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.deploy import exported as files
-from domainbed_sfp.deploy import shrink
+from domainbed_sfp.deploy import exported, files, shrink
 from domainbed_sfp.networks import make_featurizer
 from domainbed_sfp.networks.channel_gates import ChannelGate, fold_constant_gates, gate_widths
 from domainbed_sfp.plugins import contract
@@ -62,8 +61,8 @@ def scramble(algorithm: GlobalPru) -> None:
 def prune(algorithm: GlobalPru) -> None:
     """The masks of the run's end."""
     algorithm.step = algorithm.schedule.last_step(algorithm.total_steps)
-    algorithm._renew_masks([])
-    algorithm._apply_masks()
+    algorithm.renew_masks([])
+    algorithm.apply_masks()
     algorithm.step += 1
 
 
@@ -328,10 +327,10 @@ def cut_network(backbone):
 
 
 def write(network, backbone, path):
-    told = files.Description(
+    told = exported.Description(
         backbone, (3, 64, 64), 4, group_norms=shrink.surviving_groups(network), gates=gate_widths(network)
     )
-    path.write_bytes(files.to_bytes(network, told))
+    path.write_bytes(exported.to_bytes(network, told))
 
 
 @pytest.mark.parametrize("backbone", ["mnist_cnn", "mnist_cnn_bn", "resnet18"])
@@ -342,8 +341,8 @@ def test_a_file_of_the_network_rebuilds_it_with_its_gates(backbone, tmp_path):
     with torch.no_grad():
         again = files.load(tmp_path / "network.safetensors")(x)
         assert torch.allclose(again, network(x), atol=1e-6) and torch.allclose(again, algorithm.predict(x), atol=1e-4)
-    lost = files.Description(backbone, (3, 64, 64), 4, gates={"featurizer.nowhere": 8})
-    (tmp_path / "network.safetensors").write_bytes(files.to_bytes(network, lost))
+    lost = exported.Description(backbone, (3, 64, 64), 4, gates={"featurizer.nowhere": 8})
+    (tmp_path / "network.safetensors").write_bytes(exported.to_bytes(network, lost))
     with pytest.raises(UserError, match=r"'featurizer\.nowhere' is nothing of that name"):
         files.load(tmp_path / "network.safetensors")
 
@@ -490,8 +489,8 @@ def test_the_losses_terms_by_hand():
     algorithm = make(total=100, rank_weight=0.4, backbone="mnist_cnn_bn", domains=contract.DOMAINS)
     scramble(algorithm)
     algorithm.step = 70  # between two prunings
-    algorithm._renew_masks([])
-    algorithm._apply_masks()
+    algorithm.renew_masks([])
+    algorithm.apply_masks()
     batches = contract.minibatches(0)
     twin = copy.deepcopy(algorithm)
     loss, metrics = algorithm.compute_loss(batches)

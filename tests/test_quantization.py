@@ -25,7 +25,7 @@ from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.data.images import degradations
 from domainbed_sfp.data.images.augmentation import IMAGENET_MEAN, IMAGENET_STD, normalize
 from domainbed_sfp.data.loaders import MinibatchLoader
-from domainbed_sfp.deploy import exported, packed
+from domainbed_sfp.deploy import files, packed
 from domainbed_sfp.networks.precision import choose_precision
 from domainbed_sfp.plugins import contract
 from domainbed_sfp.quantization.bitops import BitOps, fit_shifts, starting_mean
@@ -919,7 +919,7 @@ def test_one_loader_reads_pruned_and_quantized_networks(tmp_path):
     packed.save(tmp_path / "network.safetensors", algorithm)
     with torch.no_grad():
         expected = packed.load(tmp_path / "network.safetensors")(x)
-        assert torch.equal(exported.load(tmp_path / "network.safetensors")(x), expected)
+        assert torch.equal(files.load(tmp_path / "network.safetensors")(x), expected)
 
 
 def test_networks_that_cannot_be_quantized():

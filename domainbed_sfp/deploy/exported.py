@@ -1,9 +1,4 @@
-"""Networks as they are deployed: plain modules, dead channels gone, in one file that says how to rebuild them.
-
-    from domainbed_sfp.deploy import exported
-
-    network = exported.load("network.safetensors")
-    logits = network(images)  # [N, classes] of normalised images [N, C, H, W]
+"""Pruned networks as they are deployed: plain modules, dead channels gone, in one file that says how to rebuild them.
 
 The file is safetensors: the tensors, and a JSON description in the header under `domainbed_sfp_export` (see
 `Description`). Nothing of training is imported to load one, and nothing in the file is executed.
@@ -28,8 +23,6 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.networks.channel_gates import put_gate
 
 HEADER = "domainbed_sfp_export"
-# Of the files of `quantization.export`.
-QUANTIZED_HEADER = "domainbed_sfp_quantized"
 FORMAT = 1
 
 # Buffers of an input scaling, which no state dict holds because in training they follow from the hparams.
@@ -151,15 +144,7 @@ def stored_tensors(network: ExportedNetwork) -> dict[str, Tensor]:
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
-    """The network of an exported file, pruned or quantized, on the CPU and in evaluation mode: images [N, C, H, W] to
-    logits [N, classes].
-
-    Raises UserError if the file cannot be read, is no export, or does not fit this version of its backbone.
-    """
-    if _is_quantized(path):
-        from domainbed_sfp.deploy import packed as quantized
-
-        return quantized.load(path)
+    """The network of a pruned network's file. Raises UserError as `files.load` does."""
     description, tensors = _read(path)
     try:
         return rebuild(description, tensors)
@@ -168,9 +153,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def read_description(path: str | os.PathLike[str]) -> Description:
-    """What an exported file says about its pruned network. Raises UserError where it is no such file."""
-    if _is_quantized(path):
-        raise UserError(f"{str(path)!r} holds a quantized network, which has no description; `load` reads it")
+    """What the file of a pruned network says about it. Raises UserError where it is no such file."""
     return _read(path)[0]
 
 
@@ -261,14 +244,6 @@ def _resize(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:
             setattr(module, name, nn.Parameter(torch.empty_like(tensor)))
-
-
-def _is_quantized(path: str | os.PathLike[str]) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return QUANTIZED_HEADER in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False  # which `_read` explains
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[Description, dict[str, Tensor]]:

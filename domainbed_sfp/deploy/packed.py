@@ -30,7 +30,6 @@ from domainbed_sfp import networks
 from domainbed_sfp.core import strict_json
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.files import write_atomically
-from domainbed_sfp.deploy.exported import QUANTIZED_HEADER
 from domainbed_sfp.quantization.deployment import DeployedLayer
 from domainbed_sfp.quantization.layers import make_policy
 from domainbed_sfp.quantization.packing import pack, packed_bytes, unpack
@@ -38,6 +37,7 @@ from domainbed_sfp.quantization.packing import pack, packed_bytes, unpack
 if TYPE_CHECKING:
     from domainbed_sfp.algorithms.quantization.base import QuantizedAlgorithm
 
+HEADER = "domainbed_sfp_quantized"
 # 2: policies standardise what they read.
 FORMAT = 2
 INTEGERS = "integers/"
@@ -76,7 +76,7 @@ def save(path: str | os.PathLike[str], algorithm: QuantizedAlgorithm, about: Map
         # Not part of a state dict, and in timm's networks a property of the weights.
         header["input_scale"] = featurizer.input_scale.flatten().tolist()
         header["input_shift"] = featurizer.input_shift.flatten().tolist()
-    write_atomically(path, save_tensors(stored_tensors(network), metadata={QUANTIZED_HEADER: json.dumps(header)}))
+    write_atomically(path, save_tensors(stored_tensors(network), metadata={HEADER: json.dumps(header)}))
 
 
 def stored_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def save_onnx(
     path: str | os.PathLike[str], algorithm: QuantizedAlgorithm, about: Mapping[str, Any] | None = None
 ) -> None:
     """Writes the network of `algorithm` as ONNX: `images` [batch, C, H, W] to `logits` [batch, classes]. `about`: JSON
-    values for the metadata entry `QUANTIZED_HEADER`.
+    values for the metadata entry `HEADER`.
 
     Raises UserError for a network that decides sample by sample or that torch cannot write as ONNX, and where the extra
     `export` is not installed.
@@ -166,7 +166,7 @@ def save_onnx(
         _quantize_node(model.graph, f"{name}.weight", layer)
     if about:
         entry = model.metadata_props.add()
-        entry.key, entry.value = QUANTIZED_HEADER, json.dumps(about)
+        entry.key, entry.value = HEADER, json.dumps(about)
     onnx.checker.check_model(model)
     write_atomically(path, model.SerializeToString())
 
@@ -174,7 +174,7 @@ def save_onnx(
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = strict_json.parse((file.metadata() or {})[QUANTIZED_HEADER])
+            header = strict_json.parse((file.metadata() or {})[HEADER])
             if not isinstance(header, dict):
                 raise ValueError("its header is no JSON object")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

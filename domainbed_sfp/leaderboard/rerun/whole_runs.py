@@ -18,7 +18,7 @@ from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation import Validation
 from domainbed_sfp.leaderboard.validation.context import records_of
 from domainbed_sfp.leaderboard.validation.outcomes import Recomputed, Rerun
-from domainbed_sfp.runs import records
+from domainbed_sfp.runs.layout import RESULTS
 from domainbed_sfp.training import train as training
 
 
@@ -69,7 +69,7 @@ def _compute(run: BundleRun, place: Place, tolerance: float, selected: frozenset
         with tempfile.TemporaryDirectory() as folder:
             with as_recorded(run):
                 training.train(args_of(run, place, folder))
-            lines = (Path(folder) / records.RESULTS).read_text(encoding="utf-8").splitlines()
+            lines = (Path(folder) / RESULTS).read_text(encoding="utf-8").splitlines()
     except (UserError, RuntimeError, ValueError) as error:
         failed = Problem(records_of(run), "", "a run that can be trained", str(error) or type(error).__name__)
         return Recomputed(run.name, problems=[failed])

@@ -52,7 +52,7 @@ def thread_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _run(command: list[str]) -> int:
     """The command's exit status as a shell tells it: 128 + n for signal n."""
-    # All processes of the task get SLURM's signals. SIGUSR1 is held back until the run listens (see training.py):
+    # All processes of the task get SLURM's signals. SIGUSR1 is held back until the run listens (training/interruption):
     # one that comes while it still imports is not lost and does not kill it. The others only must not end us first.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     for number in (signal.SIGTERM, signal.SIGINT):
