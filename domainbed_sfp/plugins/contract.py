@@ -26,7 +26,6 @@ from torch import Tensor
 
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.base import Algorithm, final_step_of
-from domainbed_sfp.algorithms.pruning.scheduled import ScheduledPruning
 from domainbed_sfp.core.errors import did_you_mean
 from domainbed_sfp.core.seeds import seed_everything, seed_hash
 from domainbed_sfp.data import base
@@ -34,6 +33,7 @@ from domainbed_sfp.data.base import Dataset
 from domainbed_sfp.data.loaders import Minibatch
 from domainbed_sfp.data.sets.digits import FullColoredDigits
 from domainbed_sfp.deploy import shrink
+from domainbed_sfp.plugins.easy_batches import BATCH, CLASSES, DOMAINS, INPUT_SHAPE, minibatches
 from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs import checkpoints, records
 from domainbed_sfp.runs.layout import RESULTS
@@ -41,7 +41,6 @@ from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import hparams
 from domainbed_sfp.training import train as training
 
-INPUT_SHAPE, CLASSES, DOMAINS, BATCH = (3, 8, 8), 4, 3, 8
 STEPS = 16
 
 # Of a whole run through the training loop: samples of the data set, and those a batch takes from each environment.
@@ -69,21 +68,6 @@ def make(name: str, total_steps: int = STEPS, overrides: Mapping[str, Any] | Non
     algorithm: Algorithm = registry.get(name).make(INPUT_SHAPE, CLASSES, DOMAINS, values)
     algorithm.total_steps = total_steps
     return algorithm
-
-
-def minibatches(step: int) -> list[Minibatch]:
-    """Easy batches: the class is the brightest quadrant."""
-    batches = []
-    for domain in range(DOMAINS):
-        generator = torch.Generator().manual_seed(seed_hash("contract", step, domain))
-        y = torch.randint(CLASSES, (BATCH,), generator=generator)
-        x = 0.5 * torch.randn(BATCH, *INPUT_SHAPE, generator=generator)
-        for index, label in enumerate(y.tolist()):
-            row, column = 4 * (label // 2), 4 * (label % 2)
-            x[index, :, row : row + 4, column : column + 4] += 1.5
-        aligned = torch.randperm(BATCH, generator=generator) < 3 * BATCH // 4
-        batches.append(Minibatch(x, y, aligned))
-    return batches
 
 
 def run(algorithm: Algorithm, first: int, last: int) -> list[dict[str, float]]:
@@ -363,24 +347,6 @@ CHECKS: dict[str, Callable[[str], None]] = {
         check_never_touches_the_test_environment,
     )
 }
-
-
-def warnings_of(name: str) -> Iterator[str]:
-    """What of algorithm `name` is within the contract, and not what its author will have meant."""
-    if not issubclass(registry.get(name).cls, ScheduledPruning):
-        return
-    algorithm = make(name, overrides={"backbone": "mnist_cnn_bn"})
-    assert isinstance(algorithm, ScheduledPruning)
-    run(algorithm, 0, STEPS // 2)
-    before = {key: value.clone() for key, value in _tensors(algorithm).items()}
-    algorithm.train().score(minibatches(STEPS // 2))
-    for key, value in _tensors(algorithm).items():
-        if key.endswith(("running_mean", "running_var")) and not torch.equal(value, before[key]):
-            yield (
-                f"score() moves BatchNorm's statistics ({key}): it runs the network in training mode, and evaluations "
-                "see that; run a copy of it (copy.deepcopy), or call eval() before and train() after"
-            )
-            return
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from domainbed_sfp.deploy import shrink
 from domainbed_sfp.plugins import contract, new, remedies
 from domainbed_sfp.training import hparams
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Lazy(ERM):
