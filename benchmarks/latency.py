@@ -31,7 +31,7 @@ from domainbed_sfp.deploy.latency import compare_latency, show
 from domainbed_sfp.pruning import costs
 from domainbed_sfp.pruning.groups import channel_groups
 from domainbed_sfp.pruning.masks import keep_highest, lower_channels
-from domainbed_sfp.pruning.scores import channel_magnitude
+from domainbed_sfp.pruning.scores import by_group, channel_magnitude
 from domainbed_sfp.training import hparams
 
 CLASSES = 7
@@ -109,7 +109,7 @@ def pruned_by_magnitude(
     classifier = networks.make_classifier(featurizer.n_outputs, CLASSES)
     groups = channel_groups(featurizer, classifier, residual_streams=residual_streams)
     parameters = dict(ExportedNetwork(featurizer, classifier).named_parameters())
-    alive = keep_highest(channel_magnitude(groups, parameters), sparsity)
+    alive = keep_highest(by_group(channel_magnitude, groups, parameters), sparsity)
     shapes = {name: value.shape for name, value in parameters.items()}
     masks = lower_channels(groups, alive, shapes, torch.device("cpu"))
     for name, mask in masks.items():

@@ -67,6 +67,9 @@ def _method(info: registry.AlgorithmInfo, measured: dict[str, Any]) -> str:
         lines.append(f"| `{name}` | {hparam.default} | {'yes' if hparam.sample else ''} | {_cell(hparam.doc)} |")
     if not info.hparams:
         lines.append("| | | | none of its own |")
+    if info.retired:
+        values = ", ".join(f"`{name}` {value}" for name, value in sorted(info.retired.items()))
+        lines += ["", f"Built in, where records of earlier versions name them: {values}."]
     lines += ["", "## Measured", ""]
     for sweep, frame in measured.items():
         if info.name in set(frame.algorithm):

@@ -25,7 +25,7 @@ from domainbed_sfp.core.version import __version__
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from domainbed_sfp import algorithms
     from domainbed_sfp.algorithms.base import Algorithm, ObjectiveAlgorithm
-    from domainbed_sfp.algorithms.pruning.scheduled import ScheduledPruning
+    from domainbed_sfp.algorithms.pruning.scheduled import CHANNEL_HPARAMS, PRUNING_HPARAMS, ScheduledPruning
     from domainbed_sfp.algorithms.registry import register
     from domainbed_sfp.analysis.figures import notebook as plot
     from domainbed_sfp.analysis.frames import compare, read_records, select, table
@@ -40,9 +40,11 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
 # Public name: (module, name in it; None for the module itself).
 _FACE: dict[str, tuple[str, str | None]] = {
     "Algorithm": ("algorithms.base", "Algorithm"),
+    "CHANNEL_HPARAMS": ("algorithms.pruning.scheduled", "CHANNEL_HPARAMS"),
     "Hparam": ("core.hparam", "Hparam"),
     "Masks": ("pruning.state", "Masks"),
     "ObjectiveAlgorithm": ("algorithms.base", "ObjectiveAlgorithm"),
+    "PRUNING_HPARAMS": ("algorithms.pruning.scheduled", "PRUNING_HPARAMS"),
     "RunSettings": ("runs.settings", "RunSettings"),
     "ScheduledPruning": ("algorithms.pruning.scheduled", "ScheduledPruning"),
     "UserError": ("core.errors", "UserError"),
@@ -59,6 +61,8 @@ _FACE: dict[str, tuple[str, str | None]] = {
 }
 
 __all__ = [
+    "CHANNEL_HPARAMS",
+    "PRUNING_HPARAMS",
     "Algorithm",
     "Hparam",
     "Masks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+# Reasons for which a test may skip, as a regular expression: .ci/run sets it, and any other skip is a failure there.
+ALLOWED_SKIPS = os.environ.get("DOMAINBED_SFP_ALLOWED_SKIPS")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return _without_other_skips((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return _without_other_skips((yield))
+
+
+def _without_other_skips(report):
+    if ALLOWED_SKIPS is not None and report.skipped and not hasattr(report, "wasxfail"):
+        *_, reason = report.longrepr
+        if not re.search(ALLOWED_SKIPS, reason):
+            report.outcome = "failed"
+            report.longrepr = f"{reason}: a skip that DOMAINBED_SFP_ALLOWED_SKIPS does not allow"
+    return report
 
 
 @pytest.fixture(autouse=True)

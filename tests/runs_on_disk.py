@@ -1,4 +1,4 @@
-"""Writes small runs for the tests of records and tables, with the accuracies spelled out."""
+"""Reads the records of runs, and writes small ones for the tests of tables, with the accuracies spelled out."""
 
 from __future__ import annotations
 
@@ -57,3 +57,7 @@ def write_run(root: Path, name: str, records: list[dict[str, Any]], *, done: boo
     if done:
         (directory / "done").write_text("done")
     return directory
+
+
+def read(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]

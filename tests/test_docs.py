@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import importlib.util
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import domainbed_sfp as dsfp
+from domainbed_sfp.pruning.groups import ChannelGroup
 from domainbed_sfp.sweep import commands
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs, read_spec
 
@@ -33,7 +35,7 @@ def code_blocks(document: str, language: str) -> list[str]:
 )
 def test_the_algorithms_in_the_documents_keep_the_contract(tmp_path, document, name):
     source = next(
-        block for block in code_blocks(document, "python") if f'@register("{name}"' in re.sub(r"\s+", "", block)
+        block for block in code_blocks(document, "python") if f'register("{name}"' in re.sub(r"\s+", "", block)
     )
     (tmp_path / "example.py").write_text(source)
     code = (
@@ -42,6 +44,48 @@ def test_the_algorithms_in_the_documents_keep_the_contract(tmp_path, document, n
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.stdout.strip() == "passed", done.stderr
+
+
+def test_the_hooks_on_the_page_are_there_and_told():
+    """Every hook of the table is a method of the base, with a docstring of its own or of the class above."""
+    page = (ROOT / "docs" / "writing_an_algorithm.md").read_text()
+    table = page.partition("### Hooks")[2].partition("### State")[0]
+    names = {
+        name
+        for row in table.splitlines()
+        if row.startswith("| `")
+        for name in re.findall(r"`(\w+)\(", row.split("|")[1])
+    }
+    assert len(names) > 15
+    for name in names:
+        owners = [cls for cls in dsfp.ScheduledPruning.__mro__ if name in vars(cls)]
+        assert any((getattr(vars(cls)[name], "__doc__", None) or "").strip() for cls in owners), name
+    fields = re.findall(r"^\| `(\w+)` \|", page.partition("**`ChannelGroup`**")[2].partition("**A score that")[0], re.M)
+    assert fields == [field.name for field in dataclasses.fields(ChannelGroup)]
+
+
+def test_from_a_score_to_a_table(tmp_path, monkeypatch):
+    """The page's worked example as an installed package, its commands word for word but for fewer steps and trials."""
+    source = next(block for block in code_blocks("docs/writing_an_algorithm.md", "python") if "FirstFilters" in block)
+    declared = code_blocks("docs/writing_an_algorithm.md", "toml")[0]
+    package, info = tmp_path / "site" / "first_filters", tmp_path / "site" / "first_filters-1.dist-info"
+    package.mkdir(parents=True)
+    info.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "algorithm.py").write_text(source)
+    entry = re.search(r'(\w+) = "([\w.]+)"', declared)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: first_filters\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[domainbed_sfp.algorithms]\n{entry[1]} = {entry[2]}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    (commands,) = [block for block in code_blocks("docs/writing_an_algorithm.md", "sh") if "collect" in block]
+    printed = ""
+    for line in commands.replace("\\\n", " ").strip().splitlines():
+        short = line.replace("--steps 300", "--steps 12").replace("--n_trials 3", "--n_trials 2")
+        words = [sys.executable, "-m", "domainbed_sfp", *short.split()[1:]]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (line, done.stderr)
+        printed += done.stdout
+    assert "FirstFilters keeps the contract." in printed and re.search(r"\| FirstFilters .*\|", printed)
 
 
 def test_the_python_in_the_documents_runs(tmp_path, monkeypatch):

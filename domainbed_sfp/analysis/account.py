@@ -142,7 +142,7 @@ def explain_missing(
 
 def steps_of(run: Run) -> int:
     """Training steps: what was asked for, else what a finished run's last record shows (step N-1 of N)."""
-    asked = run.args.get("steps")
+    asked: int | None = run.args.get("steps")
     if asked is not None:
         return asked
     return run.steps[-1] + 1 if run.complete else DEFAULT_STEPS

@@ -55,7 +55,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class RowOnCopies:
     """A row over its runs and test environments, `n` of them.
 
     accuracy, bits: by severity, 0 first, means over degradations and runs. correlations: for each run, the mean over
@@ -161,7 +161,7 @@ def _cases(row: str, run: str, record: Mapping[str, Any]) -> Iterator[Case]:
             )
 
 
-def summarise(cases: Iterable[Case]) -> list[Summary]:
+def summarise(cases: Iterable[Case]) -> list[RowOnCopies]:
     """A summary of each row of each data set, in the order of the cases' labels."""
     rows: dict[tuple[str, str], dict[tuple[str, str], list[Case]]] = defaultdict(lambda: defaultdict(list))
     for case in cases:
@@ -169,7 +169,7 @@ def summarise(cases: Iterable[Case]) -> list[Summary]:
     return [_summary(dataset, row, runs) for (dataset, row), runs in rows.items()]
 
 
-def _summary(dataset: str, row: str, runs: Mapping[tuple[str, str], Sequence[Case]]) -> Summary:
+def _summary(dataset: str, row: str, runs: Mapping[tuple[str, str], Sequence[Case]]) -> RowOnCopies:
     # By run, over its environments; by degradation, over runs.
     by_run: dict[str, list[float]] = defaultdict(list)
     by_degradation: dict[str, list[float]] = defaultdict(list)
@@ -179,7 +179,7 @@ def _summary(dataset: str, row: str, runs: Mapping[tuple[str, str], Sequence[Cas
             for degradation, rho in rhos.items():
                 by_run[run].append(rho)
                 by_degradation[degradation].append(rho)
-    return Summary(
+    return RowOnCopies(
         dataset,
         row,
         next((case.standing for found in runs.values() for case in found), None),

@@ -182,10 +182,12 @@ def is_dealt_by_seed(dataset: str) -> bool:
 def _image_size(run: Run) -> int | None:
     """Side of the network's input. Only photographs go by the hparam; DomainBed's records do not say their shape."""
     if "input_shape" in run.facts:
-        return run.facts["input_shape"][1]
+        side: int = run.facts["input_shape"][1]
+        return side
     if run.dataset in MNIST_LIKE:
         return 28 if run.dataset in SMALL_IMAGES else None
-    return run.hparams.get("image_size", 224)
+    asked: int | None = run.hparams.get("image_size", 224)
+    return asked
 
 
 def backbone_of(run: Run) -> str:
@@ -195,7 +197,7 @@ def backbone_of(run: Run) -> str:
     from before it had `freeze_bn` were always made with batch norm frozen.
     """
     hparams = run.hparams
-    backbone = hparams.get("backbone", "auto")
+    backbone: str = hparams.get("backbone", "auto")
     if backbone == "mnist_cnn_bn":
         return "MNIST_CNN (BatchNorm)"
     if backbone == "mnist_cnn" or (backbone == "auto" and _has_small_images(run)):
@@ -230,7 +232,8 @@ def weights_of(run: Run) -> str:
 
 def _has_small_images(run: Run) -> bool:
     if "input_shape" in run.facts:
-        return max(run.facts["input_shape"][1:]) <= _SMALL_SIDE
+        shape: list[int] = run.facts["input_shape"]
+        return max(shape[1:]) <= _SMALL_SIDE
     return run.dataset in MNIST_LIKE
 
 

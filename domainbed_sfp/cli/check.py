@@ -11,7 +11,7 @@ from domainbed_sfp.core.errors import UserError
 def add(commands: Commands) -> None:
     """Adds the command and its flags."""
     parser = add_command(commands, "check", "put an algorithm through the contract suite; 1 where a check fails", run)
-    parser.add_argument("algorithm", nargs="?")
+    parser.add_argument("algorithm", nargs="?", help="its name, or a Python file that registers it")
     parser.add_argument("--json", action="store_true", help="the report for programs")
     parser.add_argument(
         "--backbone", metavar="NAME", help="say what can be pruned of this network, and by which methods"

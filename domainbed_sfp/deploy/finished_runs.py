@@ -16,7 +16,7 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.tensor_files import load_tensors
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.runs import records
-from domainbed_sfp.runs.layout import MODEL
+from domainbed_sfp.runs.layout import DONE, MODEL, RESULTS
 from domainbed_sfp.runs.packed import is_packed, packed_runs
 
 # Channels, pixels, classes or domains beyond this are no network's.
@@ -134,14 +134,14 @@ def load_algorithm(folder: str | os.PathLike[str]) -> Algorithm:
 
 def _last_record(folder: Path) -> dict[str, Any]:
     """The last record of a run that is finished. Raises UserError where it is not."""
-    results = folder / records.RESULTS
+    results = folder / RESULTS
     if not results.is_file() or is_packed(folder.resolve().name):
         raise UserError(f"{str(folder)!r} is no run: {_what_is_there(folder)}")
     try:
         last = records.last_record(folder)
     except OSError as error:
         raise UserError(f"{str(results)!r} cannot be read: {error.strerror or error}") from error
-    if not (folder / records.DONE).exists():
+    if not (folder / DONE).exists():
         reached = records.last_step(folder)
         step = f"its last record is of step {reached}" if reached >= 0 else "it has no record yet"
         raise UserError(f"run {str(folder)!r} is not finished ({step}); the command that began it continues it")
@@ -159,9 +159,9 @@ def _what_is_there(folder: Path) -> str:
         return "there is no such folder"
     if not folder.is_dir():
         return "expected the output folder of a run, and it is a file"
-    below = sorted(path.parent.name for path in folder.glob(f"*/{records.RESULTS}") if not is_packed(path.parent.name))
+    below = sorted(path.parent.name for path in folder.glob(f"*/{RESULTS}") if not is_packed(path.parent.name))
     if not below and (packed := packed_runs(folder)):
         return f"it holds {len(packed)} packed runs, and sweep pack has kept their records alone"
     if below:
         return f"it holds {len(below)} runs; choose one of them, such as {str(folder / below[0])!r}"
-    return f"expected the output folder of a run, with {records.RESULTS}, {records.DONE} and {MODEL}"
+    return f"expected the output folder of a run, with {RESULTS}, {DONE} and {MODEL}"

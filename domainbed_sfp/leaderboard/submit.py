@@ -28,6 +28,7 @@ from domainbed_sfp.leaderboard.documents.bundle_schema import RECORD_SCHEMA, SUB
 from domainbed_sfp.leaderboard.documents.problems import problems_of
 from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.runs import mask_files, records
+from domainbed_sfp.runs.layout import RESULTS
 from domainbed_sfp.training.hparams import checked_overrides
 
 # Problems told at once.
@@ -157,7 +158,7 @@ def _take_records(folder: Path, part: Path) -> BundleRun:
     for number, record in enumerate(records.read_records(folder, warn), start=1):
         plain = _finite(record)
         _forget_places(plain)
-        where = str(folder / records.RESULTS)
+        where = str(folder / RESULTS)
         for problem in problems_of(where, plain, RECORD_SCHEMA, f"line {number}"):
             raise UserError(
                 f"{problem.line()}; a bundle needs runs of `domainbed-sfp train` or `sweep`, of this version"
@@ -199,7 +200,7 @@ def _take_masks(input_dir: Path, run: BundleRun, step: int, part: Path) -> None:
     if "masks" not in record:
         if record["sparsity"] > 0:
             raise UserError(
-                f"{input_dir / run.name / records.RESULTS}: the record of step {step} has sparsity "
+                f"{input_dir / run.name / RESULTS}: the record of step {step} has sparsity "
                 f"{record['sparsity']:g} but no masks; runs of earlier versions did not keep them: train "
                 "anew"
             )

@@ -3,6 +3,7 @@ backbone."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -10,15 +11,19 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
-from domainbed_sfp.core.errors import UserError
-from domainbed_sfp.plugins import contract
+from domainbed_sfp.algorithms.pruning.scheduled import ScheduledPruning
+from domainbed_sfp.core.errors import UserError, did_you_mean
+from domainbed_sfp.plugins import contract, remedies
 from domainbed_sfp.pruning.groups import channel_groups
 from domainbed_sfp.training.hparams import resolve_hparams
 
@@ -47,9 +52,9 @@ def outcomes(name: str) -> Iterator[Outcome]:
             check(name)
         except AssertionError as error:
             problem = str(error) or "an assertion of its own failed: " + _place(error, module)
-            mend = contract.MENDS[title]
+            mend = remedies.MENDS[title]
         except Exception as error:  # a broken algorithm can raise anything, and the other checks still have to run
-            told = f"{type(error).__name__}: {error} ({_place(error, module)})"
+            told = f"{type(error).__name__}: {error}{_nearest(error, name)} ({_place(error, module)})"
             earlier = raised.setdefault(told, title)
             problem = told if earlier == title else f"the same exception as in {earlier}"
             mend = "mend what raises it first; what this check is about could not be seen"
@@ -57,30 +62,100 @@ def outcomes(name: str) -> Iterator[Outcome]:
         yield Outcome(title, did, problem is None, seconds, problem, mend)
 
 
-def run(name: str, as_json: bool) -> int:
-    """Prints the report; 0 when every check passed, 1 otherwise."""
+def warnings_of(name: str) -> Iterator[str]:
+    """What of algorithm `name` is within the contract, and not what its author will have meant."""
+    if not issubclass(registry.get(name).cls, ScheduledPruning):
+        return
+    algorithm = contract.make(name, overrides={"backbone": "mnist_cnn_bn"})
+    assert isinstance(algorithm, ScheduledPruning)
+    contract.run(algorithm, 0, contract.STEPS // 2)
+    before = {key: value.clone() for key, value in algorithm.named_buffers()}
+    algorithm.train().score(contract.minibatches(contract.STEPS // 2))
+    for key, value in algorithm.named_buffers():
+        if key.endswith(("running_mean", "running_var")) and not torch.equal(value, before[key]):
+            yield (
+                f"score() moves BatchNorm's statistics ({key}): it runs the network in training mode, and evaluations "
+                "see that; run a copy of it (copy.deepcopy), or call eval() before and train() after"
+            )
+            return
+
+
+def named(algorithm: str) -> list[str]:
+    """The algorithms that are meant: the registered one of that name, or those that a Python file registers.
+
+    Raises UserError where there is no such file, or it cannot be imported or registers none.
+    """
+    if not algorithm.endswith(".py"):
+        return [registry.get(algorithm).name]
+    path = Path(algorithm)
+    if not path.is_file():
+        raise UserError(f"there is no file {algorithm!r}; expected an algorithm's name, or a Python file with one")
+    known = set(registry.names())
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent.resolve()))  # its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:  # a stranger's file can raise anything
+        told = f"{type(error).__name__}: {error} ({_place(error, module.__file__)})"
+        raise UserError(f"{algorithm!r} cannot be imported: {told}") from error
+    finally:
+        sys.path.pop(0)
+    if not (found := [name for name in registry.names() if name not in known]):
+        raise UserError(f"{algorithm!r} registers no algorithm; expected a class with the decorator @register")
+    return found
+
+
+def variants(name: str) -> list[dict[str, Any]]:
+    """The hparams under which an algorithm is checked: its defaults, and single weights where it offers them too."""
+    granularity = registry.get(name).hparams.get("granularity")
+    offers = granularity and granularity.default != "weight" and "weight" in getattr(granularity.valid, "choices", ())
+    return [{}, {"granularity": "weight"}] if offers else [{}]
+
+
+def run(algorithm: str, as_json: bool) -> int:
+    """Checks an algorithm, or those of a file, and prints the report; 0 when every check passed, 1 otherwise."""
+    return max([_run(name, as_json) for name in named(algorithm)])
+
+
+def _run(name: str, as_json: bool) -> int:
     info = registry.get(name)
-    found = []
+    found: list[tuple[dict[str, Any], Outcome]] = []
     console = Console(highlight=False, soft_wrap=True)
     if not as_json:
         where = f"{info.cls.__module__}.{info.cls.__qualname__}"
         console.print(f"{name} ({escape(where)}): {len(contract.CHECKS)} checks of the contract")
-    for outcome in outcomes(name):
-        found.append(outcome)
-        if not as_json:
-            verdict = "[green]passed[/green]" if outcome.passed else "[red]FAILED[/red]"
-            console.print(f"{verdict}  {outcome.check} ({outcome.seconds:.1f} s): {escape(outcome.did)}")
-            if outcome.problem:
-                console.print(f"        what happened: {escape(outcome.problem)}")
-                console.print(f"        how to mend it: {escape(outcome.mend or '')}")
-    failed = sum(not outcome.passed for outcome in found)
+    for overrides in variants(name):
+        with contract.variant(**overrides):
+            if overrides and not as_json:
+                console.print("with " + ", ".join(f"{key} {value}" for key, value in overrides.items()) + ":")
+            for outcome in outcomes(name):
+                found.append((overrides, outcome))
+                if not as_json:
+                    _print(console, outcome)
+    failed = sum(not outcome.passed for _, outcome in found)
+    warned = [] if failed else list(warnings_of(name))
     if as_json:
-        document = {"algorithm": name, "passed": not failed, "checks": [asdict(outcome) for outcome in found]}
-        print(json.dumps(document, indent=1))
-    else:
-        passed = f"{len(found) - failed} of {len(found)} checks passed"
-        console.print(f"{passed}: {name} keeps the contract." if not failed else f"{passed}, {failed} failed.")
+        checks = [{**asdict(outcome), "hparams": overrides} for overrides, outcome in found]
+        print(json.dumps({"algorithm": name, "passed": not failed, "checks": checks, "warnings": warned}, indent=1))
+        return 1 if failed else 0
+    for warning in warned:
+        console.print(f"[yellow]warning[/yellow]  {escape(warning)}")
+    passed = f"{len(found) - failed} of {len(found)} checks passed"
+    console.print(f"{passed}: {name} keeps the contract." if not failed else f"{passed}, {failed} failed.")
     return 1 if failed else 0
+
+
+def _print(console: Console, outcome: Outcome) -> None:
+    verdict = "[green]passed[/green]" if outcome.passed else "[red]FAILED[/red]"
+    console.print(f"{verdict}  {outcome.check} ({outcome.seconds:.1f} s): {escape(outcome.did)}")
+    if outcome.problem:
+        console.print(f"        what happened: {escape(outcome.problem)}")
+        console.print(f"        how to mend it: {escape(outcome.mend or '')}")
 
 
 def run_backbone(name: str, image_size: int) -> int:
@@ -151,6 +226,18 @@ _SHOWN = 12
 
 def _count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _nearest(error: Exception, algorithm: str) -> str:
+    """Of a name that is no key: the nearest of the algorithm's parameters, hparams and groups."""
+    if not isinstance(error, KeyError) or not error.args or not isinstance(error.args[0], str):
+        return ""
+    try:
+        made = contract.make(algorithm)
+    except Exception:  # what is wrong with it is told elsewhere
+        return ""
+    groups = (group.name for group in getattr(made, "groups", ()))
+    return did_you_mean(error.args[0], [*dict(made.named_parameters()), *made.hparams, *groups])
 
 
 def _place(error: BaseException, module: str | None) -> str:

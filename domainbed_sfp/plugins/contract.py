@@ -13,9 +13,11 @@ import io
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -24,47 +26,48 @@ from torch import Tensor
 
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.base import Algorithm, final_step_of
+from domainbed_sfp.core.errors import did_you_mean
 from domainbed_sfp.core.seeds import seed_everything, seed_hash
 from domainbed_sfp.data import base
 from domainbed_sfp.data.base import Dataset
 from domainbed_sfp.data.loaders import Minibatch
 from domainbed_sfp.data.sets.digits import FullColoredDigits
 from domainbed_sfp.deploy import shrink
+from domainbed_sfp.plugins.easy_batches import BATCH, CLASSES, DOMAINS, INPUT_SHAPE, minibatches
 from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs import checkpoints, records
+from domainbed_sfp.runs.layout import RESULTS
 from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import hparams
 from domainbed_sfp.training import train as training
 
-INPUT_SHAPE, CLASSES, DOMAINS, BATCH = (3, 8, 8), 4, 3, 8
 STEPS = 16
 
 # Of a whole run through the training loop: samples of the data set, and those a batch takes from each environment.
 RUN_SAMPLES, RUN_BATCH = 240, 16
 
 
+# Hparams under which the checks look at an algorithm, beside its defaults.
+_variant: ContextVar[Mapping[str, Any]] = ContextVar("variant", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def variant(**overrides: Any) -> Iterator[None]:
+    """While it lasts, the checks look at algorithms with these hparams."""
+    token = _variant.set(overrides)
+    try:
+        yield
+    finally:
+        _variant.reset(token)
+
+
 def make(name: str, total_steps: int = STEPS, overrides: Mapping[str, Any] | None = None) -> Algorithm:
     """A small instance of algorithm `name` for 8 x 8 images, freshly initialised from seed 0."""
-    values = hparams.resolve_hparams(name, "FullColoredDigits", overrides=overrides)
+    values = hparams.resolve_hparams(name, "FullColoredDigits", overrides={**_variant.get(), **(overrides or {})})
     seed_everything(0)
     algorithm: Algorithm = registry.get(name).make(INPUT_SHAPE, CLASSES, DOMAINS, values)
     algorithm.total_steps = total_steps
     return algorithm
-
-
-def minibatches(step: int) -> list[Minibatch]:
-    """Easy batches: the class is the brightest quadrant."""
-    batches = []
-    for domain in range(DOMAINS):
-        generator = torch.Generator().manual_seed(seed_hash("contract", step, domain))
-        y = torch.randint(CLASSES, (BATCH,), generator=generator)
-        x = 0.5 * torch.randn(BATCH, *INPUT_SHAPE, generator=generator)
-        for index, label in enumerate(y.tolist()):
-            row, column = 4 * (label // 2), 4 * (label % 2)
-            x[index, :, row : row + 4, column : column + 4] += 1.5
-        aligned = torch.randperm(BATCH, generator=generator) < 3 * BATCH // 4
-        batches.append(Minibatch(x, y, aligned))
-    return batches
 
 
 def run(algorithm: Algorithm, first: int, last: int) -> list[dict[str, float]]:
@@ -90,11 +93,11 @@ class WholeRun:
 
 def whole_run(name: str) -> WholeRun:
     """Several checks look at the same run: it is computed once for all that ask in turn."""
-    return _whole_run(registry.get(name).cls, name, make)
+    return _whole_run(registry.get(name).cls, name, make, tuple(sorted(_variant.get().items())))
 
 
 @functools.lru_cache(maxsize=1)
-def _whole_run(cls: type[Algorithm], name: str, make: Callable[[str], Algorithm]) -> WholeRun:
+def _whole_run(cls: type[Algorithm], name: str, make: Callable[[str], Algorithm], variant: Any) -> WholeRun:
     algorithm = make(name)
     logged, compression = [], []
     for step in range(STEPS):
@@ -214,7 +217,7 @@ def check_masks(name: str) -> None:
     algorithm = whole.algorithm
     parameters = dict(algorithm.named_parameters())
     for key, mask in algorithm.masks().items():
-        assert key in parameters, f"mask of unknown parameter {key!r}"
+        assert key in parameters, f"mask of unknown parameter {key!r}{did_you_mean(key, parameters)}"
         assert mask.dtype == torch.bool and mask.shape == parameters[key].shape, (
             f"{key}: {mask.dtype} {tuple(mask.shape)}"
         )
@@ -293,11 +296,11 @@ def check_never_touches_the_test_environment(name: str) -> None:
             contextlib.redirect_stdout(io.StringIO()),
         ):
             arguments = RunSettings(dataset="FullColoredDigits", algorithm=name, test_envs=[1], steps=12)
-            batch = json.dumps({"batch_size": RUN_BATCH})
+            batch = json.dumps({"batch_size": RUN_BATCH, **_variant.get()})
             training.train(
                 replace(arguments, hparams=batch, checkpoint_freq=3, output_dir=folder, skip_model_save=True)
             )
-            record = json.loads((Path(folder) / records.RESULTS).read_text().splitlines()[-1])
+            record = json.loads((Path(folder) / RESULTS).read_text().splitlines()[-1])
         volatile = {*records.VOLATILE_FIELDS, "args"}
         return {key: value for key, value in record.items() if key not in volatile and not key.startswith("env1_")}
 
@@ -343,52 +346,6 @@ CHECKS: dict[str, Callable[[str], None]] = {
         check_export,
         check_never_touches_the_test_environment,
     )
-}
-
-# What usually lies behind a failure and mends it, by the names of CHECKS.
-MENDS: dict[str, str] = {
-    "updates_lower_the_loss": (
-        "update() must train on the batches it gets (zero_grad, backward, step) and return a dict of finite "
-        "numbers with 'loss' among them; if it trains too timidly, mind the default of hparam 'lr' and of "
-        "schedules, which must take their fractions from self.total_steps"
-    ),
-    "predict_gives_logits": (
-        "predict() returns logits [N, num_classes], works for a single image and writes nothing: keep counters and "
-        "statistics out of it, and BatchNorm in the mode that train() and eval() set"
-    ),
-    "hparams_are_json": (
-        "defaults and samples must be plain numbers, words or booleans, no numpy scalars or tuples: wrap a draw in "
-        "int(...), float(...) or bool(...)"
-    ),
-    "deepcopy": (
-        "keep no reference to modules or optimizers outside the object (globals, class attributes, closures); what "
-        "hooks need goes through self"
-    ),
-    "exact_resume": (
-        "all that changes while training must be a parameter, a buffer, an optimizer that is an attribute, or part "
-        "of get_extra_state() and set_extra_state(): step counters and moving averages above all"
-    ),
-    "deterministic": (
-        "draw from torch's, numpy's or python's global generators, which are seeded before every step, never from "
-        "one of your own seeded by the clock or the system; do not rely on the order of a set"
-    ),
-    "degenerate_batches": (
-        "guard divisions and logarithms (clamp the denominator), and statistics of one sample: std and var of it "
-        "are NaN with unbiased=True"
-    ),
-    "masks": (
-        "masks() returns bool tensors named and shaped as parameters; zero the dead weights after every optimizer "
-        "step (Adam's moments move them); sparsity() counts from the same masks; at_final_compression() is True "
-        "once they no longer change, before the last step; final_step() says the same step beforehand, or None"
-    ),
-    "export": (
-        "export() returns a deep copy of the network that predict runs, in evaluation mode, with the masks applied; a "
-        "channel is out only where masks() has the weights that read it as well as those that write it"
-    ),
-    "never_touches_the_test_environment": (
-        "learn from the minibatches of update() and the batches of prepare_evaluation() alone: predict() sees the "
-        "test environment and must leave no trace"
-    ),
 }
 
 

@@ -44,18 +44,16 @@ _ALGORITHM = '''"""{algorithm}: replace this line by what it does and where it c
 
 from __future__ import annotations
 
+from domainbed_sfp import PRUNING_HPARAMS, Hparam, ScheduledPruning, register
 from domainbed_sfp.algorithms.base import Minibatches
-from domainbed_sfp.algorithms.pruning.scheduled import PRUNING_HPARAMS, ScheduledPruning
-from domainbed_sfp.training.hparams import NOT_NEGATIVE, Hparam
+from domainbed_sfp.core.hparam import NOT_NEGATIVE
 from domainbed_sfp.pruning.scores import Scores
-from domainbed_sfp.algorithms.registry import register
 
 
 @register(
     "{algorithm}",
     family="pruning",
-    reference="unpublished",
-    standing="published",  # or "reconstruction", where a paper's method is built anew and the paper leaves gaps
+    reference="described here",  # or the paper; with standing="reconstruction" where that leaves gaps you have filled
     hparams={{
         **PRUNING_HPARAMS,
         # default; how a random search draws it from a numpy RandomState; a line of explanation; the values allowed
@@ -90,7 +88,7 @@ _TEST = '''"""{algorithm} keeps the contract of domainbed_sfp."""
 from __future__ import annotations
 
 import pytest
-from domainbed_sfp.plugins import contract
+from domainbed_sfp.plugins import contract, remedies
 
 
 @pytest.mark.parametrize("check", contract.CHECKS)
@@ -98,7 +96,7 @@ def test_contract(check):
     try:
         contract.CHECKS[check]("{algorithm}")
     except AssertionError as error:
-        pytest.fail(f"{{error}}\\nhow to mend it: {{contract.MENDS[check]}}", pytrace=False)
+        pytest.fail(f"{{error}}\\nhow to mend it: {{remedies.MENDS[check]}}", pytrace=False)
 '''
 
 _SPEC = """\

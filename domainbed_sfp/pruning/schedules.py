@@ -27,7 +27,7 @@ EXCHANGE_FRACTION = 100 / 5001
 SHORTEST_EXCHANGE = 25
 EXCHANGE_INTERVAL = Hparam(
     0.0,
-    doc=f"fraction of the run between two exchanges of weights; 0: 2 %, but {SHORTEST_EXCHANGE} steps at least",
+    doc=f"the papers' dT: fraction of the run between two exchanges; 0: 2 %, but {SHORTEST_EXCHANGE} steps at least",
     valid=FRACTION,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +18,40 @@ from domainbed_sfp.pruning.groups import ChannelGroup
 Scores = dict[str, Tensor]
 
 
-def weight_magnitude(parameters: Mapping[str, Tensor]) -> Scores:
+class ChannelScore(Protocol):
+    """What every channel of a group is worth; the lowest go first."""
+
+    def __call__(self, group: ChannelGroup, parameters: Mapping[str, Tensor], /) -> Tensor:
+        """[group.channels], finite or infinite. `parameters` are all of the algorithm's, by name; their `grad` is that
+        of the loss of the step behind which masks are renewed."""
+
+
+class WeightScore(Protocol):
+    """What every weight of a layer is worth; the lowest go first."""
+
+    def __call__(self, weight: Tensor, /) -> Tensor:
+        """Of the weight's shape. Its `grad` is as in `ChannelScore`."""
+
+
+def by_group(score: ChannelScore, groups: Iterable[ChannelGroup], parameters: Mapping[str, Tensor]) -> Scores:
+    """The scores of all groups' channels, by group name."""
+    return {group.name: score(group, parameters).detach() for group in groups}
+
+
+def by_weight(score: WeightScore, weights: Mapping[str, Tensor]) -> Scores:
+    """The scores of all weights, by parameter name."""
+    return {name: score(weight).detach() for name, weight in weights.items()}
+
+
+def weight_magnitude(weight: Tensor) -> Tensor:
     """|w| of every weight."""
-    return {name: weight.detach().abs() for name, weight in parameters.items()}
+    return weight.abs()
 
 
-def channel_magnitude(groups: Iterable[ChannelGroup], parameters: Mapping[str, Tensor]) -> Scores:
+def channel_magnitude(group: ChannelGroup, parameters: Mapping[str, Tensor]) -> Tensor:
     """L2 norm of the filters that produce each channel (Li et al. 2017 with L2), over all producers of a group."""
-    return {
-        group.name: torch.stack(
-            [parameters[name].detach().float().flatten(1).square().sum(1) for name in group.filters]
-        )
-        .sum(0)
-        .sqrt()
-        for group in groups
-    }
+    squares = [parameters[name].detach().float().flatten(1).square().sum(1) for name in group.filters]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def channel_sums(groups: Iterable[ChannelGroup], weight_scores: Mapping[str, Tensor]) -> Scores:
@@ -53,23 +73,21 @@ def channel_reader_sums(groups: Iterable[ChannelGroup], weight_scores: Mapping[s
     }
 
 
-def weight_taylor(parameters: Mapping[str, Tensor]) -> Scores:
-    """(g w)^2 of every weight, from the gradients g that the parameters hold: the squared first-order change of the
-    loss when the weight is set to zero (Molchanov et al. 2019, section 3)."""
-    return {name: (weight * _gradient(weight)).detach().square() for name, weight in parameters.items()}
+def weight_taylor(weight: Tensor) -> Tensor:
+    """(g w)^2 of every weight, from the gradient g that it holds: the squared first-order change of the loss when the
+    weight is set to zero (Molchanov et al. 2019, section 3)."""
+    return (weight * _gradient(weight)).detach().square()
 
 
-def channel_taylor(groups: Iterable[ChannelGroup], parameters: Mapping[str, Tensor]) -> Scores:
+def channel_taylor(group: ChannelGroup, parameters: Mapping[str, Tensor]) -> Tensor:
     """(dL/dz)^2 of a gate z = 1 that scales all that later layers read of a channel (Molchanov et al. 2019, section 3):
     the square of the sum of g w over the weights that read it, from the gradients that the parameters hold.
 
     Over the weights of a filter in front of a normalization that sum is zero, whatever the channel is worth: scaling
     the filter changes nothing. Gates therefore stand behind the normalization, as in the paper's experiments.
     """
-    groups = list(groups)
-    readers = {name for group in groups for name in group.readers}
-    products = {name: (parameters[name] * _gradient(parameters[name])).detach() for name in readers}
-    return {name: sums.square() for name, sums in channel_reader_sums(groups, products).items()}
+    products = {name: (parameters[name] * _gradient(parameters[name])).detach() for name in group.readers}
+    return channel_reader_sums([group], products)[group.name].square()
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.errors import UserError, did_you_mean
 
 
 def attribute_name(name: str) -> str:
@@ -62,7 +62,8 @@ class Masks(nn.Module):
         """Replaces one mask. Raises UserError for an unknown name, another shape, or a layer wiped out;
         TypeError for a mask that is not bool."""
         if name not in self.names:
-            raise UserError(f"mask {name!r} is of another network: it has no such parameter")
+            near = did_you_mean(name, self.names)
+            raise UserError(f"mask {name!r} is of another network: it has no such parameter{near}")
         current = self[name]
         if mask.dtype != torch.bool:
             raise TypeError(f"mask of {name!r}: expected bool, got {mask.dtype}")

@@ -65,7 +65,8 @@ def without_aliases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
 
 def read_state(path: Path) -> dict[str, Any]:
     """The JSON-safe state of a checkpoint. Raises UserError where the file is no checkpoint."""
-    return _read_header(path)["state"]
+    state: dict[str, Any] = _read_header(path)["state"]
+    return state
 
 
 def load_checkpoint(path: Path, algorithm: nn.Module) -> dict[str, Any]:
@@ -78,7 +79,8 @@ def load_checkpoint(path: Path, algorithm: nn.Module) -> dict[str, Any]:
         _restore(path, header, algorithm)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, SafetensorError) as error:
         raise UserError(f"checkpoint {str(path)!r} is damaged ({error}); remove it to start anew") from error
-    return header["state"]
+    state: dict[str, Any] = header["state"]
+    return state
 
 
 def _restore(path: Path, header: Mapping[str, Any], algorithm: nn.Module) -> None:
@@ -124,7 +126,7 @@ def save_model(path: Path, contents: Mapping[str, Any]) -> None:
 def _read_header(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = strict_json.parse(file.metadata()["domainbed_sfp"])
+            header: dict[str, Any] = strict_json.parse(file.metadata()["domainbed_sfp"])
         for part in ("state", "aliases", "values", "optimizers"):
             if not isinstance(header[part], dict):
                 raise TypeError(f"{part} is not an object")

@@ -100,11 +100,13 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        return self.args["dataset"]
+        dataset: str = self.args["dataset"]
+        return dataset
 
     @property
     def algorithm(self) -> str:
-        return self.args["algorithm"]
+        algorithm: str = self.args["algorithm"]
+        return algorithm
 
     @property
     def test_envs(self) -> tuple[int, ...]:
@@ -112,16 +114,19 @@ class Run:
 
     @property
     def hparams_seed(self) -> int:
-        return self.args["hparams_seed"]
+        seed: int = self.args["hparams_seed"]
+        return seed
 
     @property
     def evaluate(self) -> str:
         """Which checkpoints have records: "all", as in DomainBed, or "final", those that selection may choose."""
-        return self.args.get("evaluate", "all")
+        evaluate: str = self.args.get("evaluate", "all")
+        return evaluate
 
     @property
     def trial_seed(self) -> int:
-        return self.args["trial_seed"]
+        seed: int = self.args["trial_seed"]
+        return seed
 
     def at(self, checkpoints: Sequence[int]) -> Run:
         """The run with only these checkpoints (indices into `steps`), in this order."""
@@ -245,7 +250,8 @@ def saved_step(directory: str | os.PathLike[str]) -> int:
     try:
         # As checkpoints.read_state does, but without torch.
         with safe_open(Path(directory) / CHECKPOINT, framework="numpy") as file:
-            return strict_json.parse(file.metadata()["domainbed_sfp"])["state"]["step"]
+            step: int = strict_json.parse(file.metadata()["domainbed_sfp"])["state"]["step"]
+            return step
     except (OSError, SafetensorError, ValueError, TypeError, KeyError):
         return 0
 

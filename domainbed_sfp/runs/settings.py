@@ -96,7 +96,8 @@ def settings_fields() -> dict[str, Field[Any]]:
 
 def setting(name: str) -> Setting:
     """What is to be known of the setting `name`."""
-    return settings_fields()[name].metadata["setting"]
+    found: Setting = settings_fields()[name].metadata["setting"]
+    return found
 
 
 def protocol() -> tuple[str, ...]:

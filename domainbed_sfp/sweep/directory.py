@@ -16,7 +16,7 @@ from domainbed_sfp.core import locks, provenance
 from domainbed_sfp.core.errors import UserError, spelled
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.runs import records
-from domainbed_sfp.runs.layout import DONE, LOCK
+from domainbed_sfp.runs.layout import DONE, FAILURE, LOCK
 from domainbed_sfp.runs.manifests import jobs_of, read_manifests, write_manifest
 from domainbed_sfp.runs.packed import packed_runs
 from domainbed_sfp.runs.settings import known_settings, protocol
@@ -129,7 +129,7 @@ class SweepDirectory:
             return State.DONE
         if locks.is_held(folder / LOCK):
             return State.RUNNING
-        return State.FAILED if (folder / records.FAILURE).exists() else State.INCOMPLETE
+        return State.FAILED if (folder / FAILURE).exists() else State.INCOMPLETE
 
     def register(self, jobs: Sequence[Job]) -> None:
         """Notes the jobs in sweep.json, so that tables can name what is missing.

@@ -29,6 +29,7 @@ from typing import Any
 from domainbed_sfp.core import strict_json
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.files import write_atomically
+from domainbed_sfp.training.folder import AlreadyRunning
 
 FOLDER = "slurm"
 TASKS = "tasks.json"
@@ -49,7 +50,7 @@ ENDED = BROKEN | {"CANCELLED", "COMPLETED", "PREEMPTED", "REVOKED"}
 # Windows, which has no SLURM, has no SIGUSR1 either.
 TIME_IS_UP = 128 + getattr(signal, "SIGUSR1", 10)
 # Ends that lose nothing: done, computed by another process (EX_TEMPFAIL), or stopped with a checkpoint.
-HARMLESS = frozenset({0, 75, 128 + signal.SIGINT, 128 + signal.SIGTERM, TIME_IS_UP})
+HARMLESS = frozenset({0, AlreadyRunning.exit_status, 128 + signal.SIGINT, 128 + signal.SIGTERM, TIME_IS_UP})
 
 _LOG = re.compile(r"(?P<array>\d+)_(?P<index>\d+)_0_log\.err")
 _NOTE = re.compile(r"(?P<index>\d+)\.json")

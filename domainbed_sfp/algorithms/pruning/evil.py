@@ -151,7 +151,7 @@ class EVIL(ScheduledPruning):
 
     def score(self, minibatches: Minibatches) -> scores.Scores:
         parameters = dict(self.named_parameters())
-        return scores.weight_magnitude({name: parameters[name] for name in self.unit_shapes})
+        return scores.by_weight(scores.weight_magnitude, {name: parameters[name] for name in self.unit_shapes})
 
     def choose_alive(self, minibatches: Minibatches, sparsity: float) -> dict[str, Tensor]:
         if self.step == self.schedule.first_step(self.total_steps):
@@ -165,9 +165,9 @@ class EVIL(ScheduledPruning):
         }
 
     @torch.no_grad()
-    def _renew_masks(self, minibatches: Minibatches) -> None:
+    def renew_masks(self, minibatches: Minibatches) -> None:
         before = self.masks()
-        super()._renew_masks(minibatches)
+        super().renew_masks(minibatches)
         parameters = dict(self.named_parameters())
         for name, earlier in before.items():
             grown = self.weight_masks[name] & ~earlier
@@ -178,7 +178,7 @@ class EVIL(ScheduledPruning):
                 if isinstance(moments, Tensor) and moments.shape == weight.shape:
                     moments.masked_fill_(grown, 0.0)
 
-    def _mask_is_due(self) -> bool:
+    def mask_is_due(self) -> bool:
         begins = self.step == self.schedule.first_step(self.total_steps)
         return begins or self.schedule.exchanges_at(self.step, self.total_steps)
 

@@ -221,10 +221,10 @@ class LearnedMaskPruning(GatedPruning):
         if not self.gates_are_open():
             return super().update(minibatches, unlabeled)
         metrics = self._learn_gates(minibatches)
-        if self._mask_is_due():
-            self._renew_masks(minibatches)
+        if self.mask_is_due():
+            self.renew_masks(minibatches)
             self.begin_retraining()
-            self._apply_masks()
+            self.apply_masks()
         self.step += 1
         return metrics
 

@@ -67,11 +67,11 @@ class LotteryTicket(Magnitude):
             self._store()
         return super().update(minibatches, unlabeled)
 
-    def _mask_is_due(self) -> bool:
+    def mask_is_due(self) -> bool:
         return self.step in self.schedule.steps(self.total_steps)
 
-    def _renew_masks(self, minibatches: Minibatches) -> None:
-        super()._renew_masks(minibatches)
+    def renew_masks(self, minibatches: Minibatches) -> None:
+        super().renew_masks(minibatches)
         if self.schedule.at(self.step, self.total_steps) > 0:
             self._rewind()
 

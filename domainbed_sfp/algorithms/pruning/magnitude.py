@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.pruning.scheduled import PRUNING_HPARAMS, ScheduledPruning
 from domainbed_sfp.algorithms.registry import register
 from domainbed_sfp.pruning import scores
@@ -17,8 +16,5 @@ from domainbed_sfp.pruning import scores
 class Magnitude(ScheduledPruning):
     """Keeps the weights of largest magnitude, or the channels whose filters have the largest L2 norm."""
 
-    def score(self, minibatches: Minibatches) -> scores.Scores:
-        parameters = dict(self.named_parameters())
-        if self.granularity == "channel":
-            return scores.channel_magnitude(self.groups, parameters)
-        return scores.weight_magnitude({name: parameters[name] for name in self.unit_shapes})
+    channel_score = staticmethod(scores.channel_magnitude)
+    weight_score = staticmethod(scores.weight_magnitude)

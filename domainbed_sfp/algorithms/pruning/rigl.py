@@ -126,7 +126,7 @@ class RigL(ScheduledPruning):
         """The density of each layer, by unit name."""
         return layer_densities(self.unit_shapes, 1 - self.schedule.sparsity, self.hparams["sparsity_distribution"])
 
-    def _mask_is_due(self) -> bool:
+    def mask_is_due(self) -> bool:
         return self.step == 0
 
     @torch.no_grad()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches, ObjectiveAlgorithm
-from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.errors import UserError, did_you_mean
 from domainbed_sfp.core.hparam import Hparam, one_of
 from domainbed_sfp.networks.recalibration import recalibrate_batchnorm
 from domainbed_sfp.pruning import scores
@@ -37,6 +37,8 @@ UNIT_HPARAMS = {
 }
 
 PRUNING_HPARAMS = {**SCHEDULE_HPARAMS, **UNIT_HPARAMS, "reconstruction": RECONSTRUCTION}
+# Of a method that removes channels alone.
+CHANNEL_HPARAMS = {name: hparam for name, hparam in PRUNING_HPARAMS.items() if name != "granularity"}
 
 # On a long ramp the mask is renewed this often, not at every step: ranking all weights costs time.
 RAMP_UPDATES = 100
@@ -48,8 +50,13 @@ class ScheduledPruning(ObjectiveAlgorithm):
     """Trains with an objective and removes the units of lowest `score` on a cubic ramp.
 
     Dense until `prune_start`, then sparser up to `prune_end`, then fine-tuned with a fixed mask. A unit once removed
-    stays removed. Subclasses define `score`.
+    stays removed. Subclasses say what a unit is worth: by `channel_score` and `weight_score`, or by `score`. The page
+    "Write an algorithm" lists what else they may define.
     """
+
+    # What a channel of a group, and a weight, is worth, for a method that is nothing but that (`pruning.scores`).
+    channel_score: ClassVar[scores.ChannelScore | None] = None
+    weight_score: ClassVar[scores.WeightScore | None] = None
 
     granularity = "channel"
     # True where masks are renewed before a step's update instead of after it: pruning at initialization.
@@ -129,20 +136,28 @@ class ScheduledPruning(ObjectiveAlgorithm):
 
     def score(self, minibatches: Minibatches) -> scores.Scores:
         """One number per unit, the lowest go first: by parameter name, each of its shape, for granularity `weight`;
-        by group name, [channels], for `channel`."""
-        raise TypeError(f"{type(self).__name__} does not define score(minibatches)")
+        by group name, [channels], for `channel`. By default what `channel_score` and `weight_score` give."""
+        parameters = dict(self.named_parameters())
+        if self.granularity == "channel" and (channel := type(self).channel_score):
+            return scores.by_group(channel, self.groups, parameters)
+        if self.granularity == "weight" and (weight := type(self).weight_score):
+            return scores.by_weight(weight, {name: parameters[name] for name in self.unit_shapes})
+        raise UserError(
+            f"{type(self).__name__} has no score for granularity {self.granularity!r}: it defines neither "
+            f"{self.granularity}_score nor score(minibatches); with CHANNEL_HPARAMS it offers channels alone"
+        )
 
     def update(self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None) -> dict[str, float]:
-        if self.prunes_before_update and self._mask_is_due():
-            self._renew_masks(minibatches)
-            self._apply_masks()
+        if self.prunes_before_update and self.mask_is_due():
+            self.renew_masks(minibatches)
+            self.apply_masks()
         with self.reconstruction.watch(self, self.step <= self.schedule.last_step(self.total_steps)) as seen:
             metrics = super().update(minibatches, unlabeled)
         self.take_inputs(seen, minibatches)
         self.before_masks()
-        if not self.prunes_before_update and self._mask_is_due():
-            self._renew_masks(minibatches)
-        self._apply_masks()
+        if not self.prunes_before_update and self.mask_is_due():
+            self.renew_masks(minibatches)
+        self.apply_masks()
         self.step += 1
         return metrics
 
@@ -180,13 +195,15 @@ class ScheduledPruning(ObjectiveAlgorithm):
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.step = state["step"]
 
-    def _mask_is_due(self) -> bool:
+    def mask_is_due(self) -> bool:
+        """Whether masks are renewed in this step; by default some times on the ramp, and where it ends."""
         first, last = (edge(self.total_steps) for edge in (self.schedule.first_step, self.schedule.last_step))
         if not first <= self.step <= last:
             return False
         return self.step == last or (self.step - first) % max(1, (last - first) // self.ramp_updates) == 0
 
-    def _apply_masks(self) -> None:
+    def apply_masks(self) -> None:
+        """Zeroes the weights that masks remove; called after every step's update."""
         if self.step >= self.schedule.first_step(self.total_steps):
             self.weight_masks.zero_dead(dict(self.named_parameters()))
 
@@ -203,9 +220,8 @@ class ScheduledPruning(ObjectiveAlgorithm):
         whose = f"score() of {type(self).__name__}"
         lacking, strange = self.unit_shapes.keys() - found.keys(), found.keys() - self.unit_shapes.keys()
         if lacking or strange:
-            wrong = ([f"none for {sorted(lacking)[0]!r}"] if lacking else []) + (
-                [f"one for {sorted(strange)[0]!r}"] if strange else []
-            )
+            wrong = [f"none for {name!r}" for name in sorted(lacking)[:1]]
+            wrong += [f"one for {name!r}{did_you_mean(name, self.unit_shapes)}" for name in sorted(strange)[:1]]
             raise UserError(
                 f"{whose} gives {' and '.join(wrong)}; at granularity {self.granularity!r} it has to give a tensor for "
                 f"each of {len(self.unit_shapes)} names, such as {next(iter(self.unit_shapes))!r}"
@@ -224,7 +240,8 @@ class ScheduledPruning(ObjectiveAlgorithm):
         return self.hparams.get("pruning_scope", "layer")
 
     @torch.no_grad()
-    def _renew_masks(self, minibatches: Minibatches) -> None:
+    def renew_masks(self, minibatches: Minibatches) -> None:
+        """Sets `unit_masks` and `weight_masks` to what this step's sparsity leaves; called where `mask_is_due`."""
         sparsity = self.schedule.at(self.step, self.total_steps)
         if sparsity == 0:
             return

@@ -48,9 +48,9 @@ class Taylor(ScheduledPruning):
             return
         parameters = dict(self.named_parameters())
         if self.granularity == "channel":
-            latest = scores.channel_taylor(self.groups, parameters)
+            latest = scores.by_group(scores.channel_taylor, self.groups, parameters)
         else:
-            latest = scores.weight_taylor({name: parameters[name] for name in self.unit_shapes})
+            latest = scores.by_weight(scores.weight_taylor, {name: parameters[name] for name in self.unit_shapes})
         for name, value in latest.items():
             self.importance[name].lerp_(value, 1 - self.hparams["taylor_momentum"])
 

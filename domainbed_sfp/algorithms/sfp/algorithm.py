@@ -1,4 +1,13 @@
-"""SFP and SFPWeighted: a step of training, from flags to weights. What it is built from: see the package."""
+"""SFP, spurious feature-targeted pruning (Wang, PolyU thesis 2024, ch. 4; arXiv 2212.09458, 2305.11615; ACM MM 2024,
+doi 10.1145/3664647.3680969). This project's reconstruction: the papers' method section does not determine it.
+
+What the papers state: in-domain samples that carry spurious features have a lower empirical risk; flag the samples
+whose loss lies under a threshold, and weaken the projection of the flagged samples' features into model space, so that
+the branches that fit spurious features become sparse; directions are analysed through an SVD; there is no global
+sparsity penalty.
+
+Why a low loss tells: see `flags`.
+"""
 
 from __future__ import annotations
 
@@ -128,8 +137,8 @@ class SFP(ScheduledPruning):
         self._check_contrast()
         return self.channel_scores.scores()
 
-    def _renew_masks(self, minibatches: Minibatches) -> None:
-        super()._renew_masks(minibatches)
+    def renew_masks(self, minibatches: Minibatches) -> None:
+        super().renew_masks(minibatches)
         self.removal.living = {}
 
     def decisions(self) -> dict[str, str]:

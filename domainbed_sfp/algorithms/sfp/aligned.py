@@ -78,7 +78,7 @@ TEMPERATURE = 2.0
             earlier="all",
         ),
     },
-    retired=RETIRED,
+    retired={name: value for name, value in RETIRED.items() if name != "reconstruction"},
 )
 class SFPAligned(SFP):
     """Spurious feature-targeted pruning with alignment, reconstructed.

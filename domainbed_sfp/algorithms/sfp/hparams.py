@@ -17,10 +17,7 @@ STATISTICS_EVERY = 4
 REFRESH = 0.05
 
 HPARAMS = {
-    **{
-        name: PRUNING_HPARAMS[name]
-        for name in ("sparsity", "pruning_scope", "prune_start", "prune_end", "reconstruction")
-    },
+    **{name: PRUNING_HPARAMS[name] for name in ("sparsity", "pruning_scope", "prune_start", "prune_end")},
     "flag_policy": Hparam(
         "loss",
         doc="loss: below the threshold; random: as many at random; oracle: the truth",
@@ -74,6 +71,7 @@ RETIRED = {
     "removal_spares": "nothing",
     "statistics_every": STATISTICS_EVERY,
     "refresh": REFRESH,
+    "reconstruction": "none",
 }
 
 

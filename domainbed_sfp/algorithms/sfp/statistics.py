@@ -63,7 +63,7 @@ class ChannelScores(nn.Module):
     @torch.no_grad()
     def take_taylor(self, parameters: Mapping[str, Tensor]) -> None:
         """Takes in the gradients that parameters hold."""
-        for name, value in scores.channel_taylor(self.groups, parameters).items():
+        for name, value in scores.by_group(scores.channel_taylor, self.groups, parameters).items():
             self.averages[name].lerp_(value, 1 - GRADIENT_MOMENTUM)
 
     @torch.no_grad()

@@ -189,7 +189,8 @@ def _format(args: argparse.Namespace) -> str:
         raise unknown_name("--format", args.format, [*_FORMATS, _DOMAINBED])
     if args.latex and args.format not in ("latex", _DOMAINBED):
         raise UserError(f"--latex and --format {args.format} contradict each other; give one of them")
-    return args.format
+    format_name: str = args.format
+    return format_name
 
 
 def _rules(selection: str | None) -> list[Rule]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from domainbed_sfp.analysis.degraded import Summary
+from domainbed_sfp.analysis.degraded import RowOnCopies
 from domainbed_sfp.analysis.render.grids import ABSENT, RECONSTRUCTION_NOTE, daggered
 from domainbed_sfp.analysis.rows import RECONSTRUCTION
 from domainbed_sfp.analysis.significance import paired_test
 
 
-def markdown_text(summaries: Sequence[Summary]) -> str:
+def markdown_text(summaries: Sequence[RowOnCopies]) -> str:
     """A table a data set: accuracy as they are, and at severities 1, 3 and 5; bits as they are and at 5; rho."""
     blocks = []
     for dataset in dict.fromkeys(summary.dataset for summary in summaries):
@@ -54,7 +54,7 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def _correlation(summary: Summary) -> str:
+def _correlation(summary: RowOnCopies) -> str:
     """Mean, standard error and p of a two-sided t-test against 0, in words."""
     if not summary.bits:
         return ABSENT

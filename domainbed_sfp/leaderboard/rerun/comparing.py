@@ -20,7 +20,7 @@ from domainbed_sfp.leaderboard.bundle.layout import RECORDS
 from domainbed_sfp.leaderboard.documents.bundle_schema import RECORD_SCHEMA
 from domainbed_sfp.leaderboard.documents.entry_schema import AGREEMENTS
 from domainbed_sfp.leaderboard.documents.problems import Problem, shown
-from domainbed_sfp.leaderboard.validation.outcomes import Comparison
+from domainbed_sfp.leaderboard.validation.outcomes import Recomputed
 from domainbed_sfp.runs.records import VOLATILE_FIELDS
 
 Record = Mapping[str, Any]
@@ -60,7 +60,7 @@ def compare(
     tolerance: float,
     selected: frozenset[int],
     sizes: Mapping[str, int] = MappingProxyType({}),
-) -> Comparison:
+) -> Recomputed:
     """Compares the records of a run with those of its second computation.
 
     Args:
@@ -70,7 +70,7 @@ def compare(
         selected: steps that a selection rule chose.
         sizes: of the splits, by the names of their accuracies, where they are known.
     """
-    outcome, file = Comparison(name), f"{RECORDS}/{name}.jsonl"
+    outcome, file = Recomputed(name), f"{RECORDS}/{name}.jsonl"
     pairs = list(zip(claimed, again))
     theirs, ours = (one[0].get("code") for one in (claimed, again))
     if theirs and ours and theirs != ours:
@@ -97,7 +97,7 @@ def compare(
     return outcome
 
 
-def check_means(comparisons: Sequence[Comparison], tolerance: float) -> tuple[float, Iterator[Problem]]:
+def check_means(comparisons: Sequence[Recomputed], tolerance: float) -> tuple[float, Iterator[Problem]]:
     """The signed mean difference of accuracies on unseen environments over all runs, in points, and what is wrong with
     it, or with that of validation splits or selected records: points added to every record, each within its tolerance,
     show here."""
@@ -119,10 +119,10 @@ def check_means(comparisons: Sequence[Comparison], tolerance: float) -> tuple[fl
 
 def compare_model(
     name: str, number: int, claimed: Record, again: Record, sizes: Mapping[str, int] = MappingProxyType({})
-) -> Comparison:
+) -> Recomputed:
     """Compares a record, the `number`th of run `name`, with the evaluation of its model: what follows from the model's
     state is the same anywhere; accuracies differ by a few samples, and what is measured of images by rounding."""
-    outcome = Comparison(name)
+    outcome = Recomputed(name)
     for field_name in sorted({*again, "masks"} - _APART):
         old, new = claimed.get(field_name), plain(again.get(field_name))
         if _same(field_name, claimed["step"], old, new):
@@ -147,7 +147,7 @@ def compare_model(
 UNSEEN, VALIDATION, SELECTED = "unseen environments", "validation splits", "selected records"
 
 
-def _collect(outcome: Comparison, pairs: Sequence[tuple[Record, Record]], selected: frozenset[int]) -> None:
+def _collect(outcome: Recomputed, pairs: Sequence[tuple[Record, Record]], selected: frozenset[int]) -> None:
     for old, new in pairs:
         is_selected = old["step"] in selected
         for name in old:

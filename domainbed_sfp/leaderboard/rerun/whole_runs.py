@@ -17,8 +17,8 @@ from domainbed_sfp.leaderboard.rerun.place import Place, args_of, as_recorded, h
 from domainbed_sfp.leaderboard.summary import BundleRun
 from domainbed_sfp.leaderboard.validation import Validation
 from domainbed_sfp.leaderboard.validation.context import records_of
-from domainbed_sfp.leaderboard.validation.outcomes import Comparison, Rerun
-from domainbed_sfp.runs import records
+from domainbed_sfp.leaderboard.validation.outcomes import Recomputed, Rerun
+from domainbed_sfp.runs.layout import RESULTS
 from domainbed_sfp.training import train as training
 
 
@@ -64,15 +64,15 @@ def train_again(outcome: Validation, again: Rerun, place: Place) -> None:
         again.disagreed += len(outcome.problems) - before
 
 
-def _compute(run: BundleRun, place: Place, tolerance: float, selected: frozenset[int]) -> Comparison:
+def _compute(run: BundleRun, place: Place, tolerance: float, selected: frozenset[int]) -> Recomputed:
     try:
         with tempfile.TemporaryDirectory() as folder:
             with as_recorded(run):
                 training.train(args_of(run, place, folder))
-            lines = (Path(folder) / records.RESULTS).read_text(encoding="utf-8").splitlines()
+            lines = (Path(folder) / RESULTS).read_text(encoding="utf-8").splitlines()
     except (UserError, RuntimeError, ValueError) as error:
         failed = Problem(records_of(run), "", "a run that can be trained", str(error) or type(error).__name__)
-        return Comparison(run.name, problems=[failed])
+        return Recomputed(run.name, problems=[failed])
     return compare(run.name, run.records, [json.loads(line) for line in lines], tolerance, selected, sizes_of(run))
 
 

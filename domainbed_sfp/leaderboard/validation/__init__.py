@@ -32,7 +32,7 @@ from domainbed_sfp.leaderboard.validation.report import Validation, json_of, ref
 from domainbed_sfp.leaderboard.validation.runs import check_runs
 from domainbed_sfp.leaderboard.validation.signature import check_signature
 from domainbed_sfp.leaderboard.validation.submission import check_submission
-from domainbed_sfp.runs.records import RESULTS
+from domainbed_sfp.runs.layout import RESULTS
 
 __all__ = ["CHECKS", "Bundle", "Validation", "json_of", "refusal_json", "text_of", "validate"]
 

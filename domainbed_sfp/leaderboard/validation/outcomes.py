@@ -10,7 +10,7 @@ from domainbed_sfp.leaderboard.documents.problems import Problem
 
 
 @dataclass
-class Comparison:
+class Recomputed:
     """A run, or a record of it, and what was computed of it again.
 
     difference: the largest of an accuracy, in points; selected_difference: over records that a selection rule chose.
@@ -65,7 +65,7 @@ class Rerun:
     per_environment: int
     tolerance: float
     runs: dict[str, list[str]] = field(default_factory=dict)
-    compared: list[Comparison] = field(default_factory=list)
+    compared: list[Recomputed] = field(default_factory=list)
     means: dict[str, float] = field(default_factory=dict)
     disagreed: int = 0
 

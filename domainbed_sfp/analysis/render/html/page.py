@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from domainbed_sfp.analysis.account import Account, JobKey, explain_missing, label_methods, row_labels, take_account
+from domainbed_sfp.analysis.account import Account, JobKey, explain_missing, row_labels, take_account
 from domainbed_sfp.analysis.comparison import compare
+from domainbed_sfp.analysis.methods import label_methods
 from domainbed_sfp.analysis.render import chosen
 from domainbed_sfp.analysis.render.comparison import comparison_grids
 from domainbed_sfp.analysis.render.grids import Grid, grids_of

@@ -476,7 +476,7 @@ def test_history_is_reachable(built):
 
 
 def test_the_package_has_the_page():
-    setup = (Path(__file__).parents[1] / "setup.py").read_text()
+    setup = (Path(__file__).parents[2] / "setup.py").read_text()
     files = [file.name for file in Path(page.__file__).parent.iterdir() if file.suffix in (".html", ".css", ".js")]
     assert len(files) == 3 and all(f'"{name}"' in setup for name in files)
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 from processes import Command
 from rich.console import Console
 from safetensors.numpy import save_file
-from test_training import assert_one_line_error
+from told_errors import assert_one_line_error
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.runs import records

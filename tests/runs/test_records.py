@@ -27,7 +27,7 @@ from domainbed_sfp.runs.records import (  # fmt: skip
     write_records,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def fail(message: str) -> None:

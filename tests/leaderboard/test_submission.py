@@ -32,7 +32,7 @@ from domainbed_sfp.leaderboard.documents import entry as entries
 from domainbed_sfp.leaderboard.entries import store
 from domainbed_sfp.leaderboard.facts import facts_of
 from domainbed_sfp.leaderboard.submit import submit
-from domainbed_sfp.leaderboard.validation.outcomes import Comparison, Rerun
+from domainbed_sfp.leaderboard.validation.outcomes import Recomputed, Rerun
 from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs import mask_files, records
 from domainbed_sfp.sweep.directory import SweepDirectory
@@ -342,7 +342,7 @@ def test_a_rerun_raises_only_the_data_sets_it_was_of(made):
     outcome = validation.validate(made)
     outcome.submission["datasets"]["Other"] = outcome.submission["datasets"][DATASET]
     name = outcome.runs[0].name
-    outcome.rerun = Rerun(0, 1, 3.0, {DATASET: [name], "Other": []}, [Comparison(name)], {DATASET: 0.0})
+    outcome.rerun = Rerun(0, 1, 3.0, {DATASET: [name], "Other": []}, [Recomputed(name)], {DATASET: 0.0})
     assert (outcome.tier_of(DATASET), outcome.tier_of("Other")) == ("rerun-identical", "records-verified")
     assert outcome.tier == "records-verified" and outcome.computed("Other")["rerun"] is None
     outcome.rerun.compared[0].agreement = "within tolerance"

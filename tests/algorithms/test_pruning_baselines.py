@@ -20,6 +20,8 @@ from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups
 from domainbed_sfp.pruning.masks import keep_highest
 from domainbed_sfp.pruning.schedules import OneShotSchedule, RoundSchedule
 from domainbed_sfp.pruning.scores import (
+    by_group,
+    by_weight,
     channel_reader_sums,
     channel_sums,
     channel_taylor,
@@ -282,7 +284,7 @@ def test_channel_taylor_is_the_first_order_change_of_removing_a_channel():
 
     ones = [torch.ones(4, dtype=torch.float64), torch.ones(3, dtype=torch.float64)]
     F.cross_entropy(classifier(featurizer(x)), y).backward()
-    scores = channel_taylor(groups, dict(model.named_parameters()))
+    scores = by_group(channel_taylor, groups, dict(model.named_parameters()))
     for layer, group in enumerate(groups):
         for channel in range(group.channels):
             with torch.no_grad():
@@ -300,7 +302,7 @@ def test_weight_taylor_by_hand():
     weight = nn.Parameter(torch.tensor([2.0, -3.0, 0.0]))
     weight.grad = torch.tensor([0.5, 1.0, 4.0])
     unused = nn.Parameter(torch.ones(2))
-    scores = weight_taylor({"w": weight, "unused": unused})
+    scores = by_weight(weight_taylor, {"w": weight, "unused": unused})
     assert scores["w"].tolist() == [1.0, 9.0, 0.0] and scores["unused"].tolist() == [0.0, 0.0]
 
 
@@ -316,9 +318,9 @@ def test_taylor_averages_over_steps(granularity):
         F.cross_entropy(twin.predict(x), y).backward()
         parameters = dict(twin.named_parameters())
         if granularity == "channel":
-            latest = channel_taylor(twin.groups, parameters)
+            latest = by_group(channel_taylor, twin.groups, parameters)
         else:
-            latest = weight_taylor({name: parameters[name] for name in twin.unit_shapes})
+            latest = by_weight(weight_taylor, {name: parameters[name] for name in twin.unit_shapes})
         expected = {name: 0.9 * expected.get(name, torch.zeros(())) + 0.1 * value for name, value in latest.items()}
         _update(algorithm, step)
     for name, score in algorithm.score(_batch(0)).items():

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import assert_one_line_error
+from told_errors import assert_one_line_error
 
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.networks import MNIST_CNN
 from domainbed_sfp.sweep.directory import SweepDirectory
 from domainbed_sfp.sweep.spec import SweepSpec, make_jobs, read_spec, shipped_specs
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def _digest(names) -> str:

@@ -20,7 +20,7 @@ from domainbed_sfp.pruning.costs import count_positions, measure_cost, sparsitie
 from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups
 from domainbed_sfp.pruning.masks import keep_highest, lower_channels
 from domainbed_sfp.pruning.schedules import CubicSchedule
-from domainbed_sfp.pruning.scores import channel_magnitude, prunable_weights, random_like, weight_magnitude
+from domainbed_sfp.pruning.scores import by_group, channel_magnitude, prunable_weights, random_like, weight_magnitude
 from domainbed_sfp.pruning.state import Masks
 from domainbed_sfp.training import hparams
 
@@ -99,9 +99,11 @@ def test_masks_check_themselves():
 def test_scores_by_hand():
     weight = torch.tensor([[[[3.0]], [[-4.0]]], [[[0.0]], [[1.0]]]])
     group = ChannelGroup("c", 2, ("c.weight", "dw.weight"), (), ())
-    norms = channel_magnitude([group], {"c.weight": weight, "dw.weight": torch.tensor([[[[0.0]]], [[[2.0]]]])})
+    norms = by_group(
+        channel_magnitude, [group], {"c.weight": weight, "dw.weight": torch.tensor([[[[0.0]]], [[[2.0]]]])}
+    )
     assert norms["c"].tolist() == pytest.approx([5.0, 5**0.5])
-    assert weight_magnitude({"c.weight": weight})["c.weight"].flatten().tolist() == [3, 4, 0, 1]
+    assert weight_magnitude(weight).flatten().tolist() == [3, 4, 0, 1]
     torch.manual_seed(0)
     first = random_like({"a": torch.Size([5])}, torch.device("cpu"))["a"]
     assert first.min() >= 0 and first.max() <= 1 and len(set(first.tolist())) == 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_training import assert_one_line_error
+from told_errors import assert_one_line_error
 
 from domainbed_sfp.sweep import capacity, commands
 from domainbed_sfp.sweep.capacity import Slots, choose_slots

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import make_tree
+from image_trees import make_tree
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets import folder as torchvision_folder

@@ -11,7 +11,7 @@ import pytest
 from conftest import GOLDEN
 from golden.make_synth_sweep import write as write_synthetic_sweep
 from runs_on_disk import record, write_run
-from test_training import assert_one_line_error
+from told_errors import assert_one_line_error
 
 import domainbed_sfp as dsfp
 from domainbed_sfp.sweep.pack import pack

@@ -12,21 +12,18 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from image_trees import FOLDER_RUN, make_tree
 from processes import Command
+from runs_on_disk import read
+from told_errors import assert_one_line_error
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.runs.records import VOLATILE_FIELDS
 
 RUN = ("train", "--dataset", "FullColoredDigits", "--algorithm", "Magnitude", "--test_envs", 2, "--checkpoint_freq", 10)
 SMALL_BATCHES = ("--hparams", '{"batch_size": 16}')
-
-
-def read(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
 def stable(folder: Path) -> list[dict]:
@@ -365,15 +362,6 @@ def test_auto_precision_is_bf16_where_a_gpu_computes_it(monkeypatch, capability,
     assert choose_precision("auto", torch.device("cuda"), torch.nn.Linear(2, 2)) == expected
 
 
-def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Bad input: status 2, one line that says what is wrong, no traceback."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    for part in parts:
-        assert part in lines[0], lines[0]
-
-
 @pytest.mark.parametrize(
     "arguments, parts",
     [
@@ -484,24 +472,6 @@ def test_full_or_read_only_disk(main, tmp_path, options):
             assert [record["step"] for record in read(mount / "run")] == [0, 10, 20]
     finally:
         subprocess.run(["umount", str(mount)], check=True)
-
-
-def make_tree(root: Path, environments=("a", "b", "c"), classes=("cat", "dog"), n=8, size=(24, 20)) -> Path:
-    """A small set of images in folders; the class is visible in the colour."""
-    rng = np.random.default_rng(0)
-    for env_i, environment in enumerate(environments):
-        for class_i, name in enumerate(classes):
-            folder = root / environment / name
-            folder.mkdir(parents=True)
-            for index in range(n):
-                pixels = rng.integers(0, 90, (size[1], size[0], 3))
-                pixels[..., class_i % 3] += 120 + 10 * env_i
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
-    return root
-
-
-FOLDER_RUN = ("train", "--dataset", "Folder", "--data_dir", "tree", "--steps", 2, "--skip_model_save", "--output_dir", "run",
-              "--hparams", '{"image_size": 16, "backbone": "mnist_cnn", "batch_size": 4}')  # fmt: skip
 
 
 def test_a_users_own_folder(main, tmp_path):

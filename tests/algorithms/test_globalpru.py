@@ -61,8 +61,8 @@ def scramble(algorithm: GlobalPru) -> None:
 def prune(algorithm: GlobalPru) -> None:
     """The masks of the run's end."""
     algorithm.step = algorithm.schedule.last_step(algorithm.total_steps)
-    algorithm._renew_masks([])
-    algorithm._apply_masks()
+    algorithm.renew_masks([])
+    algorithm.apply_masks()
     algorithm.step += 1
 
 
@@ -489,8 +489,8 @@ def test_the_losses_terms_by_hand():
     algorithm = make(total=100, rank_weight=0.4, backbone="mnist_cnn_bn", domains=contract.DOMAINS)
     scramble(algorithm)
     algorithm.step = 70  # between two prunings
-    algorithm._renew_masks([])
-    algorithm._apply_masks()
+    algorithm.renew_masks([])
+    algorithm.apply_masks()
     batches = contract.minibatches(0)
     twin = copy.deepcopy(algorithm)
     loss, metrics = algorithm.compute_loss(batches)

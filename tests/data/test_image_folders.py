@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_training import FOLDER_RUN, make_tree, read
+from image_trees import FOLDER_RUN, make_tree
+from runs_on_disk import read
 from torchvision.datasets import ImageFolder
 
 from domainbed_sfp.core.errors import UserError, look_alike, spelled

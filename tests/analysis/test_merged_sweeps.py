@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from runs_on_disk import record, write_run
-from test_training import assert_one_line_error
+from told_errors import assert_one_line_error
 
 from domainbed_sfp.runs.manifests import read_manifests
 from domainbed_sfp.sweep.directory import SweepDirectory

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from image_trees import make_tree
 from processes import Command
-from test_training import assert_one_line_error, make_tree
+from told_errors import assert_one_line_error
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import make_tree
+from image_trees import make_tree
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import base, get_dataset_class

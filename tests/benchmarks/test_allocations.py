@@ -11,7 +11,7 @@ import pytest
 
 from domainbed_sfp.core.errors import UserError
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "allocations.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "allocations.py"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.tensor_files import load_tensors
 from domainbed_sfp.training.hparams import checked_overrides, resolve_hparams
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def recorded_hparams() -> dict[str, dict[str, dict]]:
@@ -69,7 +69,6 @@ def trained(tmp_path_factory) -> Path:
 def as_if_saved_by_an_earlier_version(folder: Path, **hparams) -> None:
     saved = load_tensors(folder / "model.pkl")
     saved["model_hparams"] = {**saved["model_hparams"], **registry.get("SFP").retired, **hparams}
-    saved["model_hparams"].pop("reconstruction", None)
     torch.save(saved, folder / "model.pkl")
 
 

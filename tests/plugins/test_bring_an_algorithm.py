@@ -21,10 +21,10 @@ from domainbed_sfp.algorithms.pruning.magnitude import Magnitude
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.hparam import Hparam
 from domainbed_sfp.deploy import shrink
-from domainbed_sfp.plugins import contract, new
+from domainbed_sfp.plugins import contract, new, remedies
 from domainbed_sfp.training import hparams
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Lazy(ERM):
@@ -171,7 +171,8 @@ def broken(monkeypatch):
 
     def install(cls, hparams, check):
         parent = registry.get("Magnitude" if issubclass(cls, Magnitude) else "ERM")
-        info = registry.AlgorithmInfo("Broken", cls, "pruning", "here", "published", {**parent.hparams, **hparams})
+        offered = {name: hparam for name, hparam in parent.hparams.items() if name != "granularity"}
+        info = registry.AlgorithmInfo("Broken", cls, "pruning", "here", "published", {**offered, **hparams})
         monkeypatch.setitem(registry.ALGORITHMS.entries, "Broken", info)
         monkeypatch.setattr(contract, "CHECKS", {check: contract.CHECKS[check]})
 
@@ -186,7 +187,7 @@ def test_every_check_finds_what_it_is_for(main, broken, check, cls, hparams, wor
     done = main("check", "Broken", check=False)
     assert done.returncode == 1
     assert f"FAILED  {check}" in done.stdout and words in done.stdout
-    mend = "mend what raises it first" if cls is Fragile else contract.MENDS[check]
+    mend = "mend what raises it first" if cls is Fragile else remedies.MENDS[check]
     assert f"how to mend it: {mend}" in done.stdout
     assert "0 of 1 checks passed, 1 failed." in done.stdout
 
@@ -195,7 +196,10 @@ def test_every_check_finds_what_it_is_for(main, broken, check, cls, hparams, wor
     "cls, words",
     [
         (Undefined, "score() of Undefined is not a number for 64 of 64 units of"),
-        (Nameless, "score() of Nameless gives none for 'featurizer.conv1' and one for 'featurizer.conv1x'"),
+        (
+            Nameless,
+            "gives none for 'featurizer.conv1' and one for 'featurizer.conv1x'; did you mean 'featurizer.conv1'?",
+        ),
     ],
 )
 def test_scores_that_are_none_are_told(cls, words):
@@ -211,8 +215,8 @@ def test_an_exception_is_told_once_and_where(main, broken, monkeypatch):
     broken(Typo, {}, "masks")
     monkeypatch.setattr(contract, "CHECKS", checks)
     done = main("check", "Broken", check=False).stdout
-    assert done.count("KeyError") == 1 and f"{__file__}, line " in done
-    assert done.count("the same exception as in masks") == 2 and contract.MENDS["export"] not in done
+    assert done.count("KeyError: 'learningrate'") == 1 and f"{__file__}, line " in done
+    assert done.count("the same exception as in masks") == 2 and remedies.MENDS["export"] not in done
 
 
 class Typo(ERM):
@@ -243,6 +247,86 @@ class Bare(Algorithm):
         return self.layer(x.flatten(1))
 
 
+class Misspelt(Magnitude):
+    def score(self, minibatches):
+        return {"featurizer.conv1": dict(self.named_parameters())["featurizer.conv1.wieght"]}
+
+
+def test_the_nearest_name_of_a_parameter_is_told(main, broken):
+    broken(Misspelt, {}, "masks")
+    done = main("check", "Broken", check=False).stdout
+    assert "KeyError: 'featurizer.conv1.wieght'; did you mean 'featurizer.conv1.weight'?" in done
+
+
+METHOD = """
+import torch
+import domainbed_sfp as dsfp
+
+
+def spread(group, parameters):
+    return parameters[group.filters[0]].flatten(1).std(1, unbiased=False)
+
+
+@dsfp.register("Spread", family="pruning", reference="here", hparams=dsfp.PRUNING_HPARAMS)
+class Spread(dsfp.ScheduledPruning):
+    channel_score = staticmethod(spread)
+    weight_score = staticmethod(torch.abs)
+
+
+@dsfp.register("Activation", family="pruning", reference="here", hparams=dsfp.CHANNEL_HPARAMS)
+class Activation(dsfp.ScheduledPruning):
+    def score(self, minibatches):
+        self.predict(torch.cat([x for x, _ in minibatches]))
+        return {group.name: torch.rand(group.channels) for group in self.groups}
+"""
+
+
+@pytest.fixture
+def method_file(tmp_path):
+    """A file of two methods, forgotten afterwards."""
+    (tmp_path / "method.py").write_text(METHOD)
+    registry.names()
+    yield tmp_path / "method.py"
+    for name in ("Spread", "Activation"):
+        registry.ALGORITHMS.entries.pop(name, None)
+        registry.ALGORITHMS._origins.pop(name, None)
+    sys.modules.pop("method", None)
+
+
+def test_a_file_is_checked_at_both_granularities_and_with_warnings(main, method_file, monkeypatch):
+    monkeypatch.setattr(contract, "CHECKS", {"masks": contract.CHECKS["masks"]})
+    done = main("check", method_file).stdout
+    assert "with granularity weight:" in done and "2 of 2 checks passed: Spread keeps the contract." in done
+    assert "1 of 1 checks passed: Activation keeps the contract." in done
+    (warning,) = [line for line in done.splitlines() if line.startswith("warning")]
+    assert "score() moves BatchNorm's statistics (featurizer.bn0.running_mean)" in warning
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "registers no algorithm"),
+        ("import a_module_that_is_missing", "ModuleNotFoundError"),
+        (None, "there is no file"),
+    ],
+)
+def test_a_file_that_is_none(main, tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "empty_method.py").write_text(text)
+    done = main("check", tmp_path / "empty_method.py", check=False)
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_method_without_a_score_for_what_it_offers_is_told():
+    class Half(Magnitude):
+        weight_score = None
+
+    values = hparams.resolve_hparams("Magnitude", "FullColoredDigits", overrides={"granularity": "weight"})
+    algorithm = Half((3, 8, 8), 4, 3, values)
+    with pytest.raises(UserError, match=r"Half has no score for granularity 'weight'.*CHANNEL_HPARAMS"):
+        algorithm.score([])
+
+
 def test_an_algorithm_without_export_trains_and_has_a_table(main, broken, tmp_path):
     broken(Bare, {}, "export")
     main("train", "--algorithm", "Broken", "--dataset", "FullColoredDigits", "--steps", 2, "--output_dir", "sweep/run")
@@ -254,7 +338,7 @@ def test_an_algorithm_without_export_trains_and_has_a_table(main, broken, tmp_pa
 
 
 def test_every_check_is_broken_by_someone_and_says_what_it_does_and_how_to_mend():
-    assert {case[0] for case in BROKEN} == set(contract.CHECKS) == set(contract.MENDS)
+    assert {case[0] for case in BROKEN} == set(contract.CHECKS) == set(remedies.MENDS)
     assert all((check.__doc__ or "").strip() for check in contract.CHECKS.values())
 
 
@@ -277,7 +361,7 @@ def test_a_report_for_programs(main, broken):
         ("my-method", "such as 'my_method'"),
         ("3d", "such as 'd'"),
         ("class", "such as 'class_method'"),
-        ("magnitude", "algorithm 'Magnitude' is domainbed_sfp.algorithms.magnitude.Magnitude; choose another, such as 'my_magnitude'"),
+        ("magnitude", "algorithm 'Magnitude' is domainbed_sfp.algorithms.pruning.magnitude.Magnitude; choose another, such as 'my_magnitude'"),
         ("json", "taken by a module of python; choose another, such as 'my_json'"),
         ("torch", "taken by a module of python"),
     ],

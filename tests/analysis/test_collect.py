@@ -21,8 +21,8 @@ from domainbed_sfp.analysis import published
 from domainbed_sfp.analysis.render.grids import magnitude
 from domainbed_sfp.cli.main import main
 
-GOLDEN = Path(__file__).parent / "golden"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "one_shot.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "one_shot.py"
 
 
 @pytest.fixture
