@@ -135,7 +135,8 @@ def test_the_data_set_in_the_documents_is_enough():
         exec(source, {"dataset": base.dataset, "ImageFolders": ImageFolders})
         assert base.get_dataset_class("MyPhotos").environment_names() == ["day", "night", "rain"]
     finally:
-        base._datasets.pop("MyPhotos", None)
+        base.DATASETS.entries.pop("MyPhotos", None)
+        base.DATASETS._origins.pop("MyPhotos", None)
 
 
 @pytest.mark.parametrize("document, rows, trials", [("README.md", 3, {0, 1, 2}), ("docs/sweeps.md", 2, {5, 6, 7})])
