@@ -145,8 +145,8 @@ class SFPAligned(SFP):
             for index, group in enumerate(self.groups)
         }
 
-    def _renew_masks(self, minibatches: Minibatches) -> None:
-        super()._renew_masks(minibatches)
+    def renew_masks(self, minibatches: Minibatches) -> None:
+        super().renew_masks(minibatches)
         if self._follows():
             self.reconstruction.forget()  # what later layers read is another now
 
