@@ -141,8 +141,8 @@ def page() -> str:
     template = environment.from_string((HERE / "readme.jinja").read_text(encoding="utf-8"))
     mnist = ("ColoredMNIST", "FullColoredMNIST", "TexturedMNIST")
     tools = {
-        "alone": alone, "cell": cell, "cost": cost, "difference": difference, "files": files, "grid": grid, "lost": lost,
-        "pruned": pruned, "rows": rows,
+        "alone": alone, "cell": cell, "cost": cost, "difference": difference, "files": files, "grid": grid,
+        "lost": lost, "pruned": pruned, "rows": rows,
     }  # fmt: skip
     return template.render(mnist=mnist, premise=premise(), **tools)
 
