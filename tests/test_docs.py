@@ -131,11 +131,9 @@ def test_the_data_set_in_the_documents_is_enough():
     from domainbed_sfp.data.sets.folders import ImageFolders
 
     source = next(block for block in code_blocks("docs/own_data.md", "python") if "@dataset" in block)
-    try:
+    with base.DATASETS.scope():
         exec(source, {"dataset": base.dataset, "ImageFolders": ImageFolders})
         assert base.get_dataset_class("MyPhotos").environment_names() == ["day", "night", "rain"]
-    finally:
-        base._datasets.pop("MyPhotos", None)
 
 
 @pytest.mark.parametrize("document, rows, trials", [("README.md", 3, {0, 1, 2}), ("docs/sweeps.md", 2, {5, 6, 7})])
