@@ -6,8 +6,8 @@
 
 One network is trained densely. Of copies of it channels are taken out at once, by a method's score and in its scope, as
 the method itself does it, and what is left is as it was (none), reconstructed to make what its layers made (own), or
-to make what the dense network's make of the same images (reference; a few rounds over all layers, as SFPAligned does
-it while it trains). Each is evaluated on the same images, at once and, where FINETUNED says so, after some steps more
+to make what the dense network's make of the same images (reference; one layer after another, as SFPAligned does it
+while it trains). Each is evaluated on the same images, at once and, where FINETUNED says so, after some steps more
 on the same minibatches. `run` continues where it was.
 """
 
@@ -39,11 +39,12 @@ from domainbed_sfp.data.loaders import MinibatchLoader
 from domainbed_sfp.data.splits import split_environment
 from domainbed_sfp.pruning import costs
 from domainbed_sfp.pruning.reconstruction import Reconstruction
+from domainbed_sfp.pruning.state import Masks
 from domainbed_sfp.training import hparams
 
 HOLDOUT = 0.2
-# What is reconstructed to follow the dense network: rounds, and minibatches in each.
-ROUNDS, MINIBATCHES = 3, 10
+# Of each layer that is reconstructed to follow the dense network, and of BatchNorm's statistics.
+MINIBATCHES = 10
 
 # (method, scope, share of channels removed, reconstruction); the network itself first.
 Case = tuple[str, str, float, str]
@@ -167,7 +168,7 @@ class Bench:
         name, scope, sparsity, reconstruction = case
         overrides: dict[str, Any] = {"pruning_scope": scope, "sparsity": sparsity}
         if name != "OBS":
-            overrides["reconstruction"] = "none" if reconstruction == "none" else "least_squares"
+            overrides["reconstruction"] = "least_squares" if reconstruction == "own" else "none"
         algorithm = self.made(name, overrides)
         algorithm.load_state_dict({**algorithm.state_dict(), **self.shared_state(algorithm)})
         algorithm.total_steps, algorithm.step = 1, 0
@@ -181,23 +182,19 @@ class Bench:
         return {name: value for name, value in self.dense.state_dict().items() if name in own and "masks" not in name}
 
     def follow(self, algorithm: ScheduledPruning) -> None:
-        """Sets what layers read of living channels such that they make what the dense network's make."""
-        following = Reconstruction(algorithm, algorithm.groups, follows=True)
+        """Sets what layers read of living channels such that they make what the dense network's make, one layer after
+        another."""
         dense = copy.deepcopy(self.dense)  # to look at it may move its BatchNorm's statistics
-        alive = {name: algorithm.unit_masks[name] for name in algorithm.unit_masks.names}
-        for index in range(ROUNDS):
-            following.forget()
+        alive = algorithm.unit_masks.as_dict()
+        for index, group in enumerate(algorithm.groups):
+            following = Reconstruction(algorithm, [group], follows=True)
             first = self.args.steps + index * MINIBATCHES
             for x in self.images(range(first, first + MINIBATCHES)):
-                with (
-                    torch.no_grad(),
-                    following.watch(algorithm, True) as seen,
-                    following.watch(dense, True) as told,
-                ):
+                with torch.no_grad(), following.watch(algorithm, True) as seen, following.watch(dense, True) as told:
                     algorithm.predict(x)
                     dense.predict(x)
                 following.take(seen, None, told)
-            following.take_over(algorithm, algorithm.unit_masks, alive, dense)
+            following.take_over(algorithm, Masks(algorithm.unit_shapes), alive, dense)
 
     def images(self, steps: range) -> Iterator[torch.Tensor]:
         for step in steps:

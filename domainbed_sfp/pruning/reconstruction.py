@@ -93,8 +93,8 @@ def reconstruct(
 
     Minimises E||W g + b - W' h_alive - b'||^2, with a ridge that draws W' to the weights as they are. For a 1 x 1
     convolution that is the reconstruction of He, Zhang, Sun 2017 (arXiv 1707.06168), section 3.1: with `told` their
-    equation (the outputs wanted are the unpruned network's, the inputs the pruned one's), there layer after layer, here
-    from running moments while the network trains.
+    equation (the outputs wanted are the unpruned network's, the inputs the pruned one's), here from running moments
+    while the network trains.
 
     Args:
         weight: [out, C, ...], or [out, C k] behind a flattened map. What reads dead channels has no say.
@@ -205,14 +205,18 @@ class Reconstruction(nn.Module):
     def take_over(
         self, network: nn.Module, before: Masks, alive: Mapping[str, Tensor], followed: nn.Module | None = None
     ) -> None:
-        """Changes the readers' weights for the channels that go: masks `before` and `alive` by group name."""
+        """Changes the weights of those readers that lose channels: masks `before` and `alive` by group name.
+
+        Of a network that follows another, layer after layer is to lose its channels, each when what it reads of the
+        earlier ones is known: what all layers make good at once, each for the faults of all before it, adds up.
+        """
         for name in self.moments.names:
             group = self.group_of[name].name
+            if not (before[group] & ~alive[group]).any():
+                continue
             told = None
             if followed is not None:
                 told = Told(_layer(followed, name).weight, self.shifts(followed, name), self.cross[name])
-            elif not (before[group] & ~alive[group]).any():
-                continue
             weight = _layer(network, name).weight.data
             shift = reconstruct(weight, self.shifts(network, name), self.moments[name], alive[group], told)
             if shift is not None:

@@ -188,7 +188,7 @@ def batches(step):
     return [(torch.rand(32, 3, 8, 8, generator=made_by) + y.view(-1, 1, 1, 1) / 5, y) for y in labels]
 
 
-@pytest.mark.parametrize("name", ["Random", "Magnitude", "Taylor", "SFP", "GlobalPru"])
+@pytest.mark.parametrize("name", ["Random", "Magnitude", "Taylor", "SFPAligned", "GlobalPru"])
 def test_every_scheduled_method_reconstructs_if_asked(name):
     one, two = (made(name, reconstruction=which) for which in ("least_squares", "none"))
     for algorithm in (one, two):

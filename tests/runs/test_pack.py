@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
 from golden.make_synth_sweep import write as write_synthetic_sweep
 from runs_on_disk import record, write_run
 from told_errors import assert_one_line_error
@@ -26,6 +25,8 @@ steps: 3
 checkpoint_freq: 2
 hparams: {batch_size: 16}
 """
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def domainbeds_lines(root: Path) -> list[str]:

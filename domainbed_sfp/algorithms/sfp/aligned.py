@@ -21,6 +21,7 @@ from domainbed_sfp.algorithms.sfp.hparams import HPARAMS, REMOVAL_ENERGY, RETIRE
 from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, Hparam, one_of
 from domainbed_sfp.pruning.directions import ConditionalMoments, spurious_directions
 from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION, ReaderInputs
+from domainbed_sfp.pruning.state import Masks
 
 ALIGNMENT_DIRECTIONS = ("flags", "random", "none")
 RECONSTRUCTION_TARGETS = ("reference", "own")
@@ -84,8 +85,10 @@ class SFPAligned(SFP):
 
     From `prune_start` on, features f follow those of the frozen reference, r, but for the spurious directions P found
     in them: the loss has the term alignment * sum_i w_i ||(I - P P^T)(f_i - r_i)||^2 / (sum_i w_i * mean ||r||^2),
-    where unflagged samples weigh more. Layer by layer the same is done in closed form when channels go: what remains
-    reads is set such that each layer makes what the reference's makes (`pruning.reconstruction`).
+    where unflagged samples weigh more. The same is done in closed form when channels go: what is left of a layer is set
+    such that it makes what the reference's makes of the same images (`pruning.reconstruction`). For that the layers
+    lose all of their channels one after another in the order of the network, from `prune_start` to `prune_end`; which
+    channels go is decided once, when the first do.
     """
 
     feature_directions: Tensor
@@ -99,6 +102,8 @@ class SFPAligned(SFP):
         width = self.featurizer.n_outputs
         self.feature_moments = ConditionalMoments(num_classes, width, with_energy=True)
         self.register_buffer("feature_directions", torch.zeros(min(num_classes, width), width))
+        # Which units will live, once that is decided; until then all.
+        self.planned = Masks(self.unit_shapes)
         # Of the step's samples, (features, logits) of the reference, and what its layers read.
         self.followed: tuple[Tensor, Tensor] | None = None
         self.told: ReaderInputs | None = None
@@ -126,6 +131,24 @@ class SFPAligned(SFP):
 
     def followed_network(self) -> nn.Module | None:
         return self._reference_by_name() if self._follows() else None
+
+    def choose_alive(self, minibatches: Minibatches, sparsity: float) -> dict[str, Tensor]:
+        if not self._follows():
+            return super().choose_alive(minibatches, sparsity)
+        if all(self.planned[name].all() for name in self.planned.names):
+            for name, keep in super().choose_alive(minibatches, self.schedule.sparsity).items():
+                self.planned.set(name, keep)
+        first, last = (edge(self.total_steps) for edge in (self.schedule.first_step, self.schedule.last_step))
+        done = len(self.groups) * (self.step - first) // max(1, last - first) if self.step < last else len(self.groups)
+        return {
+            group.name: (self.planned if index < done else self.unit_masks)[group.name]
+            for index, group in enumerate(self.groups)
+        }
+
+    def renew_masks(self, minibatches: Minibatches) -> None:
+        super().renew_masks(minibatches)
+        if self._follows():
+            self.reconstruction.forget()  # what later layers read is another now
 
     def take_inputs(self, seen: ReaderInputs, minibatches: Minibatches) -> None:
         has_reference = self.step >= self.schedule.first_step(self.total_steps)

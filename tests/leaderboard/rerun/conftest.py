@@ -1,0 +1,42 @@
+"""A sweep with every model kept, its bundle and records."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import replace
+
+import pytest
+from recomputed_bundles import DATASET
+
+from domainbed_sfp.leaderboard.submit import submit
+from domainbed_sfp.sweep.directory import SweepDirectory
+from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
+from domainbed_sfp.training import train as training
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory):
+    """Two test environments of one trial, three steps, with every model kept."""
+    root = tmp_path_factory.mktemp("rerun") / "sweep"
+    spec = SweepSpec(
+        [DATASET], ["Magnitude"], n_hparams=1, n_trials=1, steps=3, checkpoint_freq=1, test_envs=[[0], [2]],
+        hparams={"batch_size": 8},
+    )  # fmt: skip
+    jobs = make_jobs(spec, None)
+    directory = SweepDirectory(root)
+    directory.register(jobs)
+    for job in jobs:
+        args = job.settings(None, directory.job_dir(job), skip_model_save=False)
+        args = replace(args, save_model_every_checkpoint=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            training.train(args)
+    return root
+
+
+@pytest.fixture(scope="session")
+def made(sweep):
+    """Its bundle, with models."""
+    target = sweep.parent / "bundle"
+    submit(str(sweep), "Magnitude", str(target), with_models=True)
+    return target
