@@ -29,7 +29,7 @@ def code_blocks(document: str, language: str) -> list[str]:
 @pytest.mark.parametrize(
     ("document", "name"),
     [
-        ("docs/writing_an_algorithm.md", "FirstFilters"),
+        ("docs/writing_an_algorithm.md", "LargestWeight"),
         ("docs/writing_an_algorithm.md", "CoinFlip"),
     ],
 )
@@ -66,15 +66,15 @@ def test_the_hooks_on_the_page_are_there_and_told():
 
 def test_from_a_score_to_a_table(tmp_path, monkeypatch):
     """The page's worked example as an installed package, its commands word for word but for fewer steps and trials."""
-    source = next(block for block in code_blocks("docs/writing_an_algorithm.md", "python") if "FirstFilters" in block)
+    source = next(block for block in code_blocks("docs/writing_an_algorithm.md", "python") if "LargestWeight" in block)
     declared = code_blocks("docs/writing_an_algorithm.md", "toml")[0]
-    package, info = tmp_path / "site" / "first_filters", tmp_path / "site" / "first_filters-1.dist-info"
+    package, info = tmp_path / "site" / "largest_weight", tmp_path / "site" / "largest_weight-1.dist-info"
     package.mkdir(parents=True)
     info.mkdir()
     (package / "__init__.py").write_text("")
     (package / "algorithm.py").write_text(source)
     entry = re.search(r'(\w+) = "([\w.]+)"', declared)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: first_filters\nVersion: 1\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: largest_weight\nVersion: 1\n")
     (info / "entry_points.txt").write_text(f"[domainbed_sfp.algorithms]\n{entry[1]} = {entry[2]}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     (commands,) = [block for block in code_blocks("docs/writing_an_algorithm.md", "sh") if "collect" in block]
@@ -85,7 +85,7 @@ def test_from_a_score_to_a_table(tmp_path, monkeypatch):
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, (line, done.stderr)
         printed += done.stdout
-    assert "FirstFilters keeps the contract." in printed and re.search(r"\| FirstFilters .*\|", printed)
+    assert "LargestWeight keeps the contract." in printed and re.search(r"\| LargestWeight .*\|", printed)
 
 
 def test_the_python_in_the_documents_runs(tmp_path, monkeypatch):
@@ -131,12 +131,9 @@ def test_the_data_set_in_the_documents_is_enough():
     from domainbed_sfp.data.sets.folders import ImageFolders
 
     source = next(block for block in code_blocks("docs/own_data.md", "python") if "@dataset" in block)
-    try:
+    with base.DATASETS.scope():
         exec(source, {"dataset": base.dataset, "ImageFolders": ImageFolders})
         assert base.get_dataset_class("MyPhotos").environment_names() == ["day", "night", "rain"]
-    finally:
-        base.DATASETS.entries.pop("MyPhotos", None)
-        base.DATASETS._origins.pop("MyPhotos", None)
 
 
 @pytest.mark.parametrize("document, rows, trials", [("README.md", 3, {0, 1, 2}), ("docs/sweeps.md", 2, {5, 6, 7})])

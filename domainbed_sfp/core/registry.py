@@ -19,7 +19,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
@@ -69,6 +70,16 @@ class Registry(Generic[EntryT]):
     def __contains__(self, name: object) -> bool:
         self._load()
         return name in self.entries
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """What is registered in the block is forgotten behind it."""
+        self._load()
+        before = dict(self.entries), dict(self._origins)
+        try:
+            yield
+        finally:
+            self.entries, self._origins = before
 
     def _load(self) -> None:
         """Imports the built-in modules, then what other packages declare, once."""

@@ -64,7 +64,13 @@ def outcomes(name: str) -> Iterator[Outcome]:
 
 def warnings_of(name: str) -> Iterator[str]:
     """What of algorithm `name` is within the contract, and not what its author will have meant."""
-    if not issubclass(registry.get(name).cls, ScheduledPruning):
+    info = registry.get(name)
+    if info.family == "pruning" and not contract.whole_run(name).algorithm.masks():
+        yield (
+            "family is 'pruning', and masks() names no weight when training has ended: tables and the leaderboard will "
+            "show it as a dense network; define masks(), sparsity() and at_final_compression()"
+        )
+    if not issubclass(info.cls, ScheduledPruning):
         return
     algorithm = contract.make(name, overrides={"backbone": "mnist_cnn_bn"})
     assert isinstance(algorithm, ScheduledPruning)

@@ -44,43 +44,29 @@ _ALGORITHM = '''"""{algorithm}: replace this line by what it does and where it c
 
 from __future__ import annotations
 
-from domainbed_sfp import PRUNING_HPARAMS, Hparam, ScheduledPruning, register
-from domainbed_sfp.algorithms.base import Minibatches
-from domainbed_sfp.core.hparam import NOT_NEGATIVE
-from domainbed_sfp.pruning.scores import Scores
+import domainbed_sfp as dsfp
 
 
-@register(
+def largest_weight(group, parameters):
+    """[channels]: the largest single weight of each channel's filter. The lowest go first; it is yours to change."""
+    return parameters[group.filters[0]].abs().flatten(1).amax(1)
+
+
+@dsfp.register(
     "{algorithm}",
     family="pruning",
     reference="described here",  # or the paper; with standing="reconstruction" where that leaves gaps you have filled
-    hparams={{
-        **PRUNING_HPARAMS,
-        # default; how a random search draws it from a numpy RandomState; a line of explanation; the values allowed
-        "spread_weight": Hparam(
-            1.0, lambda r: 10 ** r.uniform(-1, 1), "weight of the spread of a filter's weights", valid=NOT_NEGATIVE
-        ),
-    }},
+    hparams=dsfp.CHANNEL_HPARAMS,
 )
-class {algorithm}(ScheduledPruning):
-    """Removes the channels whose filters have the smallest mean and spread of weights.
+class {algorithm}(dsfp.ScheduledPruning):
+    """Removes the channels whose filters have the smallest weights.
 
-    The score is yours to change. Training with the objective, the schedule, masks, export, records and resume come from
-    `ScheduledPruning`. Every further value that must survive an interruption belongs into a parameter, a buffer, an
-    optimizer that is an attribute, or `get_extra_state`.
+    Training with the objective, the schedule, masks, export, records and resume come from `ScheduledPruning`. Every
+    further value that must survive an interruption belongs into a parameter, a buffer, an optimizer that is an
+    attribute, or `get_extra_state`.
     """
 
-    def score(self, minibatches: Minibatches) -> Scores:
-        """One number per unit, the lowest go first: [channels] by group, or of the weight's shape by its name."""
-        parameters = dict(self.named_parameters())
-        if self.granularity == "weight":
-            return {{name: parameters[name].detach().abs() for name in self.unit_shapes}}
-        scores = {{}}
-        for group in self.groups:
-            filters = parameters[group.filters[0]].detach().flatten(1)
-            spread = filters.std(dim=1, unbiased=False)
-            scores[group.name] = filters.abs().mean(dim=1) + self.hparams["spread_weight"] * spread
-        return scores
+    channel_score = staticmethod(largest_weight)
 '''
 
 _TEST = '''"""{algorithm} keeps the contract of domainbed_sfp."""
@@ -121,16 +107,16 @@ An algorithm for domainbed_sfp, in one file: `{package}/algorithm.py`. It trains
 
 From the file to the leaderboard, here, in five commands:
 
-    pip install -e .
+    python -m pip install -e .
     domainbed-sfp check {algorithm}
     domainbed-sfp sweep launch sweep.yaml --output_dir sweep --jobs 2
     domainbed-sfp submit --input_dir sweep --algorithm {algorithm} --output bundle
     domainbed-sfp leaderboard validate bundle
 
 The first lets the command line, sweeps and tables find the algorithm. The second puts it through the contract and says
-how to mend what fails; `pytest` does the same (`pip install -e '.[test]'`). The third trains it beside two baselines:
-`domainbed-sfp collect --input_dir sweep` shows the table. The fourth gathers records and masks, the fifth recomputes
-every number from them. To submit: a pull request with this package's algorithm file and the bundle.
+how to mend what fails; `pytest` does the same (`python -m pip install -e '.[test]'`). The third trains it beside two
+baselines: `domainbed-sfp collect --input_dir sweep` shows the table. The fourth gathers records and masks, the fifth
+recomputes every number from them. To submit: a pull request with this package's algorithm file and the bundle.
 """
 
 _FILES = {

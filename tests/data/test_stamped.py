@@ -221,8 +221,14 @@ def test_runs_of_two_stamps_are_not_one_protocol(main, tmp_path):
     assert "this table mixes protocols, data:" in told and "stamp corner in 1 runs" in told
 
 
-def test_a_stamped_set_of_ones_own_is_three_lines(tree, monkeypatch):
-    monkeypatch.setattr(base, "_datasets", dict(base._datasets))
+@pytest.fixture
+def own_datasets():
+    """What a test registers is forgotten behind it."""
+    with base.DATASETS.scope():
+        yield
+
+
+def test_a_stamped_set_of_ones_own_is_three_lines(tree, own_datasets):
 
     @dataset("StampedMine")
     class StampedMine(Stamped):

@@ -42,10 +42,17 @@ RESULTS = f"datasets/{DATASET}/results"
 PROTOCOL = f"datasets/{DATASET}/protocol"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _strangers():
+    """Algorithms of a plug-in, for these tests alone."""
+    with registry.ALGORITHMS.scope():
+        register_strangers()
+        yield
+
+
 @pytest.fixture(scope="session")
 def bundle_of(tmp_path_factory, worker_id):
     """The honest bundle of a family, made when it is first asked for, once for all of pytest's workers."""
-    register_strangers()
     base = tmp_path_factory.getbasetemp()
     root = (base if worker_id == "master" else base.parent) / "families"
     root.mkdir(exist_ok=True)
