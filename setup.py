@@ -43,6 +43,7 @@ EXTRAS["test"] = [
     "hypothesis>=6.90",
     "import-linter>=2.1",
     "pytest>=7.4",
+    "pytest-cov>=5.0",
     "pytest-timeout>=2.2",
     "pytest-xdist>=3.3",
 ]
