@@ -53,7 +53,8 @@ from told_errors import assert_one_line_error
         (("--hparams", '{"granularity": "block"}', "--algorithm", "Magnitude"), ("unknown granularity of Magnitude 'block'", "channel, weight")),
         (("--hparams", '{"lars": true}'), ("'lars' cannot be set",)),
         (("--hparams", '{"removal_layers": "frist"}', "--algorithm", "SFP"), ("unknown removal_layers of SFP", "did you mean 'first'")),
-        (("--hparams", '{"mask_end": 1.5}', "--algorithm", "MRM"), ("'mask_end' of MRM", "fraction of the run in [0, 1)", "1.5")),
+        (("--hparams", '{"mask_end": 1.5}', "--algorithm", "MRM"), ("'mask_end' of MRM is 1.5", "built in as 0.6")),
+        (("--hparams", '{"prune_end": 1.5}', "--algorithm", "LotteryTicket"), ("'prune_end' of LotteryTicket", "fraction of the run in [0, 1)", "1.5")),
         (("--hparams", '{"rounds": 0}', "--algorithm", "LotteryTicket"), ("'rounds'", "at least 1", "0")),
     ],
 )  # fmt: skip
