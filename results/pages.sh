@@ -10,12 +10,13 @@ compared() { # page, sweep, what is compared ...
 }
 plot() { domainbed-sfp collect --input_dir "results/$1" --selection training-domain --plot "$2" --output "results/$3.png"; }
 
-for sweep in ablations coloured coloured_70 coloured_digits coloured_digits_search coloured_fresh coloured_search globalpru_coloured \
-  globalpru_small pacs_small recipe_pacs quantization_digits quantization_small sparsity_curves sparsity_curves_pacs; do
+for sweep in ablations closed_digits coloured coloured_70 coloured_digits coloured_digits_search coloured_fresh coloured_search \
+  globalpru_coloured globalpru_small pacs_small recipe_pacs quantization_digits quantization_small sparsity_curves sparsity_curves_pacs; do
   tables $sweep
 done
 
 python benchmarks/one_shot.py report results/one_shot_pacs.jsonl --output results/one_shot_pacs.md
+compared closed_digits_SFP closed_digits SFP best
 compared coloured_SFP coloured SFP best --exclude SFP SFPWeighted
 compared coloured_SFPWeighted coloured SFPWeighted best --exclude SFP SFPWeighted
 compared coloured_70_SFP coloured_70 SFP best --exclude SFP SFPWeighted

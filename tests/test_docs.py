@@ -68,13 +68,13 @@ def test_from_a_score_to_a_table(tmp_path, monkeypatch):
     """The page's worked example as an installed package, its commands word for word but for fewer steps and trials."""
     source = next(block for block in code_blocks("docs/writing_an_algorithm.md", "python") if "LargestWeight" in block)
     declared = code_blocks("docs/writing_an_algorithm.md", "toml")[0]
-    package, info = tmp_path / "site" / "largest_weight", tmp_path / "site" / "largest_weight-1.dist-info"
+    package, info = tmp_path / "site" / "my_method", tmp_path / "site" / "my_method-1.dist-info"
     package.mkdir(parents=True)
     info.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "algorithm.py").write_text(source)
+    (package / "largest_weight.py").write_text(source)
     entry = re.search(r'(\w+) = "([\w.]+)"', declared)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: largest_weight\nVersion: 1\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my_method\nVersion: 1\n")
     (info / "entry_points.txt").write_text(f"[domainbed_sfp.algorithms]\n{entry[1]} = {entry[2]}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     (commands,) = [block for block in code_blocks("docs/writing_an_algorithm.md", "sh") if "collect" in block]
