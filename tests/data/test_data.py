@@ -247,7 +247,7 @@ def test_what_a_killed_build_left_is_cleared_by_the_next(tmp_path):
     killed = f"""
 import os, signal, sys
 from pathlib import Path
-from domainbed_sfp.data import cache
+from domainbed_sfp.data.images import cache
 cache.decode = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 cache.cached_images([Path(path) for path in sys.argv[1:]], Path({str(root / "a")!r}), 16, Path({str(tmp_path / "c")!r}))
 """
