@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from domainbed_sfp import networks
 from domainbed_sfp.networks import convolutions
 from domainbed_sfp.networks.convolutions import DepthwiseConv2d, SameConv2d
+from domainbed_sfp.networks.efficientnet_lite0 import EfficientNetLite0
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_only_where_it_is_slow(taken):
 
 
 def test_lite0_takes_it_for_wide_filters_and_small_images(taken):
-    network = networks.EfficientNetLite0()
+    network = EfficientNetLite0()
     network(torch.randn(2, 3, 64, 64)).sum().backward()
     # Nine blocks have 5 x 5 filters, and the last one reads 2 x 2 pixels with 3 x 3.
     assert len(taken) == 10 and taken[0][2] == 2
