@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from domainbed_sfp.core.errors import did_you_mean
-from domainbed_sfp.runs.settings import RunSettings, setting, settings_fields
+from domainbed_sfp.runs.settings import SETTINGS, RunSettings
 
 Command = Callable[[argparse.Namespace], int]
 Commands = argparse._SubParsersAction
@@ -52,7 +52,7 @@ def add_command(commands: Commands, name: str, text: str, run: Command) -> argpa
 
 def add_setting(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
     """The flag of a run's setting, with its own default, choices and help unless `options` say otherwise."""
-    about, kinds = setting(name), get_args(hint := get_type_hints(RunSettings)[name]) or (hint,)
+    about, kinds = SETTINGS[name], get_args(hint := get_type_hints(RunSettings)[name]) or (hint,)
     flag: dict[str, Any] = {"help": about.help or None}
     if hint is bool:
         parser.add_argument(f"--{name}", **{"action": "store_true", **flag, **options})
@@ -71,7 +71,7 @@ def add_setting(parser: argparse.ArgumentParser, name: str, **options: Any) -> N
 
 def add_settings(parser: argparse.ArgumentParser, but: Collection[str] = ()) -> None:
     """The flags of all of a run's settings, in their order, but for some."""
-    for name in settings_fields():
+    for name in SETTINGS:
         if name not in but:
             add_setting(parser, name)
 

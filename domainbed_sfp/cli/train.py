@@ -11,7 +11,7 @@ from domainbed_sfp.cli.parsing import (
     add_command,
     add_settings,
 )
-from domainbed_sfp.runs.settings import RunSettings, settings_fields
+from domainbed_sfp.runs.settings import SETTINGS, RunSettings
 
 
 def add(commands: Commands) -> None:
@@ -26,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from domainbed_sfp.training.train import train_as_process
 
-    values = {name: getattr(args, name) for name in settings_fields()}
+    values = {name: getattr(args, name) for name in SETTINGS}
     return train_as_process(RunSettings(**values), break_lock=args.break_lock)

@@ -37,11 +37,6 @@ SHARE = Range("a share in [0, 1]", lambda value: 0 <= value <= 1)
 PROBABILITY = Range("a probability in [0, 1]", lambda value: 0 <= value <= 1)
 
 
-def only(choice: str, why: str) -> Range:
-    """The range of an hparam that others of its family choose, and that has one value here."""
-    return Range(f"{choice!r} ({why})", lambda value: value == choice)
-
-
 def but(unfit: str, why: str) -> Range:
     """The range of an hparam that is a registered name, but not `unfit`."""
     return Range(f"another than {unfit!r} ({why})", lambda value: value != unfit)

@@ -4,7 +4,7 @@ and what a submission may say all follow from the fields of `RunSettings`."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from domainbed_sfp.core.errors import UserError, check_range
@@ -82,43 +82,36 @@ class RunSettings:
     )
 
     def __post_init__(self) -> None:
-        for one in fields(RunSettings):
-            if type(one.default) is float and type(value := getattr(self, one.name)) is int:
-                object.__setattr__(self, one.name, float(value))
+        for name in _FRACTIONS:
+            if type(value := getattr(self, name)) is int:
+                object.__setattr__(self, name, float(value))
         if isinstance(self.hparams, Mapping):
             object.__setattr__(self, "hparams", overrides_text(self.hparams))
 
 
-def settings_fields() -> dict[str, Field[Any]]:
-    """The fields of RunSettings by name."""
-    return {one.name: one for one in fields(RunSettings)}
+# What is to be known of every setting, in their order.
+SETTINGS: dict[str, Setting] = {one.name: one.metadata["setting"] for one in fields(RunSettings)}
+# Those that say what is computed, and of them those that all runs of one directory share.
+IDENTITY = tuple(name for name, about in SETTINGS.items() if not about.is_place)
+PROTOCOL = tuple(name for name, about in SETTINGS.items() if about.is_protocol)
 
-
-def setting(name: str) -> Setting:
-    """What is to be known of the setting `name`."""
-    found: Setting = settings_fields()[name].metadata["setting"]
-    return found
-
-
-def protocol() -> tuple[str, ...]:
-    """The names of what all runs of one directory share."""
-    return tuple(name for name in settings_fields() if setting(name).is_protocol)
+_FRACTIONS = tuple(one.name for one in fields(RunSettings) if type(one.default) is float)
 
 
 def is_place(name: str) -> bool:
     """Whether `name` is a setting that says where things lie, and nothing of what is computed."""
-    return name in settings_fields() and setting(name).is_place
+    return name in SETTINGS and SETTINGS[name].is_place
 
 
 def known_settings(args: Mapping[str, Any]) -> dict[str, Any]:
     """Of a record's `args`, those that are settings of ours."""
-    return {name: value for name, value in args.items() if name in settings_fields()}
+    return {name: value for name, value in args.items() if name in SETTINGS}
 
 
 def check_settings(settings: Any) -> None:
     """Raises UserError where settings cannot be: those of a run, or those that a sweep shares with its runs."""
-    for name in settings_fields():
-        about, value = setting(name), getattr(settings, name, None)
+    for name, about in SETTINGS.items():
+        value = getattr(settings, name, None)
         if about.span is not None:
             check_range(f"--{name}", value, *about.span)
         elif about.choices is not None and value not in about.choices:

@@ -19,7 +19,7 @@ from domainbed_sfp.runs import records
 from domainbed_sfp.runs.layout import DONE, FAILURE, LOCK
 from domainbed_sfp.runs.manifests import jobs_of, read_manifests, write_manifest
 from domainbed_sfp.runs.packed import packed_runs
-from domainbed_sfp.runs.settings import known_settings, protocol
+from domainbed_sfp.runs.settings import PROTOCOL, known_settings
 from domainbed_sfp.sweep import slurm_batches
 from domainbed_sfp.sweep.job import LATER_SETTINGS, Job
 from domainbed_sfp.sweep.slurm_batches import Standing
@@ -158,7 +158,7 @@ class SweepDirectory:
 
     def _shared(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """What the runs of a directory share, by name: settings, data, code and weights."""
-        shared = {name: getattr(jobs[0], name) for name in protocol()}
+        shared = {name: getattr(jobs[0], name) for name in PROTOCOL}
         for dataset in dict.fromkeys(job.dataset for job in jobs):
             digest = get_dataset_class(dataset).data_digest(self.data_dir)
             shared[f"data of {dataset}"] = digest or records.PUBLISHED
@@ -197,7 +197,7 @@ class SweepDirectory:
         """The jobs of all launches so far, here and where folders were copied from; none where nothing was launched."""
         jobs: dict[str, Job] = {}
         for manifest in read_manifests(self.path):
-            shared = {name: manifest.protocol.get(name, LATER_SETTINGS.get(name)) for name in protocol()}
+            shared = {name: manifest.protocol.get(name, LATER_SETTINGS.get(name)) for name in PROTOCOL}
             for entry in manifest.jobs:
                 try:
                     job = Job(**{**shared, **known_settings(entry)})

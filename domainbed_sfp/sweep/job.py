@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_sfp.core.overrides import overrides_text
-from domainbed_sfp.runs.settings import RunSettings, is_place, settings_fields
+from domainbed_sfp.runs.settings import IDENTITY, RunSettings
 
 # The program `domainbed-sfp`, by the interpreter that runs now.
 PROGRAM = (sys.executable, "-m", "domainbed_sfp")
@@ -42,7 +42,7 @@ class Job(RunSettings):
     @cached_property
     def name(self) -> str:
         """The job's folder: a hash of all that it computes, later settings only where they are not the default."""
-        values = {name: getattr(self, name) for name in settings_fields() if not is_place(name)}
+        values = {name: getattr(self, name) for name in IDENTITY}
         for name, default in LATER_SETTINGS.items():
             if values[name] == default:
                 del values[name]
@@ -78,7 +78,7 @@ class Job(RunSettings):
 
     def settings(self, data_dir: str | None, output_dir: Path, **places: Any) -> RunSettings:
         """Of the run, with its places: where data and results lie, and what else `places` says."""
-        identity = {name: getattr(self, name) for name in settings_fields() if not is_place(name)}
+        identity = {name: getattr(self, name) for name in IDENTITY}
         return RunSettings(**identity, data_dir=data_dir, output_dir=str(output_dir), **places)
 
     def describe(self) -> str:

@@ -18,7 +18,7 @@ from domainbed_sfp.core.overrides import overrides_text
 from domainbed_sfp.core.seeds import seed_hash
 from domainbed_sfp.data import dataset_names, get_dataset_class
 from domainbed_sfp.data.sets.folders import Folder
-from domainbed_sfp.runs.settings import check_settings, check_test_envs, protocol
+from domainbed_sfp.runs.settings import PROTOCOL, check_settings, check_test_envs
 from domainbed_sfp.sweep.job import Job
 from domainbed_sfp.training import hparams
 
@@ -218,7 +218,7 @@ def make_jobs(spec: SweepSpec, data_dir: str | None) -> list[Job]:
     seeds = (spec.n_trials - spec.n_trials_from) * (spec.n_hparams - spec.n_hparams_from)
     if (count := seeds * len(rows) * sum(len(grids[dataset]) for dataset in spec.datasets)) > MOST_JOBS:
         raise UserError(f"the sweep has {count:,} jobs, expected at most {MOST_JOBS:,}: lower n_hparams or n_trials")
-    shared: dict[str, Any] = {name: getattr(spec, name) for name in protocol()}
+    shared: dict[str, Any] = {name: getattr(spec, name) for name in PROTOCOL}
     jobs = []
     trials = range(spec.n_trials_from, spec.n_trials)
     for trial_seed, dataset, row in product(trials, spec.datasets, range(len(rows))):

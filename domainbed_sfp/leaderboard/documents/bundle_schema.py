@@ -7,7 +7,7 @@ from typing import Any
 from domainbed_sfp.data.images.contents import REASONS
 from domainbed_sfp.leaderboard.documents import entry_schema
 from domainbed_sfp.leaderboard.documents.entry_schema import list_of, object_of, or_null
-from domainbed_sfp.runs.settings import EVALUATIONS, settings_fields
+from domainbed_sfp.runs.settings import EVALUATIONS, SETTINGS
 
 FORMAT = 1
 _FINGERPRINT = {
@@ -73,7 +73,7 @@ _KNOWN_ARGS: dict[str, Any] = {
 }
 _NEWER_ARGS: dict[str, Any] = {
     name: {"type": ["number", "string", "boolean", "null"], "maxLength": 500}
-    for name in settings_fields()
+    for name in SETTINGS
     if name not in _KNOWN_ARGS and name != "cache_dir"
 }
 _NEWER_ARGS["evaluate"] = {"enum": list(EVALUATIONS)}
