@@ -7,9 +7,11 @@
 Ours is the whole step of our training loop, ERM on three training environments of PACS: reading, augmentation,
 update. The bare network is the same backbone in PyTorch's own layers with a linear classifier on one synthetic batch
 that is made once, at the same precision and memory format: forward, cross-entropy, backward, Adam. Steps of the two
-alternate, so that both see the same machine. With --freeze_bn, BatchNorm is frozen in all of them, and the network as
-training runs it, with BatchNorm folded, makes steps on the bare one's batch. --before names a checkout of another
-version of this project, whose whole step takes its turn, too. With DOMAINBED_ROOT set to a DomainBed checkout (whose
+alternate, so that both see the same machine. Ours sets the process up first (`core/runtime.py`: freed memory is kept),
+by which the bare network gains as well; plain is the bare network in a process of its own that PyTorch alone has set
+up. With --freeze_bn, BatchNorm is frozen in all of them, and the network as training runs it, with BatchNorm folded,
+makes steps on the bare one's batch. --before names a checkout of another version of this project, whose whole step
+takes its turn, too. With DOMAINBED_ROOT set to a DomainBed checkout (whose
 requirements this Python has), its own loaders and its own ERM are timed, for the ResNets at 224 px that it has. Weights
 are random: they do not matter here. Without --data_dir, images are made. Prints medians, with minimum and maximum.
 """
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ UPSTREAM_BACKBONES = ("resnet18", "resnet50")
 # What we promise for ResNet-18 at 224 px, 3 x 32 images: our step against the other's.
 TARGETS = {"upstream": 0.5, "bare": 1.15}
 
-# And with frozen BatchNorm, in fp32: the folded network's step against the bare one's, by backbone and image size.
+# And with frozen BatchNorm, in fp32: the folded network's step against the plain one's, by backbone and image size.
 FROZEN_TARGETS = {("efficientnet_lite0", 128): 0.70, ("resnet18", 224): 0.97, ("resnet50", 224): 0.97}
 
 Step = Callable[[], object]
@@ -67,7 +69,8 @@ Step = Callable[[], object]
 
 def main() -> int:
     args = parse_arguments()
-    runtime.prepare_for_training()
+    if args.serve != "plain":
+        runtime.prepare_for_training()
     with tempfile.TemporaryDirectory() as folder:
         data_dir, cache_dir = args.data_dir, args.cache_dir
         if data_dir is None:
@@ -100,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--freeze_bn", action="store_true", help="BatchNorm in evaluation mode, everywhere")
     parser.add_argument("--before", help="a checkout of another version of this project, to time beside this one")
     parser.add_argument("--json", help="file to write the report to")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # see `earlier_step`
+    parser.add_argument("--serve", choices=("ours", "plain"), help=argparse.SUPPRESS)  # see `served_step`
     return parser.parse_args()
 
 
@@ -140,9 +143,11 @@ def measure_ours_and_bare(
             steps = {"ours": timed(our_step(run), run.device), "bare": timed(network_step(run, args), run.device)}
             if args.freeze_bn:
                 steps["folded"] = timed(network_step(run, args, is_folded=True), run.device)
-            with earlier_step(args, data_dir, cache_dir, run.precision) as earlier:
-                if earlier:
-                    steps["before"] = earlier
+            with ExitStack() as servers:
+                for name, checkout in (("plain", None), ("before", args.before)):
+                    if name == "plain" or checkout:
+                        server = served_step(args, data_dir, cache_dir, run.precision, checkout)
+                        steps[name] = servers.enter_context(server)
                 try:
                     times = alternate(list(steps.values()), args.warmup, args.steps)
                 finally:
@@ -222,22 +227,20 @@ def network_step(run: Setup, args: argparse.Namespace, is_folded: bool = False) 
     return step
 
 
-# Another version of this project ----------------------------------------------------------------------------
+# In processes of their own ----------------------------------------------------------------------------------
 
 
 @contextmanager
-def earlier_step(
-    args: argparse.Namespace, data_dir: str, cache_dir: str | None, precision: str
-) -> Iterator[Callable[[], float] | None]:
-    """A function that has the checkout `--before` make a step, in a process of its own, and returns its seconds."""
-    if not args.before:
-        yield None
-        return
-    command = [sys.executable, __file__, "--serve", "--precision", precision, "--data_dir", data_dir,
-               "--backbone", args.backbone, "--image_size", str(args.image_size),
+def served_step(
+    args: argparse.Namespace, data_dir: str, cache_dir: str | None, precision: str, checkout: str | None
+) -> Iterator[Callable[[], float]]:
+    """A function that has another process make a step and returns its seconds: the whole step of another version's
+    `checkout`, or the bare network in a process that nobody has set up."""
+    command = [sys.executable, __file__, "--serve", "ours" if checkout else "plain", "--precision", precision,
+               "--data_dir", data_dir, "--backbone", args.backbone, "--image_size", str(args.image_size),
                "--batch_size", str(args.batch_size)]  # fmt: skip
     command += ["--freeze_bn"] * args.freeze_bn + (["--cache_dir", cache_dir] if cache_dir else [])
-    paths = {**os.environ, "PYTHONPATH": str(Path(args.before).resolve())}
+    paths = {**os.environ, "PYTHONPATH": str(Path(checkout).resolve())} if checkout else None
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=paths) as server:
         assert server.stdin and server.stdout
         to, back = server.stdin, server.stdout
@@ -246,7 +249,7 @@ def earlier_step(
             print("step", file=to, flush=True)
             told = back.readline()
             if not told:
-                sys.exit(f"--before {args.before}: that version cannot be timed by this one's benchmark")
+                sys.exit(f"{checkout or 'the bare network'} cannot be timed by this version's benchmark")
             return float(told)
 
         try:
@@ -258,7 +261,7 @@ def earlier_step(
 def serve(args: argparse.Namespace, data_dir: str, cache_dir: str | None, folder: Path) -> int:
     """Makes a step for each line that comes, and answers with its seconds."""
     run = make_run(args, data_dir, cache_dir, args.precision[0], folder)
-    step = timed(our_step(run), run.device)
+    step = timed(our_step(run) if args.serve == "ours" else network_step(run, args), run.device)
     for _ in sys.stdin:
         print(step(), flush=True)
     run.loader.close()
@@ -368,12 +371,12 @@ def summary(name: str, seconds: list[float], args: argparse.Namespace) -> dict[s
 
 
 def ratios(report: dict[str, Any]) -> dict[str, float]:
-    """Our median step time over the others': the bare network's and the earlier version's at each precision, and
-    upstream's."""
+    """Our median step time over the others': the bare network's, as it is and in a plain process, and the earlier
+    version's at each precision, and upstream's."""
     steps = report["steps"]
     found = {}
     for precision in ("fp32", "bf16"):
-        for ours, others in (("ours", ("bare", "before", "upstream")), ("folded", ("bare",))):
+        for ours, others in (("ours", ("bare", "plain", "before", "upstream")), ("folded", ("bare", "plain"))):
             for other in others:
                 one, two = f"{ours} {precision}", f"{other} {'fp32' if other == 'upstream' else precision}"
                 if one in steps and two in steps:
@@ -390,7 +393,7 @@ def print_ratios(report: dict[str, Any], args: argparse.Namespace) -> None:
         # Against upstream, the promise is about the precision that we choose ourselves.
         target = TARGETS.get(against) if promised and (against == "bare" or name.startswith(f"ours {auto} ")) else None
         if args.freeze_bn:
-            is_promised = name == "folded fp32 / bare fp32"
+            is_promised = name == "folded fp32 / plain fp32"
             target = FROZEN_TARGETS.get((args.backbone, args.image_size)) if is_promised else None
         if target is not None:
             told = "met" if ratio <= target else "MISSED"
