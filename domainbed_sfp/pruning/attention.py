@@ -102,14 +102,16 @@ def _is_of_convolutions(featurizer: nn.Module, group: ChannelGroup) -> bool:
 def gate_logits(gates: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """While it lasts, the dict it gives collects the logits u [N, C] of `gates`, by name, float32, with gradients.
 
-    A network that is called several times adds to the rows, in the order of the calls.
+    A network that is called several times adds to the rows, in the order of the calls. Of a single call they are part
+    of the network's own computation: its outputs have gradients with respect to them.
     """
     logits: dict[str, Tensor] = {}
 
     def note(name: str) -> Any:
-        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
             latest = output.float()
             logits[name] = torch.cat([logits[name], latest]) if name in logits else latest
+            return latest.to(output.dtype)
 
         return hook
 

@@ -41,7 +41,6 @@ class RankingVote(nn.Module):
     Args:
         environments: how many there are.
         channels: C.
-        kept: how many channels a vote names.
     """
 
     given: Tensor
@@ -49,29 +48,31 @@ class RankingVote(nn.Module):
     voters: Tensor
     ranking: Tensor
 
-    def __init__(self, environments: int, channels: int, kept: int) -> None:
+    def __init__(self, environments: int, channels: int) -> None:
         super().__init__()
-        self.kept = kept
         self.register_buffer("given", torch.zeros(environments, channels, dtype=torch.float64))
         self.register_buffer("attention", torch.zeros(environments, channels, dtype=torch.float64))
         self.register_buffer("voters", torch.zeros(environments, dtype=torch.float64))
         self.register_buffer("ranking", torch.arange(channels))
 
     @torch.no_grad()
-    def count(self, environment: int, scores: Tensor) -> None:
-        """Takes the votes of an environment's samples from their scores [N, C]."""
-        self.given[environment] += ballots(scores, self.kept).sum(0)
-        self.attention[environment] += 2 * torch.sigmoid(scores.double()).sum(0)
-        self.voters[environment] += len(scores)
+    def count(self, environment: int, given: Tensor, logits: Tensor) -> None:
+        """Takes the ballots [N, C] of an environment's samples, and the logits [N, C] of their attention."""
+        self.given[environment] += given.sum(0)
+        self.attention[environment] += 2 * torch.sigmoid(logits.double()).sum(0)
+        self.voters[environment] += len(given)
 
     @torch.no_grad()
     def close(self) -> None:
         """Makes `ranking` the outcome: by votes, ties by mean attention, then by position."""
-        voters = self.voters.clamp_min(1)[:, None]
-        # Rounded, since shares of the votes that add up to the same in another order differ in their last bits.
-        votes, attention = (self.given / voters).mean(0).round(decimals=9), (self.attention / voters).mean(0)
+        votes, attention = self.shares(), (self.attention / self.voters.clamp_min(1)[:, None]).mean(0)
         order = attention.argsort(descending=True, stable=True)
         self.ranking.copy_(order[votes[order].argsort(descending=True, stable=True)])
+
+    def shares(self) -> Tensor:
+        """The share of the votes that each channel has, [C], in [0, 1], float64."""
+        # Rounded, since shares that add up to the same in another order differ in their last bits.
+        return (self.given / self.voters.clamp_min(1)[:, None]).mean(0).round(decimals=9)
 
 
 @torch.no_grad()

@@ -276,7 +276,7 @@ def test_stair_schedule_by_hand():
 def test_the_vote_is_taken_over_its_window_in_evaluation_mode(monkeypatch):
     """Three of 60 steps vote, each before its update, with the running statistics; the ranking is then fixed."""
     monkeypatch.setattr(global_pru, "VOTE_WINDOW", 0.05)
-    algorithm = make(total=60, backbone="mnist_cnn_bn", domains=contract.DOMAINS)
+    algorithm = make(total=60, backbone="mnist_cnn_bn", domains=contract.DOMAINS, vote_by="attention")
     group = algorithm.groups[1].name
     contract.run(algorithm, 0, 10)
     assert not algorithm.vote(group).voters.any()

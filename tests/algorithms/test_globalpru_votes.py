@@ -12,6 +12,7 @@ from globalpru_cases import make
 from domainbed_sfp.algorithms.pruning import global_pru
 from domainbed_sfp.plugins import contract
 from domainbed_sfp.pruning import ranking
+from domainbed_sfp.pruning.attention import gate_logits, gate_of
 
 SCORES = torch.tensor([[0.3, -1.2, 0.8, 0.1], [2.0, 0.5, -0.4, 0.9]])
 
@@ -62,9 +63,9 @@ def test_gradients_by_finite_differences():
 
 
 def vote_of(environments, kept) -> list[int]:
-    vote = ranking.RankingVote(len(environments), len(environments[0][0]), kept)
+    vote = ranking.RankingVote(len(environments), len(environments[0][0]))
     for index, scores in enumerate(environments):
-        vote.count(index, torch.tensor(scores))
+        vote.count(index, ranking.ballots(torch.tensor(scores), kept), torch.tensor(scores))
     vote.close()
     return vote.ranking.tolist()
 
@@ -89,7 +90,7 @@ def test_equal_scores_rank_by_position():
 def test_equal_shares_of_the_votes_tie_whatever_environments_they_come_from():
     """3 + 2 + 1 of ten voters each are as many as 1 + 2 + 3, but for the last bit; more attention decides then."""
     for counts in itertools.permutations((1, 2, 3)):
-        vote = ranking.RankingVote(3, 3, 1)
+        vote = ranking.RankingVote(3, 3)
         vote.voters.fill_(10)
         vote.given[:, 0] = torch.tensor(counts)
         vote.given[:, 1] = torch.tensor((3, 2, 1))
@@ -117,14 +118,71 @@ def test_environments_weigh_alike():
 def test_a_vote_over_several_steps_is_one_vote():
     torch.manual_seed(0)
     scores = torch.randn(2, 6, 5)
-    whole, parts = (ranking.RankingVote(2, 5, 2) for _ in range(2))
+    whole, parts = (ranking.RankingVote(2, 5) for _ in range(2))
     for env in range(2):
-        whole.count(env, scores[env])
+        whole.count(env, ranking.ballots(scores[env], 2), scores[env])
         for part in scores[env].split(4):
-            parts.count(env, part)
+            parts.count(env, ranking.ballots(part, 2), part)
     for vote in (whole, parts):
         vote.close()
     assert torch.equal(whole.given, parts.given) and torch.equal(whole.ranking, parts.ranking)
+
+
+def trained(**hparams):
+    """GlobalPru whose gates are no longer alike, one step before its vote, and a minibatch of every environment."""
+    algorithm = make(total=10, domains=contract.DOMAINS, **hparams)
+    contract.run(algorithm, 0, 1)
+    with torch.no_grad():
+        for group in algorithm.groups:
+            torch.nn.init.normal_(algorithm.get_submodule(gate_of(group)).expand.weight, std=0.5)
+    return algorithm
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_samples_vote_for_the_channels_without_which_their_loss_would_change_most(scope):
+    """To first order: against the loss of each sample alone with each channel's attention a little lower."""
+    algorithm, by, shift = trained(pruning_scope=scope), {}, 1e-2
+    x, y = contract.minibatches(0)[0]
+    algorithm.eval()
+
+    def losses():
+        return torch.nn.functional.cross_entropy(algorithm.predict(x).double(), y, reduction="none")
+
+    with torch.no_grad(), gate_logits(algorithm._gates()) as logits:
+        losses()
+    for group in algorithm.groups:
+        bias, columns = algorithm.get_submodule(gate_of(group)).expand.bias, []
+        for channel in range(group.channels):
+            ends = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    bias[channel] += sign * shift
+                    ends.append(losses())
+                    bias[channel] -= sign * shift
+            # a dL/da = dL/du / (1 - sigmoid(u)).
+            columns.append((ends[0] - ends[1]) / (2 * shift) / torch.sigmoid(-logits[group.name][:, channel]))
+        by[group.name] = torch.stack(columns, 1).abs()
+    algorithm.train()
+    algorithm.step = algorithm.vote_step()
+    algorithm._collect_votes([(x, y)])
+    given = [algorithm.vote(name).given[0] for name in by]
+    expected = list(by.values()) if scope == "layer" else [torch.cat(list(by.values()), 1)]
+    found = given if scope == "layer" else [torch.cat(given)]
+    for votes, merit in zip(found, expected):
+        wanted = ranking.ballots(merit, merit.shape[1] - merit.shape[1] // 2).sum(0)
+        assert votes.sum() == wanted.sum()
+        # Finite differences in single precision tell some channels apart otherwise.
+        assert (votes - wanted).abs().sum() <= 0.05 * wanted.sum()
+
+
+def test_by_one_ranking_of_all_layers_lose_what_they_have_fewest_votes_for():
+    algorithm = make(total=10, domains=contract.DOMAINS, pruning_scope="global", sparsity=0.5)
+    contract.run(algorithm, 0, 10)
+    shares = {group.name: algorithm.vote(group.name).shares() for group in algorithm.groups}
+    alive = {name: algorithm.unit_masks[name] for name in shares}
+    assert algorithm.sparsity() == pytest.approx(0.5, abs=0.02)
+    least = min(shares[name][keep].sort(descending=True).values[1:].min() for name, keep in alive.items())
+    assert least >= max(shares[name][~keep].max() for name, keep in alive.items() if not keep.all())
 
 
 # agreement ------------------------------------------------------------------------------------------------------------

@@ -9,10 +9,13 @@ at 0.2 points less accuracy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_sfp.algorithms.base import Minibatches
@@ -29,7 +32,7 @@ from domainbed_sfp.pruning.attention import (
 )
 from domainbed_sfp.pruning.groups import ChannelGroup, channel_groups
 from domainbed_sfp.pruning.masks import removed_units
-from domainbed_sfp.pruning.ranking import RankingVote, kendall_tau, list_mle, top_k_overlap
+from domainbed_sfp.pruning.ranking import RankingVote, ballots, kendall_tau, list_mle, top_k_overlap
 from domainbed_sfp.pruning.reconstruction import RECONSTRUCTION
 from domainbed_sfp.pruning.schedules import SCHEDULE_HPARAMS, StairSchedule
 from domainbed_sfp.pruning.state import attribute_name
@@ -66,6 +69,11 @@ AGREEMENT_SAMPLES = 16
             "blocks", doc="blocks: channels inside blocks; all: whatever structured pruning may remove, as others do",
             valid=one_of("blocks", "all"),
         ),
+        "pruning_scope": replace(UNIT_HPARAMS["pruning_scope"], earlier="layer"),
+        "vote_by": Hparam(
+            "saliency", doc="what a sample ranks channels by: saliency, |a dL/da| with its loss L; attention, a itself",
+            valid=one_of("saliency", "attention"), earlier="attention",
+        ),
         "rank_weight": Hparam(
             0.1, lambda r: 10 ** r.uniform(-2, 0), "lambda, weight of the rank loss; 0: without it", valid=NOT_NEGATIVE
         ),
@@ -94,16 +102,20 @@ class GlobalPru(ScheduledPruning):
     Of K steps:
     1. Until .2 K the objective alone.
     2. The vote. During the last 2 % of the run in that stage (one step at least) the samples of every minibatch, before
-       the step's update and in evaluation mode, vote on each layer's channels by their attention: each names its best
-       (1 - p) C. Environments weigh alike however many samples they have; ties go by
+       the step's update and in evaluation mode, vote on each layer's channels by their saliency: each names its best
+       (1 - p) C. A channel's saliency |a dL/da| is what its attention is worth to the sample: what its loss would
+       change by without the channel, to first order. (The paper speaks of "sample-specific saliencies" and gives no
+       formula. By attention alone, `vote_by`, gates that have hardly left 1 rank no better than chance.) Environments
+       weigh alike however many samples they have; ties go by
        mean attention. Then the ranking is fixed, for good. Training images are what votes, as augmented for training;
-       over 2 % of 5,001 steps at batch size 32 they are 3,200 of each environment.
+       over 2 % of 5,001 steps at batch size 32 they are 3,200 of each environment. With `pruning_scope` global each
+       sample names the best (1 - p) of all channels, and layers lose what they have fewest votes for.
     3. From the vote to the last pruning: objective + lambda * mean over layers of rank loss + mu * mean over layers of
        mean |a|. The rank loss is ListMLE over what equal scores cost (`pruning.ranking`); lambda rises linearly from 0
        at the vote to its value half-way to `prune_start`. Both terms are about channels that are alive.
-    4. At .6, .7 and .8 K the lowest-ranked third of the fraction p of each layer goes. A mask is zero weights: of the
-       filter, of the normalization, of what reads the channel, and of its gate's column and row. Behind BatchNorm that
-       is the network without the channel. GroupNorm counts dead channels in its groups' statistics.
+    4. At .6, .7 and .8 K the lowest-ranked third of the fraction p of each layer, or of all, goes. A mask is zero
+       weights: of the filter, of the normalization, of what reads the channel, and of its gate's column and row. Behind
+       BatchNorm that is the network without the channel. GroupNorm counts dead channels in its groups' statistics.
     5. Then the objective alone.
 
     With `rank_weight` 0 it is the ablation without the rank loss: gates, vote and pruning stay.
@@ -122,15 +134,14 @@ class GlobalPru(ScheduledPruning):
 
     schedule: StairSchedule
 
+    spares_best = True
+
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.votes = nn.ModuleDict(
-            {
-                attribute_name(group.name): RankingVote(num_domains, group.channels, self._kept(group.channels))
-                for group in self.groups
-            }
+            {attribute_name(group.name): RankingVote(num_domains, group.channels) for group in self.groups}
         )
 
     def make_schedule(self) -> StairSchedule:
@@ -145,9 +156,6 @@ class GlobalPru(ScheduledPruning):
 
     def removable_channels(self) -> list[ChannelGroup]:
         return self.gated_groups
-
-    def ranking_scope(self) -> str:
-        return "layer"
 
     # training ---------------------------------------------------------------------------------------------------------
 
@@ -179,8 +187,12 @@ class GlobalPru(ScheduledPruning):
         return loss, {**metrics, "rank_loss": rank_loss.item(), "mean_attention": attention.item()}
 
     def score(self, minibatches: Minibatches) -> scores.Scores:
-        # The best channel has score 0, the worst -(C - 1).
-        return {group.name: -self.vote(group.name).ranking.argsort().float() for group in self.groups}
+        # The best channel has place 0, the worst C - 1.
+        places = {group.name: self.vote(group.name).ranking.argsort() for group in self.groups}
+        if self.ranking_scope() == "layer":
+            return {name: -place.float() for name, place in places.items()}
+        # Of equal shares, the higher place: shares are rounded to nine digits, and places weigh less than that.
+        return {name: self.vote(name).shares() - 1e-10 * place / len(place) for name, place in places.items()}
 
     def vote_step(self) -> int:
         """The step at which the vote closes, before its update; before the first all gates are alike, and nobody could
@@ -216,9 +228,33 @@ class GlobalPru(ScheduledPruning):
     # votes and agreement ----------------------------------------------------------------------------------------------
 
     def _collect_votes(self, minibatches: Minibatches) -> None:
-        for environment, (x, _) in enumerate(minibatches):
-            for name, u in self._attention_logits(x).items():
-                self.vote(name).count(environment, u)
+        for environment, (x, y) in enumerate(minibatches):
+            if self.hparams["vote_by"] == "attention":
+                logits = merits = self._attention_logits(x)
+            else:
+                logits, merits = self._saliencies(x, y)
+            for name, given in self._ballots(merits).items():
+                self.vote(name).count(environment, given, logits[name])
+
+    def _ballots(self, merits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What every sample votes for, [N, C] by group name: its best channels of each layer, or of all."""
+        if self.ranking_scope() == "layer":
+            return {name: ballots(merit, self._kept(merit.shape[1])) for name, merit in merits.items()}
+        joined = torch.cat(list(merits.values()), 1)
+        given = ballots(joined, self._kept(joined.shape[1]))
+        return dict(zip(merits, given.split([merit.shape[1] for merit in merits.values()], 1)))
+
+    def _saliencies(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(logits u, |a dL/da|) of the gates a = 2 sigmoid(u), [N, C] each by group name, where L is each sample's
+        cross-entropy; in evaluation mode."""
+        with self._evaluating(), torch.enable_grad(), gate_logits(self._gates()) as logits:
+            loss = F.cross_entropy(self.network(x), y, reduction="sum")
+        of_logits = torch.autograd.grad(loss, list(logits.values()))
+        # da/du = a (1 - sigmoid(u)).
+        return (
+            {name: u.detach() for name, u in logits.items()},
+            {name: (g / torch.sigmoid(-u.detach())).abs() for (name, u), g in zip(logits.items(), of_logits)},
+        )
 
     def _agreement_is_due(self) -> bool:
         begin, end = self.vote_step(), self.schedule.first_step(self.total_steps)
@@ -244,15 +280,19 @@ class GlobalPru(ScheduledPruning):
     @torch.no_grad()
     def _attention_logits(self, x: Tensor) -> dict[str, Tensor]:
         """The gates' logits [N, C] on images [N, C, H, W], by group name, in evaluation mode."""
-        modes = {module: module.training for module in self.featurizer.modules()}
-        self.featurizer.eval()
+        with self._evaluating(), gate_logits(self._gates()) as logits:
+            self.featurizer(x)
+        return logits
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        modes = {module: module.training for module in self.network.modules()}
+        self.network.eval()
         try:
-            with gate_logits(self._gates()) as logits:
-                self.featurizer(x)
+            yield
         finally:
             for module, training in modes.items():
                 module.training = training
-        return logits
 
     def _gates(self) -> dict[str, nn.Module]:
         return {group.name: self.get_submodule(gate_of(group)) for group in self.groups}
