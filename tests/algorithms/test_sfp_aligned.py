@@ -11,7 +11,8 @@ from domainbed_sfp.training.hparams import resolve_hparams
 
 def made(**changes):
     torch.manual_seed(0)
-    hparams = resolve_hparams("SFPAligned", "FullColoredDigits", overrides={"backbone": "mnist_cnn_bn", **changes})
+    given = {"backbone": "mnist_cnn_bn", "prune_start": 0.15, "reconstruction": "least_squares", **changes}
+    hparams = resolve_hparams("SFPAligned", "FullColoredDigits", overrides=given)
     algorithm = registry.get("SFPAligned").cls((3, 8, 8), 10, 2, hparams)
     algorithm.total_steps = 40
     return algorithm

@@ -31,6 +31,7 @@ VARIANTS = {
     "SparseIRM": [{"granularity": "channel"}, {"objective": "VREx", "pruning_scope": "layer"},
                   {"granularity": "channel", "vrex_penalty_anneal_iters": 4, "objective": "VREx", "mask_rule": "threshold"}],
     "DCWP": [{"granularity": "channel"}, {"pruning_scope": "global"}],
+    "SFPAligned": [{"reconstruction": "least_squares"}],
     "GlobalPru": [{"objective": "CORAL", "backbone": "mnist_cnn_bn", "sparsity": 0.6}, {"rank_weight": 0.0, "objective": "Mixup", "pruning_scope": "global", "vote_by": "attention"}],
     "DQMQ": [{"reinforce": 0.5}, {"objective": "CORAL", "backbone": "mnist_cnn_bn"}],
     "UniformQuant": [{"quantize_start": 0.3, "bits": 3}],

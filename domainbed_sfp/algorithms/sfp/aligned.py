@@ -37,7 +37,9 @@ TEMPERATURE = 2.0
     standing="reconstruction",
     hparams={
         **HPARAMS,
-        "removal": Hparam("none", doc=HPARAMS["removal"].doc, valid=HPARAMS["removal"].valid),
+        "removal": replace(HPARAMS["removal"], default="none"),
+        # What has been trained for a sixth of a short run is not worth following (results/recipe_pacs.md).
+        "prune_start": replace(HPARAMS["prune_start"], default=0.5),
         "alignment": Hparam(
             1.0,
             lambda r: 10 ** r.uniform(-1, 1),
@@ -62,7 +64,7 @@ TEMPERATURE = 2.0
             "weight of an unflagged sample in the alignment; a flagged one has 1",
             valid=POSITIVE,
         ),
-        "reconstruction": replace(RECONSTRUCTION, default="least_squares", earlier=None),
+        "reconstruction": replace(RECONSTRUCTION, earlier=None),
         "reconstruction_target": Hparam(
             "reference",
             doc="what a reconstructed layer is to make: what the reference's makes of the same images (reference), or "
@@ -85,7 +87,9 @@ class SFPAligned(SFP):
 
     From `prune_start` on, features f follow those of the frozen reference, r, but for the spurious directions P found
     in them: the loss has the term alignment * sum_i w_i ||(I - P P^T)(f_i - r_i)||^2 / (sum_i w_i * mean ||r||^2),
-    where unflagged samples weigh more. The same is done in closed form when channels go: what is left of a layer is set
+    where unflagged samples weigh more; another term draws the logits to the reference's.
+
+    With `reconstruction` least_squares the same is done in closed form when channels go: what is left of a layer is set
     such that it makes what the reference's makes of the same images (`pruning.reconstruction`). For that the layers
     lose all of their channels one after another in the order of the network, from `prune_start` to `prune_end`; which
     channels go is decided once, when the first do.
