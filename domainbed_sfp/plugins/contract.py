@@ -119,7 +119,7 @@ def _run_in_parts(
     """A second run, interrupted on the way: what it logs, and its tensors in the end."""
     seed_everything(12_345)
     algorithm, begin = make(name), 0
-    logged = []
+    logged: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.safetensors"
         for stop in STOPS:
