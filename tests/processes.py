@@ -1,12 +1,15 @@
-"""Commands in processes of their own that start at once: forked from one that has imported what they need."""
+"""Commands in other processes: one that starts at once, forked from a process that has imported what it needs; and
+several, one after another, in a new process that finds other packages."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from domainbed_sfp.sweep.launchers.processes import PRELOAD
@@ -53,3 +56,34 @@ def _run(arguments: list[str], folder: Path, environment: dict[str, str], printe
     from domainbed_sfp.cli import main as cli
 
     cli.main(arguments)
+
+
+def one_after_another(
+    commands: Sequence[Sequence[object]], folder: Path, site: Path
+) -> list[subprocess.CompletedProcess[str]]:
+    """`domainbed-sfp ARGUMENTS` for each of the `commands`, in one new process, which imports but once: begun in
+    `folder`, with the packages that are installed in `site`."""
+    words = [list(map(str, command)) for command in commands]
+    done = subprocess.run(
+        [sys.executable, "-c", _ONE_AFTER_ANOTHER, json.dumps(words)], cwd=folder, capture_output=True, text=True,
+        timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    return [subprocess.CompletedProcess(command, *one) for command, one in zip(words, told)]
+
+
+_ONE_AFTER_ANOTHER = """
+import contextlib, io, json, sys
+from domainbed_sfp.cli import main
+
+told = []
+for words in json.loads(sys.argv[1]):
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            main.main(words)
+        except SystemExit as ended:
+            told.append((ended.code, out, errors))
+print(json.dumps([(code, out.getvalue(), errors.getvalue()) for code, out, errors in told]))
+"""

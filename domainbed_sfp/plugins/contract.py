@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import io
+import itertools
 import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -28,24 +27,15 @@ from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.base import Algorithm, final_step_of
 from domainbed_sfp.core.errors import did_you_mean
 from domainbed_sfp.core.seeds import seed_everything, seed_hash
-from domainbed_sfp.data import base
-from domainbed_sfp.data.base import Dataset
 from domainbed_sfp.data.loaders import Minibatch
-from domainbed_sfp.data.sets.digits import FullColoredDigits
 from domainbed_sfp.deploy import shrink
+from domainbed_sfp.plugins import poisoned_runs
 from domainbed_sfp.plugins.easy_batches import BATCH, CLASSES, DOMAINS, INPUT_SHAPE, minibatches
 from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs import checkpoints, records
-from domainbed_sfp.runs.layout import RESULTS
-from domainbed_sfp.runs.settings import RunSettings
 from domainbed_sfp.training import hparams
-from domainbed_sfp.training import train as training
 
 STEPS = 16
-
-# Of a whole run through the training loop: samples of the data set, and those a batch takes from each environment.
-RUN_SAMPLES, RUN_BATCH = 240, 16
-
 
 # Hparams under which the checks look at an algorithm, beside its defaults.
 _variant: ContextVar[Mapping[str, Any]] = ContextVar("variant", default=MappingProxyType({}))
@@ -83,27 +73,62 @@ def run(algorithm: Algorithm, first: int, last: int) -> list[dict[str, float]]:
 @dataclass(frozen=True)
 class WholeRun:
     """An algorithm after all its updates, to be left as it is; what they logged, (final, sparsity) behind each of them,
-    and its tensors right after them."""
+    its tensors right after them, and a copy of it from their middle, or what copying raised."""
 
     algorithm: Algorithm
     logged: list[dict[str, float]]
     compression: list[tuple[bool, float]]
     tensors: dict[str, Tensor]
+    twin: Algorithm | Exception
 
 
 def whole_run(name: str) -> WholeRun:
     """Several checks look at the same run: it is computed once for all that ask in turn."""
-    return _whole_run(registry.get(name).cls, name, make, tuple(sorted(_variant.get().items())))
+    return _whole_run(*_asked(name))
+
+
+def _asked(name: str) -> tuple[type[Algorithm], str, Callable[[str], Algorithm], Any]:
+    """What decides a run of an algorithm as the checks look at it now."""
+    return registry.get(name).cls, name, make, tuple(sorted(_variant.get().items()))
 
 
 @functools.lru_cache(maxsize=1)
 def _whole_run(cls: type[Algorithm], name: str, make: Callable[[str], Algorithm], variant: Any) -> WholeRun:
     algorithm = make(name)
     logged, compression = [], []
+    twin: Algorithm | Exception
     for step in range(STEPS):
+        if step == STEPS // 2:
+            try:
+                twin = copy.deepcopy(algorithm)
+            except Exception as error:  # told by the check that is about copies
+                twin = error
         logged += run(algorithm, step, step + 1)
         compression.append((algorithm.at_final_compression(), algorithm.sparsity()))
-    return WholeRun(algorithm, logged, compression, {key: value.clone() for key, value in _tensors(algorithm).items()})
+    return WholeRun(algorithm, logged, compression, _cloned(algorithm), twin)
+
+
+# Steps at which the run in parts is saved, and continued in a new object.
+STOPS = (STEPS // 3, STEPS - 2)
+
+
+@functools.lru_cache(maxsize=1)
+def _run_in_parts(
+    cls: type[Algorithm], name: str, make: Callable[[str], Algorithm], variant: Any
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """A second run, interrupted on the way: what it logs, and its tensors in the end."""
+    seed_everything(12_345)
+    algorithm, begin = make(name), 0
+    logged: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.safetensors"
+        for stop in STOPS:
+            logged += run(algorithm, begin, stop)
+            checkpoints.save_checkpoint(path, algorithm, {"step": stop})
+            algorithm, begin = make(name), stop
+            assert checkpoints.load_checkpoint(path, algorithm) == {"step": stop}
+    logged += run(algorithm, begin, STEPS)
+    return logged, _tensors(algorithm)
 
 
 def check_updates_lower_the_loss(name: str) -> None:
@@ -123,7 +148,7 @@ def check_predict_gives_logits(name: str) -> None:
     algorithm = make(name)
     run(algorithm, 0, 2)
     algorithm.eval()
-    before = {key: value.clone() for key, value in _tensors(algorithm).items()}
+    before = _cloned(algorithm)
     x = torch.cat([x for x, _ in minibatches(99)])
     with torch.no_grad():
         logits = algorithm.predict(x)
@@ -144,41 +169,39 @@ def check_hparams_are_json(name: str) -> None:
 
 def check_deepcopy(name: str) -> None:
     """A copy taken in the middle of training goes on alone, exactly as the original does."""
-    algorithm = make(name)
-    run(algorithm, 0, STEPS // 2)
-    twin = copy.deepcopy(algorithm)
-    untouched = {key: value.clone() for key, value in _tensors(algorithm).items()}
-    first = run(twin, STEPS // 2, STEPS)
-    for key, value in _tensors(algorithm).items():
-        assert torch.equal(value, untouched[key]), f"training the copy changes the original's {key}"
-    assert run(algorithm, STEPS // 2, STEPS) == first, "copy and original part ways"
+    whole = whole_run(name)
+    if isinstance(whole.twin, Exception):
+        raise whole.twin
+    logged = run(copy.deepcopy(whole.twin), STEPS // 2, STEPS)
+    for key, value in _tensors(whole.algorithm).items():
+        assert torch.equal(value, whole.tensors[key]), f"training the copy changes the original's {key}"
+    assert logged == whole.logged[STEPS // 2 :], "copy and original part ways"
 
 
 def check_exact_resume(name: str) -> None:
     """Saved at any of several steps and continued in a new object, training ends bit-identical."""
     whole = whole_run(name)
-    algorithm, begin = make(name), 0
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "checkpoint.safetensors"
-        for stop in (STEPS // 3, STEPS - 2, STEPS):
-            logged = run(algorithm, begin, stop)
-            assert logged == whole.logged[begin:stop], f"continued from step {begin}, the logged numbers differ"
-            if stop < STEPS:
-                checkpoints.save_checkpoint(path, algorithm, {"step": stop})
-                algorithm, begin = make(name), stop
-                assert checkpoints.load_checkpoint(path, algorithm) == {"step": stop}
-    _assert_same(algorithm, whole.tensors, f"continued from step {begin}")
+    logged, tensors = _run_in_parts(*_asked(name))
+    for begin, end in itertools.pairwise((0, *STOPS, STEPS)):
+        assert logged[begin:end] == whole.logged[begin:end], f"continued from step {begin}, the logged numbers differ"
+    _assert_same(tensors, whole.tensors, f"continued from step {STOPS[-1]}")
 
 
 def check_deterministic(name: str) -> None:
     """Made and trained twice from one seed, with other use of the generators in between, it ends bit-identical."""
     first = whole_run(name)
+    with contextlib.suppress(Exception):  # it cannot be continued, which is told elsewhere
+        logged, tensors = _run_in_parts(*_asked(name))
+        _assert_same(tensors, first.tensors, "in a second run")
+        if logged == first.logged:
+            return  # this was a second run
+    # One without interruptions tells whether they are to blame.
     seed_everything(12_345)
     second = make(name)
     assert run(second, 0, STEPS) == first.logged, (
         "with the same seed, the logged numbers differ from one run to the next"
     )
-    _assert_same(second, first.tensors, "in a second run with the same seed")
+    _assert_same(_tensors(second), first.tensors, "in a second run with the same seed")
 
 
 def check_degenerate_batches(name: str) -> None:
@@ -272,42 +295,9 @@ def _check_export(algorithm: Algorithm) -> None:
 def check_never_touches_the_test_environment(name: str) -> None:
     """With the test environment's images and labels replaced by rubbish, training runs on bit-identically, also behind
     evaluations in its midst. What an algorithm reads of the data set's files on its own is not seen here."""
-
-    class Small(FullColoredDigits):
-        @staticmethod
-        def read(data_dir: str | None) -> tuple[Tensor, Tensor]:
-            images, labels = FullColoredDigits.read(data_dir)
-            return images[:RUN_SAMPLES], labels[:RUN_SAMPLES]
-
-    class Poisoned(Small):
-        @classmethod
-        def build(cls, *args: Any, **options: Any) -> Dataset:
-            dataset = super().build(*args, **options)
-            images = dataset[1].images
-            assert isinstance(images, Tensor)
-            images.fill_(torch.nan)
-            dataset[1].labels.fill_(3)
-            return dataset
-
-    def final_record(data: type[Dataset]) -> dict[str, Any]:
-        with (
-            mock.patch.dict(base.DATASETS.entries, {"FullColoredDigits": data}),
-            tempfile.TemporaryDirectory() as folder,
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            arguments = RunSettings(dataset="FullColoredDigits", algorithm=name, test_envs=[1], steps=12)
-            batch = json.dumps({"batch_size": RUN_BATCH, **_variant.get()})
-            training.train(
-                replace(arguments, hparams=batch, checkpoint_freq=3, output_dir=folder, skip_model_save=True)
-            )
-            record = json.loads((Path(folder) / RESULTS).read_text().splitlines()[-1])
-        volatile = {*records.VOLATILE_FIELDS, "args"}
-        return {key: value for key, value in record.items() if key not in volatile and not key.startswith("env1_")}
-
-    base.dataset_names()  # all are registered before one is replaced for a while: what came meanwhile would be lost
-    clean = final_record(Small)
+    clean = poisoned_runs.final_record(name, _variant.get(), poisoned=False)
     try:
-        poisoned = final_record(Poisoned)
+        poisoned = poisoned_runs.final_record(name, _variant.get(), poisoned=True)
     except Exception as error:
         raise AssertionError(f"training fails with a poisoned test environment, and not without: {error}") from error
     for key, value in clean.items():
@@ -363,6 +353,10 @@ def _tensors(algorithm: Algorithm) -> dict[str, Tensor]:
     return {key: value for key, value in algorithm.state_dict().items() if isinstance(value, Tensor)}
 
 
-def _assert_same(algorithm: Algorithm, expected: Mapping[str, Tensor], when: str) -> None:
-    for key, value in _tensors(algorithm).items():
+def _cloned(algorithm: Algorithm) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in _tensors(algorithm).items()}
+
+
+def _assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], when: str) -> None:
+    for key, value in found.items():
         assert torch.equal(value, expected[key]), f"{when}, {key} differs"

@@ -263,8 +263,8 @@ def test_sfp_prunes_a_network_that_cuts_images_into_windows(overrides):
     pytest.importorskip("timm", reason="timm is not installed")
     given = {"backbone": "test_maxvit", "weights": "none", "image_size": 64, "removal_layers": "all", **overrides}
     algorithm = SFP((3, 64, 64), 4, 2, hparams.resolve_hparams("SFP", "PACS", overrides=given))
-    algorithm.total_steps = 10
-    train(algorithm, 10, side=64)
+    algorithm.total_steps = 6
+    train(algorithm, 6, side=64)
     assert algorithm.sparsity() == pytest.approx(0.5, abs=0.05)
 
 
@@ -412,7 +412,7 @@ def test_sfp_finds_the_colour(tmp_path):
     def final(name: str, **overrides) -> dict:
         folder = tmp_path / (name + str(len(overrides)))
         training.train(RunSettings(
-            dataset="FullColoredDigits", algorithm=name, test_envs=[2], steps=200, checkpoint_freq=199, skip_model_save=True, evaluate="final",
+            dataset="FullColoredDigits", algorithm=name, test_envs=[2], steps=120, checkpoint_freq=119, skip_model_save=True, evaluate="final",
             output_dir=str(folder), hparams=json.dumps({"sparsity": 0.5, "batch_size": 32, **overrides})))  # fmt: skip
         return json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
 

@@ -18,12 +18,15 @@ def made(**changes):
     return algorithm
 
 
+BATCH = 16
+
+
 def batches(step):
     made_by = torch.Generator().manual_seed(step)
-    labels = [torch.randint(0, 10, (32,), generator=made_by) for _ in range(2)]
+    labels = [torch.randint(0, 10, (BATCH,), generator=made_by) for _ in range(2)]
     # Easy for two thirds of the samples, so that flags have something to tell apart.
     return [
-        (torch.rand(32, 3, 8, 8, generator=made_by) * (torch.arange(32) % 3 == 0)[:, None, None, None] + y.view(-1, 1, 1, 1) / 5, y)
+        (torch.rand(BATCH, 3, 8, 8, generator=made_by) * (torch.arange(BATCH) % 3 == 0)[:, None, None, None] + y.view(-1, 1, 1, 1) / 5, y)
         for y in labels
     ]  # fmt: skip
 
@@ -71,7 +74,7 @@ def test_samples_count_in_the_reconstruction_as_asked():
     weights = unflagged.sample_weights(batches(7))
     assert flags.any() and (weights[flags] == 1).all() and (weights[~flags] == 2).all()
     losses = hard.flagging.loss_sums.sum(1) / hard.flagging.loss_counts.sum(1)
-    assert torch.allclose(hard.sample_weights(batches(7)), losses.repeat_interleave(32))
+    assert torch.allclose(hard.sample_weights(batches(7)), losses.repeat_interleave(BATCH))
 
 
 @pytest.mark.parametrize("name", ["alignment_directions", "reconstruction", "reconstruction_samples"])

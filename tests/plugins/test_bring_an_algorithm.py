@@ -59,6 +59,11 @@ class Forgetful(ERM):
         return super().update(minibatches, unlabeled)
 
 
+class Uncopyable(ERM):
+    def __deepcopy__(self, memo):
+        raise TypeError("no copies of me")
+
+
 class Unseeded(ERM):
     def update(self, minibatches, unlabeled=None):
         values = super().update(minibatches, unlabeled)
@@ -190,6 +195,19 @@ def test_every_check_finds_what_it_is_for(main, broken, check, cls, hparams, wor
     mend = "mend what raises it first" if cls is Fragile else remedies.MENDS[check]
     assert f"how to mend it: {mend}" in done.stdout
     assert "0 of 1 checks passed, 1 failed." in done.stdout
+
+
+@pytest.mark.parametrize(
+    "check, cls, words", [("deepcopy", Uncopyable, "no copies of me"), ("exact_resume", Forgetful, "continued")]
+)
+def test_runs_that_checks_share_are_no_reason_to_fail(main, broken, monkeypatch, check, cls, words):
+    """What cannot be copied, or continued, is told by the check that is about it alone."""
+    names = ("updates_lower_the_loss", "deepcopy", "exact_resume", "deterministic")
+    checks = {name: contract.CHECKS[name] for name in names}
+    broken(cls, {}, check)
+    monkeypatch.setattr(contract, "CHECKS", checks)
+    done = main("check", "Broken", check=False).stdout
+    assert f"FAILED  {check}" in done and words in done and "3 of 4 checks passed, 1 failed." in done
 
 
 @pytest.mark.parametrize(

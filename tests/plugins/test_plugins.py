@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from processes import one_after_another
 
 CODE = """
 import torch
@@ -66,47 +64,47 @@ def site(tmp_path_factory):
     return folder
 
 
-def command(site, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    return subprocess.run(
-        [sys.executable, "-m", "domainbed_sfp", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env=environment,
-    )  # fmt: skip
+REFUSED = {
+    "broken": "backbone 'broken' (their_package:broken) cannot be made for images of shape (3, 12, 12): RuntimeError",
+    "number": "gives a int; expected a torch.nn.Module",
+    "smal": "did you mean 'small'?",
+}
 
 
-def test_a_network_and_a_data_set_of_another_package_train_and_prune(site, tmp_path):
-    hparams = json.dumps({"backbone": "small", "sparsity": 0.5, "batch_size": 8})
-    done = command(
-        site, "train", "--algorithm", "Taylor", "--dataset", "Noise", "--test_envs", 2, "--steps", 6, "--hparams", hparams,
-        "--output_dir", tmp_path / "run",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "run" / "results.jsonl").read_text().splitlines()[-1])
+@pytest.fixture(scope="module")
+def done(site, tmp_path_factory):
+    """What commands of a process that knows the package tell, by the backbone they use; and the folder of a run."""
+    folder = tmp_path_factory.mktemp("done")
+    pruned = json.dumps({"backbone": "small", "sparsity": 0.5, "batch_size": 8})
+    commands = {
+        "small": ("train", "--algorithm", "Taylor", "--dataset", "Noise", "--test_envs", 2, "--steps", 6, "--hparams", pruned,
+                  "--output_dir", "run"),
+        **{name: ("train", "--dataset", "Noise", "--hparams", json.dumps({"backbone": name, "batch_size": 8}),
+                  "--output_dir", "refused") for name in REFUSED},
+        "checked": ("check", "--backbone", "small", "--image_size", 16),
+    }  # fmt: skip
+    told = one_after_another(list(commands.values()), folder, site)
+    return dict(zip(commands, told)), folder / "run"
+
+
+def test_a_network_and_a_data_set_of_another_package_train_and_prune(done):
+    told, run = done
+    assert told["small"].returncode == 0, told["small"].stderr
+    record = json.loads((run / "results.jsonl").read_text().splitlines()[-1])
     # 3 of 6 and 4 of 8 channels are gone.
     assert record["sparsity"] == 0.5 and record["environments"] == ["a", "b", "c"] and record["final_compression"]
     assert record["macs"] == 3 * 3 * 9 * 144 + 4 * 3 * 9 * 100 + 4 * 2
 
 
-@pytest.mark.parametrize(
-    ("backbone", "words"),
-    [
-        (
-            "broken",
-            "backbone 'broken' (their_package:broken) cannot be made for images of shape (3, 12, 12): RuntimeError",
-        ),
-        ("number", "gives a int; expected a torch.nn.Module"),
-        ("smal", "did you mean 'small'?"),
-    ],
-)
-def test_a_network_that_cannot_be_made_is_one_line(site, tmp_path, backbone, words):
-    hparams = json.dumps({"backbone": backbone, "batch_size": 8})
-    failed = command(site, "train", "--dataset", "Noise", "--hparams", hparams, "--output_dir", tmp_path / "run")
+@pytest.mark.parametrize("backbone", REFUSED)
+def test_a_network_that_cannot_be_made_is_one_line(done, backbone):
+    failed = done[0][backbone]
     assert failed.returncode == 2 and failed.stderr.splitlines()[-1].startswith("error: ")
-    assert words in failed.stderr and "Traceback" not in failed.stderr
+    assert REFUSED[backbone] in failed.stderr and "Traceback" not in failed.stderr
 
 
-def test_check_says_what_can_be_pruned_of_a_network(site):
-    said = command(site, "check", "--backbone", "small", "--image_size", 16)
+def test_check_says_what_can_be_pruned_of_a_network(done):
+    said = done[0]["checked"]
     assert said.returncode == 0, said.stderr
     assert "small: 8 features of images (3, 16, 16)" in said.stdout
     assert "channels that can be removed: 14 in 2 groups, of 2 layers" in said.stdout

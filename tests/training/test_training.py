@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pkgutil
@@ -19,6 +20,7 @@ from runs_on_disk import read
 from short_runs import RUN
 from told_errors import assert_one_line_error
 
+from domainbed_sfp.cli import main as cli_main
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.runs.records import VOLATILE_FIELDS
 
@@ -68,20 +70,31 @@ def test_model_file_loads_without_executing_anything(main, tmp_path):
 
 def test_same_arguments_give_the_same_records_and_another_seed_does_not(main, tmp_path):
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        main(*RUN, "--steps", 11, "--seed", seed, "--skip_model_save", "--output_dir", folder)
+        main(*RUN, *SMALL_BATCHES, "--steps", 11, "--seed", seed, "--skip_model_save", "--output_dir", folder)
     assert stable(tmp_path / "a") == stable(tmp_path / "b")
     assert read(tmp_path / "a")[-1]["loss"] != read(tmp_path / "c")[-1]["loss"]
 
 
+KILLED = [*map(str, RUN), "--steps", "41", "--skip_model_save", *SMALL_BATCHES]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The records of KILLED when nobody kills it."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.raises(SystemExit) as ended:
+        cli_main.main([*KILLED, "--output_dir", str(folder)])
+    assert ended.value.code == 0
+    return stable(folder)
+
+
 @pytest.mark.parametrize("kills", [(12,), (3, 25)])
-def test_killed_at_any_moment_it_continues_with_identical_records(main, tmp_path, kills):
+def test_killed_at_any_moment_it_continues_with_identical_records(main, tmp_path, undisturbed, kills):
     """kill -9 once or twice, somewhere between checkpoints; the end is bit-identical to an undisturbed run."""
-    arguments = [*map(str, RUN), "--steps", "41", "--skip_model_save", *SMALL_BATCHES]
-    main(*arguments, "--output_dir", "whole")
     for wait_for in kills:
-        _start_and_kill(tmp_path, arguments, "broken", signal.SIGKILL, wait_for)
-    main(*arguments, "--output_dir", "broken")
-    assert stable(tmp_path / "broken") == stable(tmp_path / "whole")
+        _start_and_kill(tmp_path, KILLED, "broken", signal.SIGKILL, wait_for)
+    main(*KILLED, "--output_dir", "broken")
+    assert stable(tmp_path / "broken") == undisturbed
 
 
 def test_sigterm_saves_and_exits_cleanly(tmp_path):
@@ -130,6 +143,24 @@ def test_sigterm_during_preparation_stops_at_once(main, tmp_path, monkeypatch):
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors, errors
 
 
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory):
+    """Arguments of a run that tests stop on its way, by its algorithm, and the records of one that nobody stops."""
+    from domainbed_sfp.runs.settings import RunSettings
+    from domainbed_sfp.training import train as training
+
+    @functools.cache
+    def made(algorithm: str):
+        own = {"backbone": "mnist_cnn_bn", "policy_lr": 0.1} if algorithm == "DQMQ" else {}
+        arguments = {"dataset": "FullColoredDigits", "algorithm": algorithm, "test_envs": [2], "checkpoint_freq": 5,
+                     "steps": 11, "skip_model_save": True, "hparams": json.dumps({"batch_size": 16, **own})}  # fmt: skip
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        training.train(RunSettings(**arguments, output_dir=str(folder)))
+        return arguments, stable(folder)
+
+    return made
+
+
 @pytest.mark.parametrize(
     "algorithm, moment",
     [
@@ -141,16 +172,13 @@ def test_sigterm_during_preparation_stops_at_once(main, tmp_path, monkeypatch):
         ("DQMQ", "recorder.evaluate"),
     ],
 )
-def test_a_stop_at_any_moment_loses_and_repeats_nothing(tmp_path, monkeypatch, algorithm, moment):
+def test_a_stop_at_any_moment_loses_and_repeats_nothing(tmp_path, monkeypatch, stopped_run, algorithm, moment):
     """SIGTERM while a step is computed, evaluated, recorded or saved: the records end as those of an undisturbed run."""
     from domainbed_sfp.runs.settings import RunSettings
     from domainbed_sfp.training import train as training
     from domainbed_sfp.training.interruption import Interrupted
 
-    own = {"backbone": "mnist_cnn_bn", "policy_lr": 0.1, "batch_size": 16} if algorithm == "DQMQ" else {}
-    arguments = {"dataset": "FullColoredDigits", "algorithm": algorithm, "test_envs": [2], "checkpoint_freq": 5,
-                 "steps": 11, "skip_model_save": True, "hparams": json.dumps(own)}  # fmt: skip
-    training.train(RunSettings(**arguments, output_dir=str(tmp_path / "whole")))
+    arguments, whole = stopped_run(algorithm)
     place, name = moment.rsplit(".", 1)
     place = pkgutil.resolve_name(f"domainbed_sfp.training.{place}")
     plain, calls = getattr(place, name), []
@@ -167,7 +195,7 @@ def test_a_stop_at_any_moment_loses_and_repeats_nothing(tmp_path, monkeypatch, a
             training.train(RunSettings(**arguments, output_dir=str(tmp_path / "broken")))
     assert (tmp_path / "broken" / "checkpoint.safetensors").exists()
     training.train(RunSettings(**arguments, output_dir=str(tmp_path / "broken")))
-    assert stable(tmp_path / "broken") == stable(tmp_path / "whole")
+    assert stable(tmp_path / "broken") == whole
 
 
 def test_an_unforeseen_error_is_in_err_txt(tmp_path, monkeypatch):
@@ -181,14 +209,12 @@ def test_an_unforeseen_error_is_in_err_txt(tmp_path, monkeypatch):
     assert "ZeroDivisionError" in (tmp_path / "run" / "err.txt").read_text()
 
 
-def test_a_torn_record_is_repaired_on_resume(main, tmp_path):
-    arguments = [*map(str, RUN), "--steps", "41", "--skip_model_save", *SMALL_BATCHES]
-    main(*arguments, "--output_dir", "whole")
-    _start_and_kill(tmp_path, arguments, "broken", signal.SIGKILL, 10)
+def test_a_torn_record_is_repaired_on_resume(main, tmp_path, undisturbed):
+    _start_and_kill(tmp_path, KILLED, "broken", signal.SIGKILL, 10)
     with open(tmp_path / "broken" / "results.jsonl", "a") as file:
         file.write('{"step": 20, "los')
-    main(*arguments, "--output_dir", "broken")
-    assert stable(tmp_path / "broken") == stable(tmp_path / "whole")
+    main(*KILLED, "--output_dir", "broken")
+    assert stable(tmp_path / "broken") == undisturbed
 
 
 def test_done_is_not_done_again_and_other_arguments_are_refused(main, tmp_path):
