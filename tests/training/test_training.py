@@ -310,8 +310,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_record(main, tmp_path):
 
 
 def test_a_run_that_cannot_go_on_says_why_where_status_looks(main, tmp_path):
-    failed = main(*RUN[:1], "--dataset", "FullColoredDigits", "--algorithm", "SFP", "--test_envs", 2, "--steps", 20,
-                  "--hparams", '{"flag_kappa": 1e-9, "batch_size": 16}', "--output_dir", "run", check=False)  # fmt: skip
+    with pytest.warns(UserWarning, match="0% of the samples of training domain [01] are flagged"):
+        failed = main(*RUN[:1], "--dataset", "FullColoredDigits", "--algorithm", "SFP", "--test_envs", 2, "--steps", 20,
+                      "--hparams", '{"flag_kappa": 1e-9, "batch_size": 16}', "--output_dir", "run", check=False)  # fmt: skip
     assert_one_line_error(failed, "no contrast")
     failure = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert failure["step"] == 4 and "no contrast" in failure["error"]
