@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
+from domainbed_sfp.core.console import warn
 from domainbed_sfp.core.errors import UserError, unknown_name
 
 EntryT = TypeVar("EntryT")
@@ -116,10 +116,9 @@ class Registry(Generic[EntryT]):
         except Exception as error:  # another's package must not take the rest away
             origin = entry.dist.name if entry.dist else "an installed package"
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            print(
-                f"warning: entry point {entry.name!r} of {origin} ({self.group}: {entry.value}) cannot be loaded, and "
-                f"its {self.kind}s are left out: {reason}",
-                file=sys.stderr,
+            warn(
+                f"entry point {entry.name!r} of {origin} ({self.group}: {entry.value}) cannot be loaded, and "
+                f"its {self.kind}s are left out: {reason}"
             )
 
 
