@@ -8,8 +8,7 @@ import subprocess
 
 import pytest
 from image_trees import FOLDER_RUN, make_tree
-from runs_on_disk import read
-from short_runs import RUN
+from runs_on_disk import RUN, read
 from told_errors import assert_one_line_error
 
 

@@ -15,8 +15,7 @@ import pytest
 import torch
 from image_trees import FOLDER_RUN, make_tree
 from processes import Command
-from runs_on_disk import read
-from short_runs import RUN
+from runs_on_disk import RUN, read
 from told_errors import assert_one_line_error
 
 from domainbed_sfp.core.errors import UserError
