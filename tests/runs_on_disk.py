@@ -1,10 +1,13 @@
-"""Reads the records of runs, and writes small ones for the tests of tables, with the accuracies spelled out."""
+"""A run of a few steps; reads the records of runs, and writes small ones for the tests of tables, with the accuracies spelled
+out."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+RUN = ("train", "--dataset", "FullColoredDigits", "--algorithm", "Magnitude", "--test_envs", 2, "--checkpoint_freq", 10)
 
 # Two environments: [env0 in, env0 out, env1 in, env1 out], as fractions.
 Accuracies = tuple[float, float, float, float]

@@ -78,7 +78,13 @@ class ObjectiveInfo:
     hparams: Mapping[str, Hparam] = field(default_factory=dict)
 
 
-ALGORITHMS: Registry[AlgorithmInfo] = Registry("algorithm", "domainbed_sfp.algorithms", "algorithms")
+ALGORITHMS: Registry[AlgorithmInfo] = Registry(
+    "algorithm",
+    "domainbed_sfp.algorithms",
+    "algorithms",
+    beyond="one of your own comes as an installed package, which `domainbed-sfp new` writes; a file path/to/method.py "
+    "works with `domainbed-sfp check` only",
+)
 OBJECTIVES: Registry[ObjectiveInfo] = Registry("objective", "domainbed_sfp.algorithms", "objectives")
 
 

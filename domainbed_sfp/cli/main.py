@@ -24,7 +24,7 @@ from domainbed_sfp.cli import (
     upstream,
 )
 from domainbed_sfp.cli import list as list_
-from domainbed_sfp.cli.parsing import Parser
+from domainbed_sfp.cli.parsing import Command, Parser
 from domainbed_sfp.core import crashes
 from domainbed_sfp.core.version import __version__
 
@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
     def command() -> int:
         args = make_parser().parse_args(argv)
-        return args.run(args)
+        run: Command = args.run
+        return run(args)
 
     words = sys.argv[1:] if argv is None else argv
     sys.exit(crashes.guarded(" ".join(["domainbed-sfp", *takewhile(_is_word, words[:2])]), command))

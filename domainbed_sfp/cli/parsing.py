@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Collection
-from typing import Any, NoReturn, get_args, get_type_hints
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NoReturn, TypeAlias, get_args, get_type_hints
 
 from domainbed_sfp.core.errors import did_you_mean
 from domainbed_sfp.runs.settings import SETTINGS, RunSettings
 
 Command = Callable[[argparse.Namespace], int]
-Commands = argparse._SubParsersAction
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 BREAK_LOCK = "remove the locks that a dead machine has left, where the file system has no flock"
 
@@ -19,7 +19,8 @@ BREAK_LOCK = "remove the locks that a dead machine has left, where the file syst
 class Parser(argparse.ArgumentParser):
     """Names the nearest choice for what is mistyped, in the words of the command that it was given to."""
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        known: argparse.Namespace
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             parser = getattr(known, "parser", self)
@@ -37,7 +38,13 @@ class Parser(argparse.ArgumentParser):
 class Once(argparse.Action):
     """A flag whose second values would take the place of the first without a word."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         if getattr(namespace, self.dest) is not None:
             raise argparse.ArgumentError(self, "given twice; give it once, with all that belongs to it")
         setattr(namespace, self.dest, values)

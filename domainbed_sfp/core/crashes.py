@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import select
 import shlex
 import sys
 import tempfile
@@ -129,11 +130,14 @@ def _say(text: str) -> None:
 
 
 def _reader_is_gone() -> bool:
-    try:
-        sys.stdout.flush()
-        return False
-    except BrokenPipeError:
+    """Whether standard output is a pipe whose other end is closed. To flush once more does not tell: what a write that
+    failed had buffered may be gone with it."""
+    if not hasattr(select, "poll"):  # Windows
         return True
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
     except (OSError, ValueError):
         return False
 

@@ -29,11 +29,14 @@ def did_you_mean(given: object, valid: Iterable[object]) -> str:
     return f"; did you mean {spelled(by_lower[near[0]], [given])}?" if near else ""
 
 
-def unknown_name(kind: str, given: object, valid: Iterable[object]) -> UserError:
-    """The error for a name that is not among `valid`: what was given, the nearest choice, all choices."""
+def unknown_name(kind: str, given: object, valid: Iterable[object], beyond: str = "") -> UserError:
+    """The error for a name that is not among `valid`: what was given, the nearest choice, all choices; `beyond` says
+    how there can be others."""
     names = [str(name) for name in valid]
     shown = ", ".join(names) if len(names) <= 40 else ", ".join(names[:40]) + ", ..."
-    return UserError(f"unknown {kind} {spelled(given, names)}{did_you_mean(given, names)} (known: {shown})")
+    return UserError(
+        f"unknown {kind} {spelled(given, names)}{did_you_mean(given, names)} (known: {shown}){beyond and f'; {beyond}'}"
+    )
 
 
 def spelled(value: object, others: Iterable[object]) -> str:

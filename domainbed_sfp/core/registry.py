@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
+from domainbed_sfp.core.console import warn
 from domainbed_sfp.core.errors import UserError, unknown_name
 
 EntryT = TypeVar("EntryT")
@@ -37,12 +37,19 @@ class Registry(Generic[EntryT]):
         package: whose modules, those of packages in it included, register the built-in ones.
         group: the entry-point group of other packages', without `domainbed_sfp.`.
         declared: makes an entry of what other packages declare, where that is no module which registers it.
+        beyond: how a name that is unknown can become one that is known, told where one is.
     """
 
     def __init__(
-        self, kind: str, package: str, group: str, declared: Callable[[EntryPoint], EntryT] | None = None
+        self,
+        kind: str,
+        package: str,
+        group: str,
+        declared: Callable[[EntryPoint], EntryT] | None = None,
+        beyond: str = "",
     ) -> None:
         self.kind, self.package, self.group, self.declared = kind, package, f"domainbed_sfp.{group}", declared
+        self.beyond = beyond
         self.entries: dict[str, EntryT] = {}
         self._origins: dict[str, str] = {}
         self._is_loaded = False
@@ -59,8 +66,12 @@ class Registry(Generic[EntryT]):
     def get(self, name: str) -> EntryT:
         """The entry of `name`; a UserError with the nearest name if there is none."""
         if name not in self:
-            raise unknown_name(self.kind, name, self.names())
+            raise self.unknown(name)
         return self.entries[name]
+
+    def unknown(self, name: str, others: Iterable[str] = ()) -> UserError:
+        """The error for a name that is neither here nor among `others`, which would do as well."""
+        return unknown_name(self.kind, name, dict.fromkeys([*others, *self.names()]), self.beyond)
 
     def names(self) -> list[str]:
         """All names, in order."""
@@ -105,10 +116,9 @@ class Registry(Generic[EntryT]):
         except Exception as error:  # another's package must not take the rest away
             origin = entry.dist.name if entry.dist else "an installed package"
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            print(
-                f"warning: entry point {entry.name!r} of {origin} ({self.group}: {entry.value}) cannot be loaded, and "
-                f"its {self.kind}s are left out: {reason}",
-                file=sys.stderr,
+            warn(
+                f"entry point {entry.name!r} of {origin} ({self.group}: {entry.value}) cannot be loaded, and "
+                f"its {self.kind}s are left out: {reason}"
             )
 
 

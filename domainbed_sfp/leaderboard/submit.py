@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_sfp.analysis.account import Account, explain_missing, take_account
-from domainbed_sfp.analysis.commands.console import warn
 from domainbed_sfp.analysis.methods import Method, label_methods
 from domainbed_sfp.analysis.tables import environment_names
+from domainbed_sfp.core.console import warn
 from domainbed_sfp.core.errors import UserError, unknown_name
 from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.core.overrides import recorded_overrides

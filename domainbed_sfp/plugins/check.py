@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 import time
 import traceback
@@ -30,7 +31,8 @@ from domainbed_sfp.training.hparams import resolve_hparams
 
 @dataclass(frozen=True)
 class Outcome:
-    """One check of an algorithm. problem: what happened where it failed; mend: what usually lies behind it."""
+    """One check of an algorithm. problem: what happened where it failed; mend: what usually lies behind it, None where
+    it is an exception that has been told before."""
 
     check: str
     did: str
@@ -40,24 +42,35 @@ class Outcome:
     mend: str | None = None
 
 
-def outcomes(name: str) -> Iterator[Outcome]:
-    """Runs every check of the contract on algorithm `name`. Raises UserError for a name that is not registered."""
+# Checks by the exception that stopped them: where it was raised, and its words, numbers aside.
+Stopped = dict[tuple[str, str], list[str]]
+
+
+def outcomes(name: str, stopped: Stopped, variant: str = "") -> Iterator[Outcome]:
+    """Runs every check of the contract on algorithm `name`. Raises UserError for a name that is not registered.
+
+    stopped: what has been told so far, which is told no more; what is told here is put into it. variant: the hparams in
+    words.
+    """
     module = sys.modules[registry.get(name).cls.__module__].__file__
-    raised: dict[str, str] = {}
     for title, check in contract.CHECKS.items():
         did = " ".join((check.__doc__ or "").split())
         start = time.perf_counter()
         problem = mend = None
         try:
             check(name)
-        except AssertionError as error:
-            problem = str(error) or "an assertion of its own failed: " + _place(error, module)
-            mend = remedies.MENDS[title]
         except Exception as error:  # a broken algorithm can raise anything, and the other checks still have to run
-            told = f"{type(error).__name__}: {error}{_nearest(error, name)} ({_place(error, module)})"
-            earlier = raised.setdefault(told, title)
-            problem = told if earlier == title else f"the same exception as in {earlier}"
-            mend = "mend what raises it first; what this check is about could not be seen"
+            place = _place(error, module)
+            if isinstance(error, AssertionError) and place.startswith(f"{contract.__file__},"):
+                problem, mend = str(error) or f"an assertion of its own failed: {place}", remedies.MENDS[title]
+            else:
+                told = f"{type(error).__name__}: {error}"
+                checks = stopped.setdefault((place, re.sub(r"\d+", "", told)), [])
+                problem = f"the same exception as in {checks[0]}" if checks else None
+                if problem is None:
+                    problem = f"{told}{_nearest(error, name)} ({place})"
+                    mend = "mend what raises it first; what this check is about could not be seen"
+                checks.append(f"{title} with {variant}" if variant else title)
         seconds = time.perf_counter() - start
         yield Outcome(title, did, problem is None, seconds, problem, mend)
 
@@ -131,15 +144,17 @@ def run(algorithm: str, as_json: bool) -> int:
 def _run(name: str, as_json: bool) -> int:
     info = registry.get(name)
     found: list[tuple[dict[str, Any], Outcome]] = []
+    stopped: Stopped = {}
     console = Console(highlight=False, soft_wrap=True)
     if not as_json:
         where = f"{info.cls.__module__}.{info.cls.__qualname__}"
         console.print(f"{name} ({escape(where)}): {len(contract.CHECKS)} checks of the contract")
     for overrides in variants(name):
         with contract.variant(**overrides):
-            if overrides and not as_json:
-                console.print("with " + ", ".join(f"{key} {value}" for key, value in overrides.items()) + ":")
-            for outcome in outcomes(name):
+            variant = ", ".join(f"{key} {value}" for key, value in overrides.items())
+            if variant and not as_json:
+                console.print(f"with {variant}:")
+            for outcome in outcomes(name, stopped, variant):
                 found.append((overrides, outcome))
                 if not as_json:
                     _print(console, outcome)
@@ -149,6 +164,9 @@ def _run(name: str, as_json: bool) -> int:
         checks = [{**asdict(outcome), "hparams": overrides} for overrides, outcome in found]
         print(json.dumps({"algorithm": name, "passed": not failed, "checks": checks, "warnings": warned}, indent=1))
         return 1 if failed else 0
+    for names in stopped.values():
+        if len(names) > 1:
+            console.print(f"The exception of {names[0]} stopped {len(names)} checks: {', '.join(names)}.")
     for warning in warned:
         console.print(f"[yellow]warning[/yellow]  {escape(warning)}")
     passed = f"{len(found) - failed} of {len(found)} checks passed"
@@ -158,10 +176,12 @@ def _run(name: str, as_json: bool) -> int:
 
 def _print(console: Console, outcome: Outcome) -> None:
     verdict = "[green]passed[/green]" if outcome.passed else "[red]FAILED[/red]"
-    console.print(f"{verdict}  {outcome.check} ({outcome.seconds:.1f} s): {escape(outcome.did)}")
-    if outcome.problem:
-        console.print(f"        what happened: {escape(outcome.problem)}")
-        console.print(f"        how to mend it: {escape(outcome.mend or '')}")
+    is_told_before = outcome.problem is not None and outcome.mend is None
+    said = (outcome.problem if is_told_before else outcome.did) or ""
+    console.print(f"{verdict}  {outcome.check} ({outcome.seconds:.1f} s): {escape(said)}")
+    if outcome.mend:
+        console.print(f"        what happened: {escape(outcome.problem or '')}")
+        console.print(f"        how to mend it: {escape(outcome.mend)}")
 
 
 def run_backbone(name: str, image_size: int) -> int:

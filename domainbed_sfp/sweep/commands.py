@@ -10,6 +10,7 @@ from pathlib import Path
 
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core import locks
+from domainbed_sfp.core.console import warn
 from domainbed_sfp.core.errors import UserError, check_range
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.data.base import not_as_published
@@ -95,15 +96,14 @@ def _inspect(spec: SweepSpec, data_dir: str | None) -> None:
     for dataset in spec.datasets:
         get_dataset_class(dataset).check_files(data_dir)
         if differences := get_dataset_class(dataset).differences(data_dir):
-            print(f"warning: {not_as_published(dataset, differences)}", file=sys.stderr)
+            warn(not_as_published(dataset, differences))
         for line in get_dataset_class(dataset).inspect(data_dir)[1]:
             print(line, file=sys.stderr)
     for name, algorithms in drawn_compression(spec).items():
-        print(
-            f"warning: hparam {name!r} is drawn for {', '.join(dict.fromkeys(algorithms))}: such a row mixes networks "
+        warn(
+            f"hparam {name!r} is drawn for {', '.join(dict.fromkeys(algorithms))}: such a row mixes networks "
             f"that are not compressed alike; to compare at one {name} give it, as in {{name: {algorithms[0]}, "
-            f"hparams: {{{name}: ...}}}}",
-            file=sys.stderr,
+            f"hparams: {{{name}: ...}}}}"
         )
 
 
@@ -138,7 +138,7 @@ def status(spec: SweepSpec | None, data_dir: str | None, output_dir: str, *, wat
     if watch is not None:
         return Watch(directory, jobs, watch).run()
     if not directory.path.is_dir():
-        print(f"warning: --output_dir {output_dir}: there is no such folder yet", file=sys.stderr)
+        warn(f"--output_dir {output_dir}: there is no such folder yet")
     standings = _standings(directory)
     states = directory.states(jobs, standings)
     folders, packed = directory.job_dirs(jobs), packed_runs(directory.path)
@@ -195,7 +195,7 @@ def _chosen_slots(jobs: Sequence[Job], is_told: bool) -> int:
 
 def _break_locks(directory: SweepDirectory, jobs: Sequence[Job]) -> None:
     for broken in directory.break_locks(jobs):
-        print(f"warning: removed the lock {broken.describe()}", file=sys.stderr)
+        warn(f"removed the lock {broken.describe()}")
 
 
 def _standings(directory: SweepDirectory, *, must_answer: bool = False) -> dict[str, Standing]:
@@ -205,7 +205,7 @@ def _standings(directory: SweepDirectory, *, must_answer: bool = False) -> dict[
     except QueueUnreachable as error:
         if must_answer:
             raise
-        print(f"warning: {error}; states are from disk alone", file=sys.stderr)
+        warn(f"{error}; states are from disk alone")
         return {}
 
 

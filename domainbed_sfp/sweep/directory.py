@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -13,6 +12,7 @@ from typing import Any
 
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core import locks, provenance
+from domainbed_sfp.core.console import warn
 from domainbed_sfp.core.errors import UserError, spelled
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.runs import records
@@ -242,7 +242,7 @@ class SweepDirectory:
             except locks.Held:
                 continue
             except OSError as error:
-                print(f"warning: {one.folder} stays: {error.strerror or error}", file=sys.stderr)
+                warn(f"{one.folder} stays: {error.strerror or error}")
                 continue
             deleted.append(one)
         slurm_batches.forget(self.path, {one.folder.name for one in deleted})

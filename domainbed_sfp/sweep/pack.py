@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from domainbed_sfp.core import locks
+from domainbed_sfp.core.console import warn
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.runs.layout import DONE, LOCK, RESULTS
@@ -56,7 +56,7 @@ def pack(output_dir: str, drop: Sequence[str] = (), *, break_lock: bool = False)
         raise UserError(f"--output_dir {output_dir}: there is no such folder")
     if break_lock:
         for broken in SweepDirectory(root).break_locks([]):
-            print(f"warning: removed the lock {broken.describe()}", file=sys.stderr)
+            warn(f"removed the lock {broken.describe()}")
     try:
         with locks.hold(root / SWEEP_LOCK, 60, "launching or packing this sweep", WAY_ON):
             found = _look(root)
@@ -170,7 +170,7 @@ def _remove(folder: Path, lines: list[bytes]) -> bool:
     except locks.Held:
         return False
     except OSError as error:
-        print(f"warning: {folder} stays: {error.strerror or error}", file=sys.stderr)
+        warn(f"{folder} stays: {error.strerror or error}")
         return False
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from domainbed_sfp.analysis.account import take_account
-from domainbed_sfp.analysis.commands.console import warn
 from domainbed_sfp.analysis.render.html.page import report_page
 from domainbed_sfp.analysis.render.markdown import markdown_text
 from domainbed_sfp.analysis.report import build_report
 from domainbed_sfp.analysis.selection import TRAINING_DOMAIN
 from domainbed_sfp.analysis.tables import Table
+from domainbed_sfp.core.console import warn
 from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.runs.records import load_records
 from domainbed_sfp.sweep import commands

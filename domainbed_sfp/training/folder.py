@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_sfp.core import locks, provenance
+from domainbed_sfp.core.console import warn
 from domainbed_sfp.core.errors import UserError, spelled
 from domainbed_sfp.runs import checkpoints, records
 from domainbed_sfp.runs.layout import CHECKPOINT, ERR, FAILURE, LOCK, OUT, RESULTS
@@ -34,7 +34,7 @@ def alone(folder: Path, break_lock: bool) -> Iterator[None]:
             new = [one for one in (folder, *folder.parents) if not one.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             if break_lock and (broken := locks.break_lock(lock)):
-                print(f"warning: removed the lock {broken.describe()}", file=sys.stderr)
+                warn(f"removed the lock {broken.describe()}")
             # A moment's patience: whoever asks for the run's state holds the lock for an instant.
             held.enter_context(locks.hold(lock, 2, "computing this run", "go on with --break_lock"))
         except locks.Held as error:

@@ -13,6 +13,7 @@ import torch
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.algorithms.base import Algorithm
 from domainbed_sfp.core import provenance
+from domainbed_sfp.core.console import warn
 from domainbed_sfp.core.device import choose_device
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.overrides import parse_overrides
@@ -160,7 +161,7 @@ def _inspect(settings: RunSettings) -> tuple[str | None, Any]:
     dataset_class.check_files(settings.data_dir)
     digest = dataset_class.data_digest(settings.data_dir)
     if digest and (differences := dataset_class.differences(settings.data_dir)):
-        print(f"warning: {not_as_published(settings.dataset, differences)}", file=sys.stderr)
+        warn(not_as_published(settings.dataset, differences))
     left_out, remarks = dataset_class.inspect(settings.data_dir)
     for line in remarks:
         print(line, file=sys.stderr)

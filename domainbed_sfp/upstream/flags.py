@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from domainbed_sfp.algorithms.registry import ALGORITHMS
 from domainbed_sfp.core.errors import UserError, unknown_name
 from domainbed_sfp.core.overrides import parse_overrides
 from domainbed_sfp.training.hparams import resolve_hparams
@@ -77,7 +78,7 @@ def check_flags(checkout: Checkout, flags: Flags, ours: Collection[str]) -> None
             raise unknown_name("data set of DomainBed", dataset, checkout.datasets.DATASETS)
     for algorithm in flags.algorithms:
         if algorithm not in ours and not hasattr(checkout.algorithms, algorithm):
-            raise unknown_name("algorithm", algorithm, [*checkout.algorithms.ALGORITHMS, *ours])
+            raise ALGORITHMS.unknown(algorithm, checkout.algorithms.ALGORITHMS)
     for algorithm in set(flags.algorithms) & set(ours):
         if "image_size" in flags.overrides:
             raise UserError(

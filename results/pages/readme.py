@@ -90,7 +90,9 @@ def benchmark(name: str) -> Any:
 @cache
 def at_once() -> dict[tuple[str, str, float, str], dict[str, Any]]:
     """What benchmarks/one_shot.py found on PACS, by method, scope, share removed and reconstruction."""
-    return {tuple(line["case"]): line for line in benchmark("one_shot").read(RESULTS / "one_shot_pacs.jsonl")}
+    return {
+        tuple(line["case"]): line for line in benchmark("one_shot").read(RESULTS / "benchmarks/one_shot_pacs.jsonl")
+    }
 
 
 def pruned(method: str, scope: str, sparsity: float, reconstruction: str, when: str = "finetuned") -> str:
@@ -122,7 +124,7 @@ def alone(sweep: str, dataset: str) -> str:
 def premise() -> dict[str, Any]:
     """What benchmarks/allocations.py found on the coloured digits, for the page's sentence."""
     bench = benchmark("allocations")
-    cases, names, accuracies = bench.table_of(bench.read(RESULTS / "allocations_digits.jsonl"))
+    cases, names, accuracies = bench.table_of(bench.read(RESULTS / "benchmarks/allocations_digits.jsonl"))
     means = accuracies.mean(0)
     single = int(means.mean(0).argmax())
     gained = paired_test(bench.held_out_gains(accuracies, bench.groupings(cases)["degradation and severity"]).tolist())
@@ -159,7 +161,7 @@ def files() -> str:
         needs_data = not read_spec(sweep).datasets[0].endswith("Digits") if sweep in shipped_specs() else True
         data = "--data_dir DIR " if needs_data else ""
         command = f"`domainbed-sfp sweep launch {spec} {data}--output_dir results/{sweep}`"
-        name = f"[{sweep}]({sweep}.md)" if (RESULTS / f"{sweep}.md").is_file() else sweep
+        name = f"[{sweep}]({sweep}/README.md)" if (RESULTS / sweep / "README.md").is_file() else sweep
         held = f"{runs.row.nunique()} rows, {counts} trials, {len(runs)} runs"
         lines.append(f"| {name} | {held} | {hardware(sweep)} | {command} |")
     return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import io
@@ -23,7 +22,7 @@ from synthetic_entries import many
 from domainbed_sfp import networks
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.analysis import degraded, rankings
-from domainbed_sfp.analysis.commands import collect
+from domainbed_sfp.cli.main import make_parser
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.overrides import parse_overrides
 from domainbed_sfp.data.images.cache import cached_images
@@ -152,6 +151,8 @@ def test_hparams(text):
     answered(read)
 
 
+PARSER = make_parser()
+
 # a sweep on disk -----------------------------------------------------------------------------------------------------
 
 RECORD = record(
@@ -167,9 +168,8 @@ SWEEP = {
 
 
 def _collected(root: Path) -> None:
-    parser = argparse.ArgumentParser()
-    collect.add_arguments(parser)
-    collect.run(parser.parse_args(["--input_dir", str(root)]))
+    args = PARSER.parse_args(["collect", "--input_dir", str(root)])
+    args.run(args)
 
 
 @EXAMPLES

@@ -264,7 +264,7 @@ def test_an_interruption_and_a_user_error_keep_their_statuses(capsys):
     assert capsys.readouterr().err == "error: two lines\n"
 
 
-@pytest.mark.parametrize("redirection, status", [("| head -1", 0), (">/dev/full", 1)])
+@pytest.mark.parametrize("redirection, status", [("| head -1", 0), ("| true", 0), (">/dev/full", 1)])
 def test_output_that_nobody_takes(tmp_path, redirection, status):
     command = f"set -o pipefail; {sys.executable} -m domainbed_sfp list hparams {redirection}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)

@@ -228,13 +228,56 @@ def test_scores_that_are_none_are_told(cls, words):
     assert words in str(told.value)
 
 
-def test_an_exception_is_told_once_and_where(main, broken, monkeypatch):
+@pytest.fixture
+def few_checks(monkeypatch):
+    """The contract without the checks that train for long."""
     checks = {name: contract.CHECKS[name] for name in ("masks", "export", "deepcopy")}
+    return lambda: monkeypatch.setattr(contract, "CHECKS", checks)
+
+
+def test_an_exception_is_told_once_and_where(main, broken, few_checks):
     broken(Typo, {}, "masks")
-    monkeypatch.setattr(contract, "CHECKS", checks)
+    few_checks()
     done = main("check", "Broken", check=False).stdout
     assert done.count("KeyError: 'learningrate'") == 1 and f"{__file__}, line " in done
     assert done.count("the same exception as in masks") == 2 and remedies.MENDS["export"] not in done
+    assert "The exception of masks stopped 3 checks: masks, export, deepcopy.\n" in done
+    assert done.count("how to mend it: mend what raises it first") == done.count("how to mend it") == 1
+
+
+@pytest.mark.parametrize(
+    "cls, words", [("Counting", "ValueError: step 0 of 2"), ("Asserting", "AssertionError: 3 domains")]
+)
+def test_an_exception_is_told_once_over_all_granularities(main, broken, few_checks, cls, words):
+    """Whatever numbers are in it, and an assertion of the algorithm's own among them."""
+    broken(globals()[cls], {"granularity": registry.get("Magnitude").hparams["granularity"]}, "masks")
+    few_checks()
+    done = main("check", "Broken", check=False).stdout
+    assert done.count(words.split(":")[0]) == 1 and words in done and f"{__file__}, line " in done
+    assert done.count("the same exception as in masks") == 5 and not any(
+        mend in done for mend in remedies.MENDS.values()
+    )
+    both = ", ".join(f"{check}{variant}" for variant in ("", " with granularity weight") for check in contract.CHECKS)
+    assert f"The exception of masks stopped 6 checks: {both}.\n" in done
+    report = json.loads(main("check", "Broken", "--json", check=False).stdout)["checks"]
+    assert [check["problem"].count("the same exception as in masks") for check in report] == [0, 1, 1, 1, 1, 1]
+    assert [check["mend"] is None for check in report] == [False, True, True, True, True, True]
+
+
+class Counting(Magnitude):
+    """Says something else each time."""
+
+    calls = 0
+
+    def update(self, minibatches, unlabeled=None):
+        type(self).calls += 1
+        raise ValueError(f"step {type(self).calls - 1} of 2")
+
+
+class Asserting(Magnitude):
+    def update(self, minibatches, unlabeled=None):
+        assert len(minibatches) == 2, f"{len(minibatches)} domains"
+        return super().update(minibatches, unlabeled)
 
 
 class Typo(ERM):
@@ -370,7 +413,7 @@ def test_a_report_for_programs(main, broken):
     broken(Lazy, {}, "hparams_are_json")
     assert "1 of 1 checks passed: Broken keeps the contract." in main("check", "Broken").stdout
     done = main("check", "Brokn", check=False)
-    assert done.returncode == 2 and "did you mean 'Broken'" in done.stderr
+    assert done.returncode == 2 and "did you mean 'Broken'" in done.stderr and "installed package" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,11 @@ DONE_ABOVE = ("never_touches_the_test_environment", "hparams_are_json", "determi
 @pytest.mark.parametrize("check", contract.CHECKS)
 @pytest.mark.parametrize("name", registry.names())
 def test_contract(name, check):
-    contract.CHECKS[check](name)
+    if check == "degenerate_batches" and name.startswith("SFP"):
+        with pytest.warns(UserWarning, match="which gives no contrast"):
+            contract.CHECKS[check](name)
+    else:
+        contract.CHECKS[check](name)
 
 
 @pytest.mark.parametrize("name, overrides", [(name, case) for name, cases in VARIANTS.items() for case in cases])

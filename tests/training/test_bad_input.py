@@ -8,8 +8,7 @@ import subprocess
 
 import pytest
 from image_trees import FOLDER_RUN, make_tree
-from runs_on_disk import read
-from short_runs import RUN
+from runs_on_disk import RUN, read
 from told_errors import assert_one_line_error
 
 
@@ -17,6 +16,7 @@ from told_errors import assert_one_line_error
     "arguments, parts",
     [
         (("--algorithm", "Magnitud"), ("unknown algorithm", "did you mean 'Magnitude'")),
+        (("--algorithm", "path/to/method.py"), ("`domainbed-sfp new`", "works with `domainbed-sfp check` only")),
         (("--dataset", "pacs"), ("unknown data set", "did you mean 'PACS'")),
         (("--hparams", '{"sparsty": 0.5}', "--algorithm", "Magnitude"), ("unknown hparam", "did you mean 'sparsity'")),
         (("--hparams", '{"lr": 0.1'), ("--hparams", "not valid JSON", "character")),

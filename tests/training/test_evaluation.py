@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from computed_sweeps import compute_sweep
 
 from domainbed_sfp.algorithms import registry
 from domainbed_sfp.core.errors import UserError
@@ -47,13 +48,7 @@ def final(tmp_path_factory):
         ["FullColoredDigits"], ["Magnitude", "ERM"], n_hparams=1, n_trials=1, steps=9, checkpoint_freq=2,
         test_envs=[[2]], hparams={"batch_size": 8}, evaluate="final",
     )  # fmt: skip
-    jobs = make_jobs(spec, None)
-    directory = SweepDirectory(root)
-    directory.register(jobs)
-    for job in jobs:
-        with contextlib.redirect_stdout(io.StringIO()):
-            training.train(job.settings(None, directory.job_dir(job), skip_model_save=True))
-    return root
+    return compute_sweep(root, spec)
 
 
 def test_final_leaves_out_what_selection_may_not_choose_and_changes_nothing_else(tmp_path):

@@ -16,8 +16,7 @@ import pytest
 import torch
 from image_trees import FOLDER_RUN, make_tree
 from processes import Command
-from runs_on_disk import read
-from short_runs import RUN
+from runs_on_disk import RUN, read
 from told_errors import assert_one_line_error
 
 from domainbed_sfp.cli import main as cli_main
@@ -336,8 +335,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_record(main, tmp_path):
 
 
 def test_a_run_that_cannot_go_on_says_why_where_status_looks(main, tmp_path):
-    failed = main(*RUN[:1], "--dataset", "FullColoredDigits", "--algorithm", "SFP", "--test_envs", 2, "--steps", 20,
-                  "--hparams", '{"flag_kappa": 1e-9, "batch_size": 16}', "--output_dir", "run", check=False)  # fmt: skip
+    with pytest.warns(UserWarning, match="0% of the samples of training domain [01] are flagged"):
+        failed = main(*RUN[:1], "--dataset", "FullColoredDigits", "--algorithm", "SFP", "--test_envs", 2, "--steps", 20,
+                      "--hparams", '{"flag_kappa": 1e-9, "batch_size": 16}', "--output_dir", "run", check=False)  # fmt: skip
     assert_one_line_error(failed, "no contrast")
     failure = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert failure["step"] == 4 and "no contrast" in failure["error"]

@@ -282,6 +282,8 @@ def test_a_command_of_another_form_is_refused() -> None:
     [
         ("trian", [], "unknown script of DomainBed 'trian'; did you mean 'train'?"),
         ("train", ["--algorithm", "Magnitud"], "unknown algorithm 'Magnitud'; did you mean 'Magnitude'?"),
+        ("train", ["--algorithm", "DANNN"], "did you mean 'DANN'?"),
+        ("train", ["--algorithm", "Foo"], "comes as an installed package, which `domainbed-sfp new` writes"),
         ("train", ["--dataset", "SVIR"], "unknown data set of DomainBed 'SVIR'; did you mean 'SVIRO'?"),
         ("train", ["--hparams", "{lr: 1}"], "--hparams is not valid JSON"),
         ("train", ["--algorithm", "Random", "--hparams", '{"sparsty": 1}'], "did you mean 'sparsity'?"),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from domainbed_sfp.core.console import warn
 from domainbed_sfp.core.errors import UserError, unknown_name
 from domainbed_sfp.data.disk import disk_error
 from domainbed_sfp.data.images.contents import scan
@@ -261,12 +262,15 @@ def undecodable(dataset: str, data_dir: str | os.PathLike[str]) -> Iterator[str]
         return
     # numpy and PIL are loaded only when pixels are looked at.
     from domainbed_sfp.core.progress import progress
-    from domainbed_sfp.data.images.decoding import why_undecodable
+    from domainbed_sfp.data.images.decoding import remarks, told_of, why_undecodable
 
     files = [file.path for file in scan(folder).files()]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with remarks() as found, ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = progress(pool.map(why_undecodable, files), len(files), f"decoding {dataset}", "images")
-        yield from (reason for reason in reasons if reason)
+        problems = {file: reason for file, reason in zip(files, reasons) if reason}
+    yield from problems.values()
+    if doubts := {file: words for file, words in found.items() if file not in problems}:
+        warn(told_of(doubts, dataset))
 
 
 def summary(dataset: str, folder: Path) -> list[str]:

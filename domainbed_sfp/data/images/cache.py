@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from domainbed_sfp.core import locks, surroundings
+from domainbed_sfp.core.console import warn
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.core.files import write_atomically
 from domainbed_sfp.core.progress import progress
-from domainbed_sfp.data.images.decoding import decode, unreadable
+from domainbed_sfp.data.images.decoding import decode, remarks, told_of, unreadable
 
 # Part of every key: raise it when the stored form or the decoding changes. 2: images of more than 8 bits are scaled.
 FORMAT = "2"
@@ -160,7 +161,7 @@ def _build(entry: Path, paths: Sequence[Path], title: str, size: int) -> None:
             images[index], sizes[index] = decode(paths[index], size)
 
         # PIL releases the interpreter's lock while it decodes and resizes.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with remarks() as found, ThreadPoolExecutor(os.cpu_count()) as pool:
             try:
                 for _ in progress(
                     pool.map(store, range(len(paths))), len(paths), f"decoding {title} at {size} px", "images"
@@ -169,6 +170,8 @@ def _build(entry: Path, paths: Sequence[Path], title: str, size: int) -> None:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        if found:
+            warn(told_of(found, title))
         images.flush()
         np.save(target / "sizes.npy", sizes)
         # Otherwise a power failure could leave the new name with empty files.

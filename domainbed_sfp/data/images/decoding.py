@@ -8,7 +8,12 @@ any range would be a guess (32-bit integers, signed integers, floats).
 from __future__ import annotations
 
 import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,6 +27,36 @@ _WHITE_IS_ZERO, _UNSIGNED, _UNSPECIFIED = 0, 1, 4
 
 _KINDS = {"I": "32-bit or signed integers", "F": "floating-point numbers"}
 
+# `path`: what a thread is decoding.
+_now = threading.local()
+
+
+@contextmanager
+def remarks() -> Iterator[dict[Path, str]]:
+    """What PIL warns of in files that are decoded meanwhile, in whatever thread: its first words on each. PIL's own
+    warnings, of damaged metadata for the most part, do not say which file they are about."""
+    found: dict[Path, str] = {}
+
+    def note(message: Warning | str, *args: Any, **options: Any) -> None:
+        if path := getattr(_now, "path", None):
+            found.setdefault(path, " ".join(str(message).split()))
+        else:
+            shown(message, *args, **options)
+
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+        warnings.showwarning = note
+        for kind in (UserWarning, Image.DecompressionBombWarning):
+            warnings.simplefilter("always", kind)
+        yield found
+
+
+def told_of(found: dict[Path, str], where: str) -> str:
+    """One line on the `remarks` of files in a folder."""
+    path, words = next(iter(found.items()))
+    name = f"{len(found):,} images, first {str(path)!r}" if len(found) > 1 else f"image {str(path)!r}"
+    return f"{where}: decoded, but PIL has its doubts about {name} ({words})"
+
 
 def decode(path: Path, size: int) -> tuple[np.ndarray, tuple[int, int]]:
     """An image resized to `size` x `size` by PIL's bilinear filter, and its original (width, height).
@@ -32,6 +67,7 @@ def decode(path: Path, size: int) -> tuple[np.ndarray, tuple[int, int]]:
     Raises:
         UserError: for a file that cannot be read or decoded, whatever is wrong with it; names the file.
     """
+    _now.path = path
     try:
         with Image.open(path) as image:
             original = image.size
@@ -42,6 +78,8 @@ def decode(path: Path, size: int) -> tuple[np.ndarray, tuple[int, int]]:
         raise _undecodable(path, error) from error
     except Exception as error:  # PIL's plugins raise whatever their parsing of a damaged file runs into
         raise _undecodable(path, error) from error
+    finally:
+        _now.path = None
 
 
 def why_undecodable(path: Path) -> str | None:

@@ -206,6 +206,23 @@ def test_a_damaged_file_of_any_format_is_decoded_or_named(tmp_path_factory, kind
         Image.MAX_IMAGE_PIXELS = limit
 
 
+def test_what_pil_doubts_is_told_once_with_a_name(tmp_path, capsys):
+    """Damaged metadata: the pixels are there, and PIL warns of no file by name."""
+    cut = b"Exif\0\0MM\0*\0\0\0\x08\0\x03"
+    paths = [tmp_path / f"{index}.jpg" for index in range(3)]
+    for path in paths:
+        Image.new("RGB", (6, 4), (200, 30, 90)).save(path, **({} if path == paths[0] else {"exif": cut}))
+    images, _ = cache.cached_images(paths, tmp_path, 4, tmp_path / "cache")
+    assert np.array_equal(images[0], images[1]) and np.array_equal(images[0], images[2])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path.parent.name}/{tmp_path.name}: decoded, but PIL has its doubts about 2 images, first '")
+    assert "/1.jpg' (" in line or "/2.jpg' (" in line
+    with pytest.warns(UserWarning, match="Corrupt EXIF data"):
+        decoding.decode(paths[1], 4)
+    cache.cached_images(paths, tmp_path, 4, tmp_path / "cache")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "error", [struct.error("x"), SyntaxError("x"), IndexError(), EOFError("two\nlines"), MemoryError(), KeyError("x"),
               zlib.error("x"), Image.DecompressionBombError("x"), RecursionError("x"), AttributeError("x"), OSError("x")],

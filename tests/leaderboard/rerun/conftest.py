@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from dataclasses import replace
-
 import pytest
+from computed_sweeps import compute_sweep
 from recomputed_bundles import DATASET
 
 from domainbed_sfp.leaderboard.submit import submit
-from domainbed_sfp.sweep.directory import SweepDirectory
-from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
-from domainbed_sfp.training import train as training
+from domainbed_sfp.sweep.spec import SweepSpec
 
 
 @pytest.fixture(scope="session")
@@ -23,15 +18,7 @@ def sweep(tmp_path_factory):
         [DATASET], ["Magnitude"], n_hparams=1, n_trials=1, steps=3, checkpoint_freq=1, test_envs=[[0], [2]],
         hparams={"batch_size": 8},
     )  # fmt: skip
-    jobs = make_jobs(spec, None)
-    directory = SweepDirectory(root)
-    directory.register(jobs)
-    for job in jobs:
-        args = job.settings(None, directory.job_dir(job), skip_model_save=False)
-        args = replace(args, save_model_every_checkpoint=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            training.train(args)
-    return root
+    return compute_sweep(root, spec, skip_model_save=False, save_model_every_checkpoint=True)
 
 
 @pytest.fixture(scope="session")

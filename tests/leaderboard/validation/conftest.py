@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
 from pathlib import Path
 
 import pytest
 from changed_bundles import DATASET, ROW
+from computed_sweeps import compute_sweep
 
 from domainbed_sfp.leaderboard.submit import submit
-from domainbed_sfp.sweep.directory import SweepDirectory
-from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
-from domainbed_sfp.training import train as training
+from domainbed_sfp.sweep.spec import SweepSpec
 
 
 @pytest.fixture(scope="session")
@@ -24,13 +21,7 @@ def sweep(tmp_path_factory):
         [DATASET], [{"name": "Magnitude", "hparams": {"sparsity": s}} for s in (0.5, 0.3)], n_hparams=2, n_trials=2,
         steps=5, checkpoint_freq=2, test_envs=[[0]], hparams={"batch_size": 16}, skip_model_save=True,
     )  # fmt: skip
-    jobs = make_jobs(spec, None)
-    directory = SweepDirectory(root)
-    directory.register(jobs)
-    for job in jobs:
-        with contextlib.redirect_stdout(io.StringIO()):
-            training.train(job.settings(None, directory.job_dir(job), skip_model_save=True))
-    return root
+    return compute_sweep(root, spec)
 
 
 @pytest.fixture(scope="session")

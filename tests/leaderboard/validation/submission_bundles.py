@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from computed_sweeps import compute_sweep
 from torch import Tensor
 
 from domainbed_sfp.algorithms import registry
@@ -27,9 +26,7 @@ from domainbed_sfp.leaderboard.validation.networks import Network
 from domainbed_sfp.pruning import costs
 from domainbed_sfp.runs import mask_files
 from domainbed_sfp.runs.records import run_of
-from domainbed_sfp.sweep.directory import SweepDirectory
-from domainbed_sfp.sweep.spec import SweepSpec, make_jobs
-from domainbed_sfp.training import train as training
+from domainbed_sfp.sweep.spec import SweepSpec
 
 DATASET = "FullColoredDigits"
 STEPS = 6
@@ -89,11 +86,7 @@ def make(root: Path, family: str) -> Path:
         [DATASET], [algorithm], **{"n_hparams": 1, "n_trials": 1, **settings}, steps=STEPS, checkpoint_freq=2,
         test_envs=[[0]], hparams={"batch_size": 16, **hparams}, skip_model_save=True,
     )  # fmt: skip
-    directory, jobs = SweepDirectory(root / "sweep"), make_jobs(spec, None)
-    directory.register(jobs)
-    for job in jobs:
-        with contextlib.redirect_stdout(io.StringIO()):
-            training.train(job.settings(None, directory.job_dir(job), skip_model_save=True))
+    compute_sweep(root / "sweep", spec)
     submit(str(root / "sweep"), algorithm, str(root / "bundle"))
     return root / "bundle"
 

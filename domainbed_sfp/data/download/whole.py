@@ -1,12 +1,11 @@
-"""`domainbed-sfp download DATASET`: fetch, unpack, bring into DomainBed's layout, verify.
+"""A data set, whole: fetched, unpacked, brought into DomainBed's layout, verified.
 
 Everything happens in a hidden folder beside the target, which is renamed into place only when it has been
-verified: a folder with a data set's name is never half written by this command.
+verified: a folder with a data set's name is never half written.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -20,54 +19,7 @@ from domainbed_sfp.data.disk import disk_error
 from domainbed_sfp.data.download.archives import ArchiveError
 from domainbed_sfp.data.download.arrange import arrange
 from domainbed_sfp.data.download.gather import gather
-from domainbed_sfp.data.download.verify import (
-    DATASETS,
-    dataset_folder,
-    dataset_name,
-    folder_problems,
-    left_out,
-    shortened,
-    summary,
-    undecodable,
-    verify_tree,
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the command's arguments."""
-    parser.add_argument("dataset", metavar="DATASET", help=f"one of {', '.join(DATASETS)}")
-    parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder that holds the data sets")
-    parser.add_argument(
-        "--from",
-        dest="sources",
-        nargs="+",
-        default=[],
-        metavar="FILE_OR_URL",
-        help="a copy of the public archive (all of them where there are several), or a folder with them",
-    )
-    parser.add_argument("--verify_only", action="store_true", help="count and decode what is there; fetch nothing")
-    parser.add_argument("--force", action="store_true", help="replace the folder that is there")
-
-
-def run(args: argparse.Namespace) -> int:
-    """The command: 0 when the data set is complete in the end; raises UserError otherwise."""
-    dataset, data_dir = dataset_name(args.dataset), Path(args.data_dir)
-    if args.verify_only:
-        # Pixels are looked at only where all files are there: a fetch that broke off is told at once.
-        problems = verify_tree(dataset, data_dir) or list(undecodable(dataset, data_dir))
-        folder = dataset_folder(dataset, data_dir)
-        for line in shortened(problems):
-            print(line)
-        if line := left_out(dataset, folder):
-            print(line)
-        if problems:
-            number = f"{len(problems):,} problem{'s' * (len(problems) > 1)}"
-            raise UserError(f"{dataset} in {data_dir} is not complete: {number}")
-    else:
-        folder = download(dataset, data_dir, args.sources, force=args.force)
-    print("\n".join(summary(dataset, folder)))
-    print(f"complete: {folder}")
-    return 0
+from domainbed_sfp.data.download.verify import dataset_folder, dataset_name, folder_problems, shortened
 
 
 def download(

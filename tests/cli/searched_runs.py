@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runs_on_disk import record, write_run
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 GOLDEN = ROOT / "tests" / "golden"

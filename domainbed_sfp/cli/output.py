@@ -1,4 +1,4 @@
-"""What the commands of analysis share: warnings, and a result's way to a file or the standard output."""
+"""A result's way to a file or the standard output."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from pathlib import Path
 from domainbed_sfp.analysis.figures.style import SUFFIXES
 from domainbed_sfp.core.errors import unknown_name
 from domainbed_sfp.core.files import write_output
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def print_or_write(text: str, output: str | None) -> None:
