@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ def whole_run(name: str) -> WholeRun:
     return _whole_run(*_asked(name))
 
 
-def _asked(name: str) -> tuple[type[Algorithm], str, Callable[[str], Algorithm], Hashable]:
+def _asked(name: str) -> tuple[Any, ...]:
     """What decides a run of an algorithm as the checks look at it now."""
     return registry.get(name).cls, name, make, tuple(sorted(_variant.get().items()))
 
