@@ -23,6 +23,16 @@ from domainbed_sfp.runs.records import read_records
 from domainbed_sfp.sweep.spec import read_spec, shipped_specs
 
 HERE = Path(__file__).parent
+
+# Of `recipe_pacs`, whose other rows rank all channels together.
+RECIPE = {
+    "GlobalPru": "GlobalPru, by layer",
+    "GlobalPru (pruning_scope=global)": "GlobalPru",
+    "Taylor": "Taylor, by layer",
+    "Taylor (pruning_scope=global)": "Taylor",
+    "Taylor (prune_start=0.5, pruning_scope=global)": "Taylor, from .5 of the run",
+    "SFPAligned": "SFPAligned, from .5 of the run",
+}
 RESULTS = HERE.parent
 
 
@@ -109,6 +119,20 @@ def lost(sweep: str, dataset: str, row: str) -> str:
     return f"{fall[name]:.1f} points out of domain and {fall.in_domain:.1f} in the training domains"
 
 
+def single(sweep: str, dataset: str, row: str) -> str:
+    """ "53.4 (76.8)": a single run, out of domain and in brackets in the training domains."""
+    line = table(sweep, dataset).loc[row]
+    (name,) = tested(table(sweep, dataset))
+    return f"{line[name]:.1f} ({line.in_domain:.1f})"
+
+
+def apart(sweep: str, dataset: str, row: str, other: str) -> str:
+    """ "2.2 points": by how much a single run is ahead of another, out of domain."""
+    frame = table(sweep, dataset)
+    (name,) = tested(frame)
+    return f"{frame.loc[row, name] - frame.loc[other, name]:.1f} points"
+
+
 def alone(sweep: str, dataset: str) -> str:
     """A table of the rows that have a run, on one test environment, with the MACs they leave."""
     frame = table(sweep, dataset)
@@ -116,8 +140,8 @@ def alone(sweep: str, dataset: str) -> str:
     lines = ["| method | out of domain | in domain | MACs |", "|---|--:|--:|--:|"]
     for row, line in frame.iterrows():
         if line.trials:
-            share = line.macs / line.dense_macs
-            lines.append(f"| {short_label(str(row))} | {line[name]:.1f} | {line.in_domain:.1f} | {share:.0%} |")
+            label, share = RECIPE.get(str(row)) or short_label(str(row)), line.macs / line.dense_macs
+            lines.append(f"| {label} | {line[name]:.1f} | {line.in_domain:.1f} | {share:.0%} |")
     return "\n".join(lines)
 
 
@@ -143,8 +167,8 @@ def page() -> str:
     template = environment.from_string((HERE / "readme.jinja").read_text(encoding="utf-8"))
     mnist = ("ColoredMNIST", "FullColoredMNIST", "TexturedMNIST")
     tools = {
-        "alone": alone, "cell": cell, "cost": cost, "difference": difference, "files": files, "grid": grid,
-        "lost": lost, "pruned": pruned, "rows": rows,
+        "alone": alone, "apart": apart, "cell": cell, "cost": cost, "difference": difference, "files": files,
+        "grid": grid, "lost": lost, "pruned": pruned, "rows": rows, "single": single,
     }  # fmt: skip
     return template.render(mnist=mnist, premise=premise(), **tools)
 
