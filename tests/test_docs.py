@@ -193,7 +193,17 @@ def test_findings_in_the_readme_are_those_of_the_records():
     assert f"{shown} {textures['SFPWeighted']}, DCWP {textures['DCWP']}" in readme
     photographs = dsfp.read_records(ROOT / "results" / "pacs_small")
     one = dsfp.compare(photographs, "SFP (sparsity=0.5)", "Taylor (sparsity=0.5)").iloc[0]
-    assert f"{one.accuracy:.1f} against Taylor's {one.other_accuracy:.1f} on PACS at 64 px" in readme
+    assert f"at 64 px, {one.accuracy:.1f} against Taylor's {one.other_accuracy:.1f}" in readme
+    recipe = dsfp.table(dsfp.read_records(ROOT / "results" / "recipe_pacs"))
+    paintings, inside = recipe.art_painting, recipe.in_domain
+    together = "Taylor (pruning_scope=global)"
+    assert f"{paintings.SFP:.1f} against Taylor's {paintings[together]:.1f}; over all of PACS" in readme
+    assert f"No: {paintings['GlobalPru (pruning_scope=global)']:.1f} there" in readme
+    assert f"far above random channels ({paintings.Random:.1f})" in readme
+    costs = (paintings.ERM - paintings.Taylor, paintings.ERM - paintings[together], inside.ERM - inside[together])
+    by_layer, by_all, in_domain = (f"{cost:.0f}" for cost in costs)
+    shown = f"{by_layer} points of dense ERM's {paintings.ERM:.1f} where every layer loses half, {by_all} where all"
+    assert shown in readme and f"ranked together; {in_domain} in the training domains" in readme
     two = dsfp.select(fresh)
     dcwp = two[(two.dataset == "ColoredMNIST") & (two.algorithm == "DCWP")]
     assert f"DCWP's {100 * dcwp.test.mean():.0f} % on ColoredMNIST" in readme
