@@ -75,15 +75,13 @@ def test_jobs_that_are_done_or_computed_elsewhere_are_not_submitted(sweep, fake,
         "import sys, time; from filelock import FileLock\n"
         "with FileLock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
     )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(directory.job_dir(jobs[1]) / "run.lock")], stdout=subprocess.PIPE
-    )
-    try:
-        holder.stdout.readline()
-        assert "Submitted 2 jobs" in sweep("launch").stdout
-    finally:
-        holder.kill()
-        holder.wait()
+    command = [sys.executable, "-c", code, str(directory.job_dir(jobs[1]) / "run.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        try:
+            holder.stdout.readline()
+            assert "Submitted 2 jobs" in sweep("launch").stdout
+        finally:
+            holder.kill()
     submitted = {task["folder"] for batch in batches(tmp_path) for task in slurm_batches.read_tasks(batch)}
     assert {Path(folder).name for folder in submitted} == {directory.job_dir(job).name for job in jobs[2:]}
 
