@@ -105,11 +105,11 @@ class GlobalPru(ScheduledPruning):
        the step's update and in evaluation mode, vote on each layer's channels by their saliency: each names its best
        (1 - p) C. A channel's saliency |a dL/da| is what its attention is worth to the sample: what its loss would
        change by without the channel, to first order. (The paper speaks of "sample-specific saliencies" and gives no
-       formula. By attention alone, `vote_by`, gates that have hardly left 1 rank no better than chance.) Environments
-       weigh alike however many samples they have; ties go by
-       mean attention. Then the ranking is fixed, for good. Training images are what votes, as augmented for training;
-       over 2 % of 5,001 steps at batch size 32 they are 3,200 of each environment. With `pruning_scope` global each
-       sample names the best (1 - p) of all channels, and layers lose what they have fewest votes for.
+       formula. By attention alone, `vote_by`, gates that have hardly left 1 rank no better than chance.) With
+       `pruning_scope` global each sample names the best (1 - p) of all channels, and layers lose what they have fewest
+       votes for. Environments weigh alike however many samples they have; ties go by mean attention. Then the ranking
+       is fixed, for good. Training images are what votes, as augmented for training; over 2 % of 5,001 steps at batch
+       size 32 they are 3,200 of each environment.
     3. From the vote to the last pruning: objective + lambda * mean over layers of rank loss + mu * mean over layers of
        mean |a|. The rank loss is ListMLE over what equal scores cost (`pruning.ranking`); lambda rises linearly from 0
        at the vote to its value half-way to `prune_start`. Both terms are about channels that are alive.
