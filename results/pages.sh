@@ -10,7 +10,7 @@ by_validation() { # sweep, page or figure, what it shows ...
 }
 
 for sweep in ablations closed_digits coloured coloured_70 coloured_digits coloured_digits_search coloured_fresh coloured_search \
-  globalpru_coloured globalpru_small pacs_small recipe_pacs recipe_stamped_pacs quantization_digits quantization_small sparsity_curves sparsity_curves_pacs; do
+  globalpru_coloured globalpru_small pacs_small recipe_pacs recipe_stamped_pacs stamped_pacs_128 quantization_digits quantization_small sparsity_curves sparsity_curves_pacs; do
   tables $sweep
 done
 

@@ -7,7 +7,7 @@ today. A test compares the page with what this makes of them.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -133,14 +133,14 @@ def apart(sweep: str, dataset: str, row: str, other: str) -> str:
     return f"{frame.loc[row, name] - frame.loc[other, name]:.1f} points"
 
 
-def alone(sweep: str, dataset: str) -> str:
+def alone(sweep: str, dataset: str, names: Mapping[str, str] = {}) -> str:
     """A table of the rows that have a run, on one test environment, with the MACs they leave."""
     frame = table(sweep, dataset)
     (name,) = tested(frame)
     lines = ["| method | out of domain | in domain | MACs |", "|---|--:|--:|--:|"]
     for row, line in frame.iterrows():
         if line.trials:
-            label, share = RECIPE.get(str(row)) or short_label(str(row)), line.macs / line.dense_macs
+            label, share = names.get(str(row)) or short_label(str(row)), line.macs / line.dense_macs
             lines.append(f"| {label} | {line[name]:.1f} | {line.in_domain:.1f} | {share:.0%} |")
     return "\n".join(lines)
 
@@ -170,7 +170,7 @@ def page() -> str:
         "alone": alone, "apart": apart, "cell": cell, "cost": cost, "difference": difference, "files": files,
         "grid": grid, "lost": lost, "pruned": pruned, "rows": rows, "single": single,
     }  # fmt: skip
-    return template.render(mnist=mnist, premise=premise(), **tools)
+    return template.render(mnist=mnist, premise=premise(), recipe=RECIPE, **tools)
 
 
 def files() -> str:
