@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -446,9 +446,12 @@ def test_both_names_from_either(given, package, algorithm):
 
 def install(package: Path, site: Path) -> None:
     """By pip where it can build without a network; else as setuptools puts a package under development on the path."""
-    setuptools = pytest.importorskip("setuptools")
-    builds = importlib.util.find_spec("wheel") or tuple(map(int, setuptools.__version__.split(".")[:2])) >= (70, 1)
-    if importlib.util.find_spec("pip") and builds:
+    # Told by what is installed: to look for the modules would have setuptools warn of a distutils that is loaded.
+    versions = {found.name.lower(): found.version for found in metadata.distributions()}
+    if "setuptools" not in versions:
+        pytest.skip("setuptools is not installed")
+    builds = "wheel" in versions or tuple(map(int, versions["setuptools"].split(".")[:2])) >= (70, 1)
+    if "pip" in versions and builds:
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
         done = subprocess.run([*command, "--target", site, package], capture_output=True, text=True, timeout=200)
     else:
