@@ -61,6 +61,8 @@ def check_hparams(bundle: Bundle, run: BundleRun) -> Iterator[Problem]:
         bundle.unfit.add(run.name)
         yield Problem(file, "line 1.args.hparams", _in_ranges(run), str(error))
         return
+    # Of an hparam that did not exist yet, what runs did then, whatever the default is now.
+    drawn.update({name: own[name] for name in own.keys() - run.run.hparams.keys() - overrides.keys()})
     differing = list(_differing(bundle, run, drawn, own, overrides))
     yield from differing
     if not differing:
