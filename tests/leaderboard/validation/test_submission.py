@@ -8,6 +8,7 @@ import io
 import json
 import shlex
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -319,3 +320,12 @@ def test_submit_tells_of_edited_records_at_once(main, sweep, tmp_path):
 
 def _sparsity(run: Path) -> float:
     return json.loads((run / "results.jsonl").read_text().splitlines()[0])["hparams"]["sparsity"]
+
+
+def test_runs_from_before_an_hparam_was_there_are_held_to_what_they_did(tmp_path):
+    """The committed runs of GlobalPru name no `vote_by`: they voted by attention, and the default is another now."""
+    archive = Path(__file__).parents[3] / "results" / "bundles" / "globalpru_coloured_GlobalPru.tgz"
+    with tarfile.open(archive) as files:
+        files.extractall(tmp_path, filter="data")
+    (submission,) = tmp_path.rglob("submission.json")
+    assert validation.validate(submission.parent).problems == []
