@@ -38,7 +38,7 @@ TEMPERATURE = 2.0
     hparams={
         **HPARAMS,
         "removal": replace(HPARAMS["removal"], default="none"),
-        # What has been trained for a sixth of a short run is not worth following (results/recipe_pacs.md).
+        # With a reference of 15 % of the run it was behind Taylor, of half of it not (results/NOTES.md, one run each).
         "prune_start": replace(HPARAMS["prune_start"], default=0.5),
         "alignment": Hparam(
             1.0,
