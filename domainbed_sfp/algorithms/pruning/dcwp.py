@@ -14,13 +14,12 @@ from torch import Tensor
 from domainbed_sfp.algorithms.base import Minibatches
 from domainbed_sfp.algorithms.pruning.gated import LEARNED_MASK_HPARAMS, LEARNED_MASK_RETIRED, LearnedMaskPruning
 from domainbed_sfp.algorithms.registry import register
-from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, Hparam
+from domainbed_sfp.core.errors import UserError
+from domainbed_sfp.core.hparam import NOT_NEGATIVE, POSITIVE, RUN_FRACTION, Hparam
 
 # Of the generalized cross-entropy that trains the biased model.
 GCE_Q = 0.7
 CONTRASTIVE_TEMPERATURE = 0.07
-# The proportions of the authors' code: 2,000, 2,000 and 500 steps.
-MASK_START, MASK_END = 0.44, 0.89
 # Weight of a bias-conflicting sample in the mask stage, as in the authors' code.
 MASK_UPWEIGHT = 80.0
 
@@ -31,6 +30,19 @@ MASK_UPWEIGHT = 80.0
     reference="Park et al. 2023 (CVPR), arXiv 2210.05247",
     hparams={
         **LEARNED_MASK_HPARAMS,
+        # The proportions of the authors' code: 2,000, 2,000 and 500 steps.
+        "mask_start": Hparam(
+            0.44,
+            doc="fraction of the run at which training stops and the mask is learned",
+            valid=RUN_FRACTION,
+            earlier=0.44,
+        ),
+        "mask_end": Hparam(
+            0.89,
+            doc="fraction of the run at which the mask is final and retraining begins",
+            valid=RUN_FRACTION,
+            earlier=0.89,
+        ),
         "retrain_upweight": Hparam(
             20.0,
             lambda r: r.choice([10.0, 20.0, 50.0]),
@@ -43,8 +55,6 @@ MASK_UPWEIGHT = 80.0
     },
     retired={
         **LEARNED_MASK_RETIRED,
-        "mask_start": MASK_START,
-        "mask_end": MASK_END,
         "mask_upweight": MASK_UPWEIGHT,
     },
 )
@@ -55,8 +65,8 @@ class DCWP(LearnedMaskPruning):
     then on the bias-conflicting samples are those that the biased model gets wrong; group labels are not used. Stage 2
     learns the mask logits on cross-entropy + alpha * sum(logits) + .05 * debiased contrastive loss, bias-conflicting
     samples weighing 80 times the others. Stage 3 trains the masked weights on from where stage 1 left them (nothing is
-    rewound), with weight 20 and the contrastive loss. The stages have the proportions of the authors' code: 2,000,
-    2,000 and 500 steps.
+    rewound), with weight 20 and the contrastive loss. By default the stages have the proportions of the authors' code:
+    2,000, 2,000 and 500 steps.
 
     A deviation: the authors draw samples with these weights from the whole set. Here a batch is what the loop gives,
     and its samples are weighted instead (drawing 80:1 within a batch would repeat a few of them), relative to the
@@ -65,11 +75,13 @@ class DCWP(LearnedMaskPruning):
     """
 
     objective_name = "ERM"
-    mask_start, mask_end = MASK_START, MASK_END
 
     def __init__(
         self, input_shape: tuple[int, ...], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
+        self.mask_start, self.mask_end = hparams["mask_start"], hparams["mask_end"]
+        if self.mask_end < self.mask_start:
+            raise UserError(f"masks end before they begin: mask_start {self.mask_start}, mask_end {self.mask_end}")
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.biased = copy.deepcopy(self.network)
         self.biased_optimizer = torch.optim.Adam(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class ExchangeSchedule:
     reference="Huang et al. 2023, arXiv 2310.16391",
     hparams={
         "sparsity": UNIT_HPARAMS["sparsity"],
+        "pruning_scope": replace(UNIT_HPARAMS["pruning_scope"], earlier="layer"),
         "objective": Hparam(
             "ERM",
             doc="training objective: ERM, IRM, VREx, GroupDRO or CORAL",
@@ -92,7 +93,6 @@ class ExchangeSchedule:
     },
     retired={
         "granularity": "weight",
-        "pruning_scope": "layer",
         "growth_gradient": "domain",
         "gradient_steps": 20,
     },
@@ -106,8 +106,9 @@ class EVIL(ScheduledPruning):
     domains, trained alongside on the features without moving them, gives that loss. The exchanged fraction falls along
     a cosine, as in RigL (arXiv 1911.11134), on whose code the authors' is built.
 
-    A weight just dropped may win its place back, and then keeps its value. A dead channel has no gradient by which it
-    could be chosen, so only single weights are exchanged.
+    With `pruning_scope` global the magnitude mask is of all weights ranked together; exchanges leave each layer as many
+    as that gave it. A weight just dropped may win its place back, and then keeps its value. A dead channel has no
+    gradient by which it could be chosen, so only single weights are exchanged.
 
     What grows follows the paper's intent. In the authors' code (github.com/tmllab/EVIL) the domain classifier is never
     updated, and its gradient is added to those of the training loss in the last 20 steps. Other differences: there the
