@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from image_trees import make_tree
+from sklearn.datasets import load_digits
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets import folder as torchvision_folder
@@ -115,6 +116,13 @@ def test_damaged_and_missing_mnist_files_are_named(tmp_path):
     file.unlink()
     with pytest.raises(UserError, match=r"no t10k-images-idx3-ubyte.*download MNIST"):
         digits.read_mnist(str(tmp_path))
+
+
+def test_embedded_digits_are_those_that_scikit_learn_loads():
+    expected = load_digits()
+    images, labels = digits.read_embedded(None)
+    assert np.array_equal(images, np.round(expected.images * 255 / 16)) and np.array_equal(labels, expected.target)
+    assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
 
 
 @pytest.mark.parametrize("name", ["ColoredDigits", "FullColoredDigits", "RotatedDigits", "TexturedDigits"])

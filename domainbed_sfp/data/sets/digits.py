@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import importlib.util
 import math
 import struct
 import zlib
@@ -179,12 +180,13 @@ def unlike_mnist(data_dir: str | None) -> list[str]:
 @functools.cache
 def read_embedded(data_dir: str | None) -> tuple[Tensor, Tensor]:
     """scikit-learn's digits: uint8 [1797, 8, 8] (their 17 grey levels spread over 0..255) and labels [1797]. Parsed
-    once a process, which takes as long as some training steps: not to be changed in place."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))
-    return images, torch.from_numpy(digits.target).long()
+    once a process: not to be changed in place."""
+    # What `sklearn.datasets.load_digits` reads. To import that takes every process longer than a short run's training.
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None and package.origin is not None
+    table = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", np.uint8, delimiter=",")
+    images = np.round(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    return torch.from_numpy(images), torch.from_numpy(table[:, -1]).long()
 
 
 class Digits(Dataset):
