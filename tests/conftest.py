@@ -22,6 +22,13 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 ALLOWED_SKIPS = os.environ.get("DOMAINBED_SFP_ALLOWED_SKIPS")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, since some tests wait for a cluster, a server or a process; no more than eight,
+    since each makes its own fixtures."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores + 1, 8)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
     return _without_other_skips((yield))
