@@ -145,6 +145,30 @@ def alone(sweep: str, dataset: str, names: Mapping[str, str] = {}) -> str:
     return "\n".join(lines)
 
 
+def by_environment(sweep: str, dataset: str) -> str:
+    """A table of the rows that have a run, by test environment (X: none yet), with the MACs they leave. A single trial
+    has no standard error."""
+    frame = table(sweep, dataset)
+    names = [*tested(frame), "average", "in_domain"]
+    standing = dsfp.algorithms().standing
+    heads = ["method", *(name.replace("_", " ") for name in names), "MACs", "trials"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
+    for row, line in frame.iterrows():
+        if not line.trials:
+            continue
+        dagger = " †" if standing.get(str(row).split(" (")[0]) == "reconstruction" else ""
+        cells = [short_label(str(row)) + dagger, *(_with_error(line, name) for name in names)]
+        lines.append("| " + " | ".join([*cells, f"{line.macs / line.dense_macs:.0%}", f"{line.trials:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def _with_error(line: pd.Series, name: str) -> str:
+    if pd.isna(line[name]):
+        return "X"
+    error = line.get(f"{name}_std_err")
+    return f"{line[name]:.1f}" if error is None or pd.isna(error) else f"{line[name]:.1f} ± {error:.1f}"
+
+
 def premise() -> dict[str, Any]:
     """What benchmarks/allocations.py found on the coloured digits, for the page's sentence."""
     bench = benchmark("allocations")
@@ -167,8 +191,9 @@ def page() -> str:
     template = environment.from_string((HERE / "readme.jinja").read_text(encoding="utf-8"))
     mnist = ("ColoredMNIST", "FullColoredMNIST", "TexturedMNIST")
     tools = {
-        "alone": alone, "apart": apart, "cell": cell, "cost": cost, "difference": difference, "files": files,
-        "grid": grid, "lost": lost, "pruned": pruned, "rows": rows, "single": single,
+        "alone": alone, "apart": apart, "by_environment": by_environment, "cell": cell, "cost": cost,
+        "difference": difference, "files": files, "grid": grid, "lost": lost, "pruned": pruned, "rows": rows,
+        "single": single,
     }  # fmt: skip
     return template.render(mnist=mnist, premise=premise(), recipe=RECIPE, **tools)
 
