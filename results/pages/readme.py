@@ -7,7 +7,7 @@ today. A test compares the page with what this makes of them.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,30 @@ from domainbed_sfp.sweep.spec import read_spec, shipped_specs
 
 HERE = Path(__file__).parent
 
-# Of `recipe_pacs`, whose other rows rank all channels together.
-RECIPE = {
-    "GlobalPru": "GlobalPru, by layer",
-    "GlobalPru (pruning_scope=global)": "GlobalPru",
-    "Taylor": "Taylor, by layer",
-    "Taylor (pruning_scope=global)": "Taylor",
-    "Taylor (prune_start=0.5, pruning_scope=global)": "Taylor, from .5 of the run",
-    "SFPAligned": "SFPAligned, from .5 of the run",
+# How a row of `recipe_pacs` is called on the page: BatchNorm frozen with rate 1e-4, and learning with rate 3e-4.
+FROZEN, LEARNING = "freeze_bn=true, lr=0.0001", "freeze_bn=false, lr=0.0003"
+RECIPE: dict[str, tuple[str | None, str | None]] = {
+    "ERM": (f"ERM ({FROZEN})", f"ERM ({LEARNING})"),
+    "SFPAligned, from .5 of the run": ("SFPAligned", None),
+    "SFP": ("SFP", None),
+    "Taylor": (
+        f"Taylor ({FROZEN}, pruning_scope=global, sparsity=0.5)",
+        f"Taylor ({LEARNING}, pruning_scope=global, sparsity=0.5)",
+    ),
+    "Taylor, from .5 of the run": (f"Taylor ({FROZEN}, prune_start=0.5, pruning_scope=global, sparsity=0.5)", None),
+    "Taylor, 70 % of the channels": (f"Taylor ({FROZEN}, pruning_scope=global, sparsity=0.7)", None),
+    "GlobalPru": ("GlobalPru (pruning_scope=global)", None),
+    "GlobalPru, no rank loss": ("GlobalPru (pruning_scope=global, rank_weight=0.0)", None),
+    "EVIL": (f"EVIL ({FROZEN}, pruning_scope=global)", f"EVIL ({LEARNING}, pruning_scope=global)"),
+    "Magnitude": (f"Magnitude ({FROZEN})", f"Magnitude ({LEARNING})"),
+    "MRM": (f"MRM ({FROZEN})", f"MRM ({LEARNING})"),
+    "SparseIRM": (f"SparseIRM ({FROZEN})", f"SparseIRM ({LEARNING})"),
+    "Random": (f"Random ({FROZEN})", f"Random ({LEARNING})"),
+    "DCWP": (f"DCWP ({FROZEN})", f"DCWP ({LEARNING})"),
+    "DCWP, stages of 40, 20 and 40 %": (None, f"DCWP ({LEARNING}, mask_end=0.6, mask_start=0.4)"),
+    "GlobalPru, by layer": ("GlobalPru", None),
+    "Taylor, by layer": (f"Taylor ({FROZEN}, sparsity=0.5)", None),
+    "EVIL, by layer": (f"EVIL ({FROZEN})", f"EVIL ({LEARNING})"),
 }
 RESULTS = HERE.parent
 
@@ -111,11 +127,11 @@ def pruned(method: str, scope: str, sparsity: float, reconstruction: str, when: 
     return f"{found['out_of_domain']:.1f} ({found['in_domain']:.1f})"
 
 
-def lost(sweep: str, dataset: str, row: str) -> str:
-    """What a row of single runs on one test environment loses against dense ERM."""
+def lost(sweep: str, dataset: str, row: str, dense: str) -> str:
+    """What a single run on one test environment loses against another."""
     frame = table(sweep, dataset)
     (name,) = tested(frame)
-    fall = frame.loc["ERM"] - frame.loc[row]
+    fall = frame.loc[dense] - frame.loc[row]
     return f"{fall[name]:.1f} points out of domain and {fall.in_domain:.1f} in the training domains"
 
 
@@ -133,14 +149,14 @@ def apart(sweep: str, dataset: str, row: str, other: str) -> str:
     return f"{frame.loc[row, name] - frame.loc[other, name]:.1f} points"
 
 
-def alone(sweep: str, dataset: str, names: Mapping[str, str] = {}) -> str:
+def alone(sweep: str, dataset: str) -> str:
     """A table of the rows that have a run, on one test environment, with the MACs they leave."""
     frame = table(sweep, dataset)
     (name,) = tested(frame)
     lines = ["| method | out of domain | in domain | MACs |", "|---|--:|--:|--:|"]
     for row, line in frame.iterrows():
         if line.trials:
-            label, share = names.get(str(row)) or short_label(str(row)), line.macs / line.dense_macs
+            label, share = short_label(str(row)), line.macs / line.dense_macs
             lines.append(f"| {label} | {line[name]:.1f} | {line.in_domain:.1f} | {share:.0%} |")
     return "\n".join(lines)
 
@@ -169,6 +185,24 @@ def _with_error(line: pd.Series, name: str) -> str:
     return f"{line[name]:.1f}" if error is None or pd.isna(error) else f"{line[name]:.1f} ± {error:.1f}"
 
 
+def both_ways(sweep: str, dataset: str) -> str:
+    """The rows of RECIPE, single runs on one test environment: accuracy as in `single`, and the MACs that are left."""
+    frame = table(sweep, dataset)
+    lines = ["| method | BatchNorm frozen, 1e-4 | learning, 3e-4 | MACs |", "|---|--:|--:|--:|"]
+    for label, ways in RECIPE.items():
+        cells = ["" if row is None else single(sweep, dataset, row) for row in ways]
+        line = frame.loc[ways[0] or ways[1]]
+        lines.append(f"| {label} | {cells[0]} | {cells[1]} | {line.macs / line.dense_macs:.0%} |")
+    return "\n".join(lines)
+
+
+def recipe(label: str, learning: bool = False) -> str:
+    """The row of `recipe_pacs` that the page calls so."""
+    row = RECIPE[label][learning]
+    assert row is not None, label
+    return row
+
+
 def premise() -> dict[str, Any]:
     """What benchmarks/allocations.py found on the coloured digits, for the page's sentence."""
     bench = benchmark("allocations")
@@ -191,11 +225,11 @@ def page() -> str:
     template = environment.from_string((HERE / "readme.jinja").read_text(encoding="utf-8"))
     mnist = ("ColoredMNIST", "FullColoredMNIST", "TexturedMNIST")
     tools = {
-        "alone": alone, "apart": apart, "by_environment": by_environment, "cell": cell, "cost": cost,
-        "difference": difference, "files": files, "grid": grid, "lost": lost, "pruned": pruned, "rows": rows,
-        "single": single,
+        "alone": alone, "apart": apart, "both_ways": both_ways, "by_environment": by_environment, "cell": cell,
+        "cost": cost, "difference": difference, "files": files, "grid": grid, "lost": lost, "pruned": pruned,
+        "rows": rows, "single": single,
     }  # fmt: skip
-    return template.render(mnist=mnist, premise=premise(), recipe=RECIPE, **tools)
+    return template.render(mnist=mnist, premise=premise(), recipe=recipe, **tools)
 
 
 def files() -> str:
