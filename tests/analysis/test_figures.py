@@ -6,8 +6,11 @@ import csv
 import json
 import sys
 
+import pandas as pd
 import pytest
 from compared_rows import write_row
+
+import domainbed_sfp as dsfp
 
 # --- figures
 
@@ -52,6 +55,22 @@ def test_fronts(main, sparsities, tmp_path, suffix, magic):
     # SFP at .9, .5 and .3 by rising cost and accuracy; ERM costs more and does worse, Magnitude lies below.
     front = {point["row"] for point in points if point["on_front"] == "1"}
     assert front == {f"SFP (sparsity={sparsity})" for sparsity in (0.3, 0.5, 0.9)}
+
+
+def test_a_figure_says_what_its_bars_are(tmp_path):
+    """A single trial has no standard error."""
+    pytest.importorskip("matplotlib", reason="figures need the extra plots")
+
+    def said(*names: str) -> str:
+        frames = [dsfp.read_records(tmp_path / name) for name in names]
+        title = dsfp.plot.fronts(pd.concat(frames)).figure.get_suptitle()
+        return " ".join(title.split()).lower()
+
+    write_row(tmp_path / "three", "ERM", {0: [0.7, 0.71, 0.72], 1: [0.6, 0.62, 0.64]}, sparsity=0.0)
+    write_row(tmp_path / "one", "SFP", {0: [0.7], 1: [0.6]}, sparsity=0.5)
+    assert "bars: standard error over trials. model" in said("three")
+    assert "bars: standard error over trials, none of a single one. model" in said("three", "one")
+    assert "a single trial each, so no bars. model" in said("one")
 
 
 def test_the_same_records_draw_the_same_file(main, sparsities, tmp_path):

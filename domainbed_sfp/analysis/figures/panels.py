@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from domainbed_sfp.analysis.figures.style import LINES
 from domainbed_sfp.analysis.render.grids import daggered
-from domainbed_sfp.analysis.render.looks import COLOURS, colour_of, short_label
+from domainbed_sfp.analysis.render.looks import COLOURS, bars_text, colour_of, short_label
 from domainbed_sfp.analysis.selection import RULES
-from domainbed_sfp.analysis.tables import Report
+from domainbed_sfp.analysis.tables import Report, one_a_dataset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,7 +137,8 @@ def finish(figure: Figure, axes: Sequence[Axes], report: Report, title: str) -> 
         axis.set_axisbelow(True)
         axis.margins(y=0.08)
     width = figure.get_size_inches()[0]
-    text = f"{title}. Bars: standard error over trials. {selection_text(report)}."
+    bars = "; ".join(dict.fromkeys(map(bars_text, one_a_dataset(report.tables))))
+    text = f"{title}. {bars[0].upper()}{bars[1:]}. {selection_text(report)}."
     figure.suptitle("\n".join(textwrap.wrap(text, int(width * 72 / POINTS_PER_CHARACTER))), fontsize=7)
 
 

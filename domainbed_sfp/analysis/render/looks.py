@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import zlib
 
+from domainbed_sfp.analysis.tables import Table
+
 # Okabe & Ito ("Color Universal Design", 2008) without yellow and black, which a light and a dark page swallow, and
 # three more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#8C564B", "#7F7F7F")
@@ -25,6 +27,14 @@ def colour_of(row: str) -> str:
     """The colour of a row's algorithm, the same in every figure."""
     name = algorithm_of(row)
     return COLOURS[_COLOUR_OF.get(name, zlib.crc32(name.encode()) % len(COLOURS))]
+
+
+def bars_text(table: Table) -> str:
+    """What the bars of a figure are, where there are any."""
+    errors = [cell.std_err for row in table.measured for cell in row.cells if cell is not None]
+    if all(error is None for error in errors):
+        return "a single trial each, so no bars"
+    return "bars: standard error over trials" + (", none of a single one" if None in errors else "")
 
 
 def short_label(row: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from domainbed_sfp.analysis.render.grids import daggered, magnitude
 from domainbed_sfp.analysis.render.html.svg import Line, Look, Point, chart, scatter
-from domainbed_sfp.analysis.render.looks import short_label
+from domainbed_sfp.analysis.render.looks import bars_text, short_label
 from domainbed_sfp.analysis.rows import FP32_BITOPS, Row, average_of
 from domainbed_sfp.analysis.tables import Table, tested_environments
 from domainbed_sfp.runs.records import Run
@@ -68,7 +68,7 @@ def cost_figures(table: Table, looks: Mapping[str, Look]) -> list[Figure]:
             for row, cost, average in found
         ]
         names = ", ".join(table.environments[env] for env in tested)
-        caption = f"Mean over the test environments ({names}); bars: standard error over trials."
+        caption = f"Mean over the test environments ({names}); {bars_text(table)}."
         if name != "sparsity":
             caption += " The line joins the rows that no other beats in accuracy and cost."
         text = _percent if percent else None
@@ -94,7 +94,8 @@ def environment_figure(table: Table, looks: Mapping[str, Look]) -> Figure | None
                 points.append(Point(x, cell.accuracy, looks[row.label], "", tip, cell.std_err))
     names = [table.environments[env] for env in tested]
     svg = scatter(points, f"{table.dataset}: accuracy by environment", "Test environment", "Accuracy (%)", places=names)
-    return Figure("Test environment", svg, "Bars: standard error over trials.")
+    bars = bars_text(table)
+    return Figure("Test environment", svg, f"{bars[0].upper()}{bars[1:]}.")
 
 
 def training_figures(
