@@ -10,7 +10,7 @@ by_validation() { # sweep, page or figure, what it shows ...
 }
 
 for sweep in ablations closed_digits coloured coloured_70 coloured_digits coloured_digits_search coloured_fresh coloured_search \
-  globalpru_coloured globalpru_small pacs_small recipe_pacs recipe_stamped_pacs stamped_pacs_128 quantization_digits quantization_small sparsity_curves sparsity_curves_pacs; do
+  globalpru_coloured globalpru_small pacs_128 pacs_small recipe_pacs recipe_stamped_pacs stamped_pacs_128 quantization_digits quantization_small sparsity_curves sparsity_curves_pacs; do
   tables $sweep
 done
 
@@ -26,6 +26,7 @@ by_validation coloured_digits_search chosen.md --chosen
 by_validation coloured_search chosen.md --chosen
 by_validation globalpru_small GlobalPru.md --compare GlobalPru
 by_validation globalpru_coloured GlobalPru.md --compare GlobalPru
+by_validation pacs_128 SFP.md --compare SFP best
 by_validation pacs_small SFP.md --compare "SFP (sparsity=0.5)" --exclude "EVIL (sparsity=0.3)" "MRM (sparsity=0.3)" \
   "Magnitude (sparsity=0.3)" "Random (sparsity=0.3)" "SFP (sparsity=0.3)" \
   "SFP (channel_score=unflagged, flag_threshold=class, removal=none, sparsity=0.3)" "SFPWeighted (sparsity=0.3)" \
@@ -45,6 +46,7 @@ for budget in "digits 0.2103" "small 0.2182"; do
 done
 
 by_validation coloured_fresh front.png --plot fronts
+by_validation pacs_128 front.png --plot fronts
 by_validation sparsity_curves curves.png --plot curves
 by_validation sparsity_curves_pacs curves.png --plot curves
 for sweep in quantization_digits quantization_small; do

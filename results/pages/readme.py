@@ -98,10 +98,9 @@ def rows(sweep: str, dataset: str, part: str) -> list[str]:
     return [row for row in table(sweep, dataset).index if part in row and "channel_score" not in row]
 
 
-def cost(sweep: str, dataset: str, row: str) -> str:
-    """What a row loses against dense ERM, out of domain and in domain."""
-    lost = table(sweep, dataset).loc["ERM"] - table(sweep, dataset).loc[row]
-    return f"{lost.average:.1f} points out of domain and {lost.in_domain:.1f} in the training domains"
+def runs(sweep: str) -> int:
+    """How many runs a sweep has."""
+    return records(sweep).run.nunique()
 
 
 def benchmark(name: str) -> Any:
@@ -226,8 +225,8 @@ def page() -> str:
     mnist = ("ColoredMNIST", "FullColoredMNIST", "TexturedMNIST")
     tools = {
         "alone": alone, "apart": apart, "both_ways": both_ways, "by_environment": by_environment, "cell": cell,
-        "cost": cost, "difference": difference, "files": files, "grid": grid, "lost": lost, "pruned": pruned,
-        "rows": rows, "single": single,
+        "difference": difference, "files": files, "grid": grid, "lost": lost, "pruned": pruned,
+        "rows": rows, "runs": runs, "single": single,
     }  # fmt: skip
     return template.render(mnist=mnist, premise=premise(), recipe=recipe, **tools)
 
