@@ -380,7 +380,9 @@ def test_verification_decodes_and_says_what_is_left_out(main, tmp_path, monkeypa
     )
     Image.new("RGB", (8, 8)).save(min((root / "PACS/map/cat").iterdir()), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x03")
     doubtful = main("download", "PACS", "--data_dir", root, "--verify_only").stderr.splitlines()[-1]
-    assert doubtful.startswith("warning: PACS: decoded, but PIL has its doubts about image '") and "map/cat/" in doubtful
+    assert (
+        doubtful.startswith("warning: PACS: decoded, but PIL has its doubts about image '") and "map/cat/" in doubtful
+    )
     whole = (root / "PACS/map/dog/1.jpg").read_bytes()
     (root / "PACS/map/dog/1.jpg").write_bytes(whole[: len(whole) // 2])
     broken = main("download", "PACS", "--data_dir", root, "--verify_only", check=False)

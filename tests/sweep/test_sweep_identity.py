@@ -44,6 +44,14 @@ def test_committed_sweeps_keep_their_folders(manifest):
     assert [job.name for job in jobs] == listed
 
 
+@pytest.mark.parametrize("records", sorted(RESULTS.glob("*/packed-*/results.jsonl")), ids=lambda path: path.parts[-3])
+def test_committed_records_name_no_place_of_a_machine(records):
+    for line in records.read_text(encoding="utf-8").splitlines():
+        args = json.loads(line)["args"]
+        for name in ("data_dir", "output_dir"):
+            assert not Path(args.get(name) or "").is_absolute(), f"{name} {args[name]}: run from the checkout's root"
+
+
 def _job(hparams: dict, **changes):
     spec = SweepSpec(["RotatedDigits"], ["ERM"], test_envs=[[0]], n_hparams=1, n_trials=1, steps=2, hparams=hparams)
     (job,) = make_jobs(spec.updated(**changes), None)

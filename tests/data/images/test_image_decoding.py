@@ -215,7 +215,9 @@ def test_what_pil_doubts_is_told_once_with_a_name(tmp_path, capsys):
     images, _ = cache.cached_images(paths, tmp_path, 4, tmp_path / "cache")
     assert np.array_equal(images[0], images[1]) and np.array_equal(images[0], images[2])
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {tmp_path.parent.name}/{tmp_path.name}: decoded, but PIL has its doubts about 2 images, first '")
+    assert line.startswith(
+        f"warning: {tmp_path.parent.name}/{tmp_path.name}: decoded, but PIL has its doubts about 2 images, first '"
+    )
     assert "/1.jpg' (" in line or "/2.jpg' (" in line
     with pytest.warns(UserWarning, match="Corrupt EXIF data"):
         decoding.decode(paths[1], 4)
