@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -15,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from image_trees import make_tree
-from sklearn.datasets import load_digits
+from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets import folder as torchvision_folder
@@ -28,7 +25,6 @@ from domainbed_sfp.data.images import cache
 from domainbed_sfp.data.images.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from domainbed_sfp.data.images.contents import IMAGE_EXTENSIONS
 from domainbed_sfp.data.loaders import MinibatchLoader
-from domainbed_sfp.data.sets import digits
 from domainbed_sfp.data.sets.folders import _crop_side
 from domainbed_sfp.sweep.spec import default_datasets
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
-import os
 import struct
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from torchvision import transforms
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import get_dataset_class
 from domainbed_sfp.data.sets import digits
-from domainbed_sfp.sweep.spec import default_datasets
 
 
 def write_mnist(root: Path, n: int = 60, compressed: bool = True) -> tuple[np.ndarray, np.ndarray]:

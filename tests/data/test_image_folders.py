@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from image_trees import FOLDER_RUN, make_tree
+from PIL import Image
 from runs_on_disk import read
 from torchvision.datasets import ImageFolder
 

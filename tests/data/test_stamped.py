@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from image_trees import make_tree
+from PIL import Image
 
 from domainbed_sfp.core.errors import UserError
 from domainbed_sfp.data import base, get_dataset_class
