@@ -16,7 +16,8 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 import domainbed_sfp as dsfp
-from domainbed_sfp.analysis.render.looks import short_label
+from domainbed_sfp.analysis.render.grids import daggered
+from domainbed_sfp.analysis.render.looks import algorithm_of, short_label
 from domainbed_sfp.analysis.significance import paired_test
 from domainbed_sfp.runs.packed import run_folders
 from domainbed_sfp.runs.records import read_records
@@ -75,13 +76,16 @@ def cell(sweep: str, dataset: str, row: str) -> str:
     return f"{line[name]:.1f} ± {line[f'{name}_std_err']:.1f} ({line.in_domain:.1f})"
 
 
+def shown(row: str) -> str:
+    """A row's short name, with a dagger behind that of a reconstruction."""
+    return daggered(short_label(row), dsfp.algorithms().standing.get(algorithm_of(row)))
+
+
 def grid(sweep: str, datasets: Sequence[str], rows: Sequence[str]) -> str:
     """A table of rows by data sets."""
-    standing = dsfp.algorithms().standing
     lines = ["| method | " + " | ".join(datasets) + " |", "|---|" + "--:|" * len(datasets)]
     for row in rows:
-        dagger = " †" if standing.get(row.split(" (")[0]) == "reconstruction" else ""
-        lines.append(f"| {short_label(row)}{dagger} | " + " | ".join(cell(sweep, one, row) for one in datasets) + " |")
+        lines.append(f"| {shown(row)} | " + " | ".join(cell(sweep, one, row) for one in datasets) + " |")
     return "\n".join(lines)
 
 
@@ -155,8 +159,8 @@ def alone(sweep: str, dataset: str) -> str:
     lines = ["| method | out of domain | in domain | MACs |", "|---|--:|--:|--:|"]
     for row, line in frame.iterrows():
         if line.trials:
-            label, share = short_label(str(row)), line.macs / line.dense_macs
-            lines.append(f"| {label} | {line[name]:.1f} | {line.in_domain:.1f} | {share:.0%} |")
+            share = line.macs / line.dense_macs
+            lines.append(f"| {short_label(str(row))} | {line[name]:.1f} | {line.in_domain:.1f} | {share:.0%} |")
     return "\n".join(lines)
 
 
@@ -165,14 +169,12 @@ def by_environment(sweep: str, dataset: str) -> str:
     has no standard error."""
     frame = table(sweep, dataset)
     names = [*tested(frame), "average", "in_domain"]
-    standing = dsfp.algorithms().standing
     heads = ["method", *(name.replace("_", " ") for name in names), "MACs", "trials"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
     for row, line in frame.iterrows():
         if not line.trials:
             continue
-        dagger = " †" if standing.get(str(row).split(" (")[0]) == "reconstruction" else ""
-        cells = [short_label(str(row)) + dagger, *(_with_error(line, name) for name in names)]
+        cells = [shown(str(row)), *(_with_error(line, name) for name in names)]
         lines.append("| " + " | ".join([*cells, f"{line.macs / line.dense_macs:.0%}", f"{line.trials:.0f}"]) + " |")
     return "\n".join(lines)
 

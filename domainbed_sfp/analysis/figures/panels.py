@@ -137,8 +137,8 @@ def finish(figure: Figure, axes: Sequence[Axes], report: Report, title: str) -> 
         axis.set_axisbelow(True)
         axis.margins(y=0.08)
     width = figure.get_size_inches()[0]
-    bars = "; ".join(dict.fromkeys(map(bars_text, one_a_dataset(report.tables))))
-    text = f"{title}. {bars[0].upper()}{bars[1:]}. {selection_text(report)}."
+    bars = ". ".join(dict.fromkeys(map(bars_text, one_a_dataset(report.tables))))
+    text = f"{title}. {bars}. {selection_text(report)}."
     figure.suptitle("\n".join(textwrap.wrap(text, int(width * 72 / POINTS_PER_CHARACTER))), fontsize=7)
 
 

@@ -33,8 +33,8 @@ def bars_text(table: Table) -> str:
     """What the bars of a figure are, where there are any."""
     errors = [cell.std_err for row in table.measured for cell in row.cells if cell is not None]
     if all(error is None for error in errors):
-        return "a single trial each, so no bars"
-    return "bars: standard error over trials" + (", none of a single one" if None in errors else "")
+        return "A single trial each, so no bars"
+    return "Bars: standard error over trials" + (", none of a single one" if None in errors else "")
 
 
 def short_label(row: str) -> str:

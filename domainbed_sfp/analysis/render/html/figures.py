@@ -68,7 +68,7 @@ def cost_figures(table: Table, looks: Mapping[str, Look]) -> list[Figure]:
             for row, cost, average in found
         ]
         names = ", ".join(table.environments[env] for env in tested)
-        caption = f"Mean over the test environments ({names}); {bars_text(table)}."
+        caption = f"Mean over the test environments ({names}). {bars_text(table)}."
         if name != "sparsity":
             caption += " The line joins the rows that no other beats in accuracy and cost."
         text = _percent if percent else None
@@ -94,8 +94,7 @@ def environment_figure(table: Table, looks: Mapping[str, Look]) -> Figure | None
                 points.append(Point(x, cell.accuracy, looks[row.label], "", tip, cell.std_err))
     names = [table.environments[env] for env in tested]
     svg = scatter(points, f"{table.dataset}: accuracy by environment", "Test environment", "Accuracy (%)", places=names)
-    bars = bars_text(table)
-    return Figure("Test environment", svg, f"{bars[0].upper()}{bars[1:]}.")
+    return Figure("Test environment", svg, f"{bars_text(table)}.")
 
 
 def training_figures(
